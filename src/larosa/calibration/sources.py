@@ -1,0 +1,158 @@
+"""Calibration and evaluation text behind one interface: a name, a file or a folder."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from larosa.calibration.self_sampling import sample_sequences
+from larosa.errors import LarosaError
+
+SELF = "self"
+BUNDLED = "bundled"
+
+#: Documents read from a streamed data set; 16 x 2048 tokens need a few hundred.
+_STREAMED_DOCUMENTS = 4096
+
+
+class TextSplit(StrEnum):
+    """Which part of a data set: what calibration reads must not be what evaluation reads."""
+
+    TRAIN = "train"
+    TEST = "test"
+
+
+def calibration_sequences(
+    source: str, model: Any, tokenizer: Any, *, num_sequences: int, sequence_length: int, seed: int
+) -> torch.Tensor:
+    """Token sequences from a calibration source.
+
+    Args:
+        source: `self` (sampled from the model), `wikitext2`, `alpaca`, `c4`, `bundled`, or the path
+            of a .txt or .jsonl file or of a folder of them.
+        num_sequences: how many.
+        sequence_length: tokens in each.
+        seed: of the sampling, or of the choice of windows.
+
+    Returns:
+        [num_sequences, sequence_length] int64 on the CPU.
+
+    Raises:
+        LarosaError: unknown source, unreadable or too short text, or token ids that the model lacks.
+    """
+    if source == SELF:
+        return sample_sequences(model, num_sequences, sequence_length, seed)
+    ids = tokenize(read_text(source, TextSplit.TRAIN), tokenizer, model.config.vocab_size)
+    windows = len(ids) // sequence_length
+    if windows < num_sequences:
+        raise LarosaError(
+            f"calibration source '{source}' has {len(ids)} tokens, but {num_sequences} x {sequence_length} "
+            f"are asked for: lower --num-sequences to {windows} or --sequence-length"
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:num_sequences]
+    return ids[: windows * sequence_length].view(windows, sequence_length)[chosen]
+
+
+def tokenize(text: str, tokenizer: Any, vocab_size: int) -> torch.Tensor:
+    """All of `text` as one row of token ids, int64, with the tokenizer's usual special tokens.
+
+    Raises:
+        LarosaError: an id is outside the model's vocabulary.
+    """
+    # verbose=False: a text longer than the model's context is meant, it is cut into windows.
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise LarosaError(
+            f"the tokenizer gives token id {int(ids.max())} but the model's vocabulary has {vocab_size}: "
+            "tokenizer and model do not belong together"
+        )
+    return ids
+
+
+def read_text(source: str, split: TextSplit) -> str:
+    """The text of a named source, a file or a folder, joined as the GPTQ and SliceGPT papers join it.
+
+    Raises:
+        LarosaError: the source is unknown, unreadable, empty or of an unknown format.
+    """
+    if source == BUNDLED:
+        return resources.files("larosa.assets").joinpath("evaluation.txt").read_text("utf-8")
+    if source in _DATASETS:
+        return "\n\n".join(_DATASETS[source](split))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
+        if not files:
+            raise LarosaError(f"{path}: no .txt or .jsonl file in this folder")
+    elif path.is_file():
+        files = [path]
+    else:
+        names = ", ".join(sorted([*_DATASETS, BUNDLED]))
+        raise LarosaError(f"'{source}' is neither a file or folder nor one of: {names}")
+    text = "\n\n".join(_read_file(file) for file in files)
+    if not text.strip():
+        raise LarosaError(f"{path}: no text in it")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LarosaError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise LarosaError(f"{path}: {error.strerror}") from None
+    if path.suffix != ".jsonl":
+        return text
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                documents.append(_document(json.loads(line)))
+            except (json.JSONDecodeError, TypeError, KeyError):
+                raise LarosaError(
+                    f"{path}, line {number}: not a JSON object with a 'text' key (or Alpaca's "
+                    "'instruction' and 'output')"
+                ) from None
+    return "\n\n".join(documents)
+
+
+def _document(row: dict[str, str]) -> str:
+    if "text" in row:
+        return row["text"] + ""  # a value that is no string raises TypeError
+    parts = [row["instruction"], row.get("input", ""), row["output"]]
+    return "\n".join(part for part in parts if part)
+
+
+def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise LarosaError(f"data set '{name}' needs the extra: pip install 'larosa[data]'") from None
+    try:
+        return load_dataset(name, *args, **kwargs)
+    except Exception as error:  # datasets raises many types when a download fails; each means the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LarosaError(f"data set '{name}' could not be loaded ({reason}); give a local file instead") from None
+
+
+def _wikitext2(split: TextSplit) -> list[str]:
+    return list(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=str(split))["text"])
+
+
+def _alpaca(split: TextSplit) -> list[str]:
+    return list(_load_dataset("tatsu-lab/alpaca", split="train")["text"])
+
+
+def _c4(split: TextSplit) -> list[str]:
+    part = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}
+    rows = _load_dataset("allenai/c4", data_files=part[split], split="train", streaming=True)
+    return [row["text"] for row in rows.take(_STREAMED_DOCUMENTS)]
+
+
+_DATASETS = {"wikitext2": _wikitext2, "alpaca": _alpaca, "c4": _c4}

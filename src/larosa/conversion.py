@@ -1,0 +1,227 @@
+"""The conversion: calibrate, rotate, merge, sparsify, search (paper, section 4)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from larosa.architectures import Architecture, find_architecture
+from larosa.calibration import LayerMoments, calibration_sequences, layer_second_moments
+from larosa.config import CalibrationRecord, Covariance, KeepCounts, LarosaConfig, PerSite, Prefill, Recipe, Rotation
+from larosa.config import Search as SearchKind
+from larosa.errors import LarosaError
+from larosa.evaluation.perplexity import evaluate_windows
+from larosa.models import Family, family_of, set_keep_counts
+from larosa.progress import track
+from larosa.rotation import Adapters, LayerBases, merge_bases, principal_basis, random_basis
+from larosa.settings import Settings
+from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity.search import SearchLog, grid_search
+from larosa.version import __version__
+
+
+def convert(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    sparsity: float = 0.5,
+    recipe: str = Recipe.BEST,
+    budget: str | None = None,
+    calibration: str | None = None,
+    num_sequences: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    rotation: str | None = None,
+    covariance: str | None = None,
+    search: str | None = None,
+    alphas: PerSite | None = None,
+    prefill: str = Prefill.SPARSE,
+    device: torch.device | str | None = None,
+    search_log: Path | None = None,
+) -> Any:
+    """Sparsify a dense causal language model in place and return it.
+
+    Options left at None take the recipe's default (`larosa.settings.RECIPES`). The model's weights are
+    rotated, and its class and configuration become the family's sparsified ones; after an error the model
+    must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis.
+
+    Args:
+        model: a supported dense model (Llama, Mistral, Qwen2, Qwen3, SmolLM3), in any float dtype.
+        tokenizer: needed for calibration text; not for `calibration="self"`.
+        sparsity: fraction of weights to skip per token, in [0, 1); see `budget`.
+        recipe: `best`, or `paper` for the paper's own settings.
+        budget: `weights` (the fraction of weight elements skipped is `sparsity`) or `paper`.
+        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.jsonl file or folder.
+        num_sequences: calibration sequences.
+        sequence_length: tokens in each.
+        seed: of the calibration sample and of random rotations.
+        rotation: `layer`, `block`, `model`, `random` or `none`.
+        covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
+            each at its own site.
+        search: `none`, or `grid` for Algorithm 1.
+        alphas: per-site sparsity coefficients, instead of a search.
+        prefill: sparsify prompts too (`sparse`) or not (`dense`).
+        device: where layers are calibrated and merged, one at a time; None is where the embedding is.
+        search_log: file to keep the search's points in, so that it can be resumed.
+
+    Returns:
+        `model`, now a `Larosa...ForCausalLM`.
+
+    Raises:
+        LarosaError: unsupported model, bad option, unusable calibration text, NaN or Inf.
+    """
+    settings = Settings.complete(
+        sparsity=sparsity,
+        recipe=recipe,
+        budget=budget,
+        calibration=calibration,
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+        seed=seed,
+        rotation=rotation,
+        covariance=covariance,
+        search=search,
+        prefill=prefill,
+        alphas=alphas,
+    )
+    if str(model.config.model_type).startswith("larosa_"):
+        raise LarosaError("the model is converted already; convert the dense one")
+    architecture = find_architecture(model.config.model_type)
+    _check_weights(model)
+    block = _block(settings, SiteSizes.of(model.config))
+    sequences = None
+    if settings.calibration is not None:
+        sequences = _calibration_sequences(model, tokenizer, settings.calibration)
+
+    _untie(model, architecture)
+    adapters: list[Adapters] = []
+    if settings.rotation is not Rotation.NONE:
+        where = torch.device(device) if device else architecture.embedding(model).weight.device
+        bases = _bases(model, architecture, settings, sequences, where)
+        layers = len(architecture.layers(model))
+        adapters = merge_bases(model, architecture, track(bases, "Rotating layers", total=layers))
+    _adopt(model, family_of(architecture), block, adapters)
+    if settings.search is SearchKind.GRID:
+        assert sequences is not None, "a search has calibration sequences"
+        _search(model, architecture, block, sequences, search_log)
+    return model
+
+
+def _block(settings: Settings, sizes: SiteSizes) -> LarosaConfig:
+    return LarosaConfig(
+        larosa_version=__version__,
+        recipe=settings.recipe,
+        sparsity=settings.sparsity,
+        budget=settings.budget,
+        alphas=settings.alphas,
+        keep=keep_counts(settings.sparsity, settings.alphas, sizes),
+        rotation=settings.rotation,
+        covariance=settings.covariance,
+        search=settings.search,
+        prefill=settings.prefill,
+        calibration=settings.calibration,
+    )
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")
+
+
+def _calibration_sequences(model: Any, tokenizer: Any, record: CalibrationRecord) -> torch.Tensor:
+    longest = model.config.max_position_embeddings
+    if record.sequence_length > longest:
+        raise LarosaError(f"--sequence-length {record.sequence_length} is over the model's context of {longest}")
+    if tokenizer is None and record.source != "self":
+        raise LarosaError(f"calibration source '{record.source}' is text and needs a tokenizer")
+    return calibration_sequences(
+        record.source,
+        model,
+        tokenizer,
+        num_sequences=record.num_sequences,
+        sequence_length=record.sequence_length,
+        seed=record.seed,
+    )
+
+
+def _untie(model: Any, architecture: Architecture) -> None:
+    """Give the head a weight of its own: rotation makes it differ from the embedding."""
+    head, embedding = architecture.head(model), architecture.embedding(model)
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+
+
+def _bases(
+    model: Any,
+    architecture: Architecture,
+    settings: Settings,
+    sequences: torch.Tensor | None,
+    device: torch.device,
+) -> Iterator[LayerBases]:
+    """Each layer's bases, first layer first; a layer may be merged as soon as its bases are out."""
+    count = len(architecture.layers(model))
+    if settings.rotation is Rotation.RANDOM:
+        Q = random_basis(model.config.hidden_size, settings.seed)
+        yield from [LayerBases(Q, Q)] * count
+        return
+    assert sequences is not None, "calibrated rotations have sequences"
+    moments = layer_second_moments(model, architecture, sequences, device)
+    if settings.rotation is Rotation.MODEL:
+        total = reduce(torch.add, (_combine(layer, settings.covariance) for layer in moments))
+        Q = principal_basis(total / count)
+        yield from [LayerBases(Q, Q)] * count
+        return
+    for layer in moments:
+        if settings.rotation is Rotation.BLOCK:
+            yield LayerBases(principal_basis(layer.h1), principal_basis(layer.h3))
+        else:
+            Q = principal_basis(_combine(layer, settings.covariance))
+            yield LayerBases(Q, Q)
+
+
+def _combine(moments: LayerMoments, covariance: Covariance) -> torch.Tensor:
+    # Both are of RMSNorm outputs, so both have trace D and the mean needs no weights.
+    if covariance is Covariance.JOINT:
+        return (moments.h1 + moments.h3) / 2
+    return moments.h1 if covariance is Covariance.H1 else moments.h3
+
+
+@torch.no_grad()
+def _adopt(model: Any, family: Family, block: LarosaConfig, adapters: list[Adapters]) -> None:
+    """Give the rotated model its sparsified class and its adapters."""
+    family.adopt(model, block)
+    for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=bool(adapters)):
+        for name in ("attention", "residual"):
+            matrix = getattr(layer_adapters, name)
+            if matrix is not None:
+                getattr(layer, f"{name}_adapter").weight.copy_(matrix.T)
+    model.eval().requires_grad_(False)
+
+
+def _search(
+    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
+) -> None:
+    """Set the counts and coefficients that Algorithm 1 finds."""
+    settings = block.model_dump(mode="json", exclude={"alphas", "keep"})
+    settings["sequences"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+    head = architecture.head(model).weight
+    settings["model"] = hashlib.sha256(head[:64].float().cpu().numpy().tobytes()).hexdigest()
+
+    def perplexity(keep: KeepCounts) -> float:
+        set_keep_counts(model, architecture, keep)
+        return evaluate_windows(model, sequences, None).perplexity
+
+    sizes = SiteSizes.of(model.config)
+    log = SearchLog(log_path, settings)
+    alphas = grid_search(block.sparsity, block.budget, sizes, perplexity, log)
+    keep = keep_counts(block.sparsity, alphas, sizes)
+    set_keep_counts(model, architecture, keep)
+    found = block.model_copy(update={"alphas": alphas, "keep": keep})
+    model.config.larosa = found.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""What a model lost and what it skips: perplexity, divergence from the dense model, zeros, bytes, FLOPs."""

@@ -1,0 +1,161 @@
+"""Perplexity by the GPTQ and SliceGPT convention, and the divergence from a dense reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
+
+from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
+from larosa.errors import LarosaError
+from larosa.evaluation.zeros import ZeroCounter, ZeroFraction, sparse_prompts
+from larosa.progress import track
+from larosa.sparsity.report import Sparsity, sparsity_of
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+#: Vocabulary rows x positions put through softmax at a time, to bound memory on large vocabularies.
+_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    `kl_divergence` (nats per token, dense to this model) and `top1_agreement` (share of tokens whose
+    likeliest next token is the dense model's) are None without a reference. `tokens` counts the
+    predicted tokens, the first of each window being none.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    kl_divergence: float | None
+    top1_agreement: float | None
+    sparsity: Sparsity
+    zeros: dict[str, ZeroFraction] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    data: str = BUNDLED,
+    *,
+    sequence_length: int | None = None,
+    max_sequences: int | None = None,
+    reference: Any = None,
+) -> Evaluation:
+    """Perplexity of a dense or converted model on a text, and its distance from a dense reference.
+
+    The text is joined, tokenized whole and cut into non-overlapping windows, each scored on its own; a
+    last incomplete window is dropped. Prompt sparsity is on for the measurement whatever the model's
+    `prefill` setting, since it stands for decoding.
+
+    Args:
+        data: `bundled`, `wikitext2`, `c4`, or a .txt/.jsonl file or folder.
+        sequence_length: window length in tokens; None is 2048 or the model's context if that is shorter.
+        max_sequences: score only the first so many windows.
+        reference: the dense model; may be on another device.
+
+    Raises:
+        LarosaError: unusable text, a vocabulary mismatch, NaN or Inf logits.
+    """
+    windows = evaluation_windows(model, tokenizer, data, sequence_length, max_sequences)
+    dense = None
+    if reference is not None:
+        if reference.config.vocab_size != model.config.vocab_size:
+            raise LarosaError(
+                f"the reference has a vocabulary of {reference.config.vocab_size}, the model of "
+                f"{model.config.vocab_size}: not the model it was converted from"
+            )
+        dense = _Logits(reference)
+    return evaluate_windows(model, windows, dense)
+
+
+def evaluation_windows(
+    model: Any, tokenizer: Any, data: str, sequence_length: int | None, max_sequences: int | None
+) -> torch.Tensor:
+    """The windows that `evaluate` scores, [number, length] int64.
+
+    Raises:
+        LarosaError: the text does not fill one window, or the length does not suit the model.
+    """
+    context = model.config.max_position_embeddings
+    length = sequence_length or min(DEFAULT_SEQUENCE_LENGTH, context)
+    if not 2 <= length <= context:
+        raise LarosaError(f"--sequence-length {length} is outside the model's context of 2 to {context}")
+    if max_sequences is not None and max_sequences < 1:
+        raise LarosaError(f"--max-sequences must be at least 1, not {max_sequences}")
+    ids = tokenize(read_text(data, TextSplit.TEST), tokenizer, model.config.vocab_size)
+    count = min(len(ids) // length, max_sequences or len(ids))
+    if count == 0:
+        raise LarosaError(f"'{data}' has {len(ids)} tokens, less than one window: lower --sequence-length")
+    return ids[: count * length].view(count, length)
+
+
+@torch.inference_mode()
+def evaluate_windows(
+    model: Any, windows: torch.Tensor, reference: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Evaluation:
+    """Score windows [number, length]; `reference` maps one window [1, length] to dense logits."""
+    logits_of = _Logits(model)
+    loss = divergence = agreement = 0.0
+    tokens = 0
+    with sparse_prompts(model), ZeroCounter(model) as zeros:
+        for window in track(windows, "Evaluating"):
+            logits = logits_of(window[None])[0, :-1]
+            dense = None if reference is None else reference(window[None])[0, :-1]
+            for part in range(0, len(logits), _POSITIONS):
+                rows = slice(part, part + _POSITIONS)
+                log_p = F.log_softmax(logits[rows].float(), -1)
+                loss += float(F.nll_loss(log_p, window[1:][rows].to(log_p.device), reduction="sum"))
+                if dense is not None:
+                    log_dense = F.log_softmax(dense[rows].to(log_p), -1)
+                    divergence += float(F.kl_div(log_p, log_dense, log_target=True, reduction="sum"))
+                    agreement += float((log_p.argmax(-1) == log_dense.argmax(-1)).sum())
+            tokens += len(logits)
+    if loss != loss or divergence != divergence:
+        raise LarosaError("the model's logits are NaN; is the checkpoint sound?")
+    return Evaluation(
+        perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
+        tokens=tokens,
+        windows=len(windows),
+        sequence_length=windows.shape[1],
+        kl_divergence=None if reference is None else divergence / tokens,
+        top1_agreement=None if reference is None else agreement / tokens,
+        sparsity=sparsity_of(model.config),
+        zeros=zeros.fractions(),
+    )
+
+
+class _Logits:
+    """A model as a function from token ids [1, T] to logits [1, T, vocabulary]."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device = model.get_input_embeddings().weight.device
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model(ids.to(self._device), use_cache=False).logits
+        return logits
+
+
+class RecordedLogits:
+    """Logits of a model that is about to be changed, kept on the CPU in the model's dtype."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, windows: torch.Tensor) -> None:
+        logits_of = _Logits(model)
+        self._rows = iter([logits_of(window[None]).cpu() for window in windows])
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """The next window's logits; windows come in the order they were recorded in."""
+        return next(self._rows)

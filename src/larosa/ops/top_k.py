@@ -1,0 +1,43 @@
+"""Exact Top-K sparsification of the last dimension (paper, equation 8)."""
+
+import torch
+
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Zero all but the `k` entries of largest magnitude in each row of `x`.
+
+    Exactly `k` entries are kept whatever the values: ties go to the lowest index, and NaN counts as
+    larger than infinity, so it survives into the result instead of vanishing.
+
+    Args:
+        x: [..., D], float16, bfloat16, float32 or float64.
+        k: entries to keep, 0 <= k <= D.
+
+    Returns:
+        A tensor like `x`; `x` itself where k = D.
+
+    Raises:
+        ValueError: k is outside [0, D].
+    """
+    width = x.shape[-1]
+    if not 0 <= k <= width:
+        raise ValueError(f"cannot keep {k} of {width} entries")
+    if k == width:
+        return x
+    if k == 0:
+        return torch.zeros_like(x)
+    # The bits of a non-negative float, read as an integer, sort like the float, with NaN on top.
+    magnitude = x.abs().view(_BITS[x.dtype])
+    threshold = magnitude.kthvalue(width - k + 1, dim=-1, keepdim=True).values
+    above = magnitude > threshold
+    tied = magnitude == threshold
+    room = k - above.sum(-1, keepdim=True, dtype=torch.int32)
+    keep = above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
+    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
