@@ -93,7 +93,8 @@ def convert(
     if str(model.config.model_type).startswith("larosa_"):
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
-    _check_weights(model)
+    model.eval().requires_grad_(False)
+    check_weights(model)
     block = _block(settings, SiteSizes.of(model.config))
     sequences = None
     if settings.calibration is not None:
@@ -129,7 +130,12 @@ def _block(settings: Settings, sizes: SiteSizes) -> LarosaConfig:
     )
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with a weight that is NaN or Inf.
+
+    Raises:
+        LarosaError: there is one; the message names the parameter.
+    """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")

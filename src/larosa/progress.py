@@ -1,6 +1,7 @@
 """Progress bars for long work, on standard error so that standard output stays clean."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,6 +16,18 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Iterate over `items` behind a progress bar; silent where standard error is not a terminal."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+    with _bar() as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+@contextmanager
+def advance(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar of `total` steps; the function it gives moves it by one."""
+    with _bar() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

@@ -93,6 +93,8 @@ class Settings:
                 sequence_length=_positive(sequence_length, defaults.sequence_length, "sequence-length"),
                 seed=seed,
             )
+            if chosen_search is not Search.NONE and record.sequence_length < 2:
+                raise LarosaError("--sequence-length must be at least 2 for a search: it predicts tokens")
         return cls(
             sparsity=check_sparsity(sparsity),
             recipe=chosen_recipe,

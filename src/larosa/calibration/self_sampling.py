@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from larosa.errors import LarosaError
+from larosa.progress import advance
 
 
 def sample_sequences(model: Any, num_sequences: int, sequence_length: int, seed: int) -> torch.Tensor:
@@ -33,21 +36,37 @@ def sample_sequences(model: Any, num_sequences: int, sequence_length: int, seed:
             start = torch.full((num_sequences, 1), config.bos_token_id)
         else:
             start = torch.randint(config.vocab_size, (num_sequences, 1))
-        try:
-            ids = model.generate(
-                start.to(device),
-                attention_mask=torch.ones_like(start, device=device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=sequence_length - 1,
-                max_new_tokens=sequence_length - 1,
-                pad_token_id=config.pad_token_id or 0,
-            )
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise LarosaError("the model's logits are NaN or Inf; is the checkpoint sound?") from None
+        steps = sequence_length - 1
+        if steps == 0:
+            return start
+        with advance("Sampling tokens", total=steps) as tick:
+            ids = _generate(model, start.to(device), steps, tick)
     return ids.cpu()
+
+
+def _generate(model: Any, start: torch.Tensor, steps: int, tick: Callable[[], None]) -> torch.Tensor:
+    def stop(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tick()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    own_config = model.generation_config
+    # Without the model's own settings: any of them that is not named here would still apply.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=steps,
+        max_new_tokens=steps,
+        eos_token_id=own_config.eos_token_id,
+        pad_token_id=own_config.pad_token_id or 0,
+    )
+    try:
+        ids: torch.Tensor = model.generate(start, attention_mask=torch.ones_like(start), stopping_criteria=[stop])
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise LarosaError("the model's logits are NaN or Inf; is the checkpoint sound?") from None
+    finally:
+        model.generation_config = own_config
+    return ids

@@ -49,6 +49,11 @@ def calibration_sequences(
         return sample_sequences(model, num_sequences, sequence_length, seed)
     ids = tokenize(read_text(source, TextSplit.TRAIN), tokenizer, model.config.vocab_size)
     windows = len(ids) // sequence_length
+    if windows == 0:
+        raise LarosaError(
+            f"calibration source '{source}' has {len(ids)} tokens, less than one sequence of {sequence_length}: "
+            "lower --sequence-length or give more text"
+        )
     if windows < num_sequences:
         raise LarosaError(
             f"calibration source '{source}' has {len(ids)} tokens, but {num_sequences} x {sequence_length} "
@@ -102,7 +107,7 @@ def read_text(source: str, split: TextSplit) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise LarosaError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -110,7 +115,8 @@ def _read_file(path: Path) -> str:
     if path.suffix != ".jsonl":
         return text
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(), which also splits at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 documents.append(_document(json.loads(line)))

@@ -18,8 +18,8 @@ from larosa.errors import LarosaError
 class Generation:
     """Generated text and how fast it came.
 
-    `text` is without the prompt. `tokens_per_second` is of decoding alone: the tokens after the first
-    over the time after the first. None where fewer than two tokens were generated.
+    `text` is what follows the prompt, its leading space included. `tokens_per_second` is of decoding
+    alone: the tokens after the first over the time after the first. None where fewer than two tokens were generated.
     """
 
     text: str
@@ -92,38 +92,49 @@ def generate(
             **sampling,
         )
         seconds = time.perf_counter() - started
-    new = output[0, len(ids) :]
     return Generation(
-        text=tokenizer.decode(new, skip_special_tokens=True),
+        text=clock.text,
         prompt_tokens=len(ids),
-        tokens=len(new),
+        tokens=output.shape[1] - len(ids),
         seconds=seconds,
         tokens_per_second=clock.tokens_per_second(),
     )
 
 
 class _Clock(TextStreamer):
-    """Hands complete pieces of text on and times the tokens."""
+    """Collects the text, hands complete pieces of it on, and times the tokens."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self._on_text = on_text
+        self._pieces: list[str] = []
         self._times: list[float] = []
         self._prompt_seen = False
+
+    @property
+    def text(self) -> str:
+        """All text after the prompt."""
+        return "".join(self._pieces)
 
     def put(self, value: torch.Tensor) -> None:
         """Called by transformers with the prompt, then with each token, already on the CPU."""
         if self._prompt_seen:
             self._times.append(time.perf_counter())
+            super().put(value)
+            return
+        # Decoding goes on from the prompt: many tokenizers drop the space before a first token.
         self._prompt_seen = True
-        super().put(value)
+        self.token_cache = value.flatten().tolist()
+        self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers with each piece of text that no later token can change."""
+        self._pieces.append(text)
         if self._on_text is not None:
             self._on_text(text)
 
     def tokens_per_second(self) -> float | None:
+        """Speed after the first token; None for fewer than two."""
         if len(self._times) < 2:
             return None
         return (len(self._times) - 1) / (self._times[-1] - self._times[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def evaluation_windows(
         LarosaError: the text does not fill one window, or the length does not suit the model.
     """
     context = model.config.max_position_embeddings
-    length = sequence_length or min(DEFAULT_SEQUENCE_LENGTH, context)
+    length = min(DEFAULT_SEQUENCE_LENGTH, context) if sequence_length is None else sequence_length
     if not 2 <= length <= context:
         raise LarosaError(f"--sequence-length {length} is outside the model's context of 2 to {context}")
     if max_sequences is not None and max_sequences < 1:
@@ -149,13 +150,13 @@ class _Logits:
 
 
 class RecordedLogits:
-    """Logits of a model that is about to be changed, kept on the CPU in the model's dtype."""
+    """Logits of a model, kept on the CPU in its dtype: for when it is about to change, or to save time."""
 
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         logits_of = _Logits(model)
-        self._rows = iter([logits_of(window[None]).cpu() for window in windows])
+        self._rows = cycle([logits_of(window[None]).cpu() for window in windows])
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """The next window's logits; windows come in the order they were recorded in."""
+        """The next window's logits; windows come in the order they were recorded in, over and over."""
         return next(self._rows)

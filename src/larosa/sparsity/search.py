@@ -65,15 +65,18 @@ class SearchLog:
         self.points: dict[tuple[float, float], float] = {}
         if path is None:
             return
-        if not path.exists():
-            path.write_text(json.dumps(settings) + "\n", "utf-8")
-            return
-        lines = path.read_text("utf-8").splitlines()
         try:
+            if not path.exists():
+                path.write_text(json.dumps(settings) + "\n", "utf-8")
+                return
+            lines = path.read_text("utf-8").splitlines()
             # A kill in the middle of a write leaves a last line without its end: run that point again.
             rows = [json.loads(line) for line in lines if line.endswith("}")]
-            found, points = rows[0], {(r["alpha1"], r["alpha3"]): r["perplexity"] for r in rows[1:]}
-        except (json.JSONDecodeError, KeyError, IndexError):
+            found = rows[0]
+            points = {(float(r["alpha1"]), float(r["alpha3"])): float(r["perplexity"]) for r in rows[1:]}
+        except OSError as error:
+            raise LarosaError(f"{path}: {error.strerror}; name another with --search-log") from None
+        except (ValueError, KeyError, IndexError, TypeError):
             raise LarosaError(f"{path}: not a search log; name another with --search-log or delete it") from None
         if found != settings:
             changed = ", ".join(sorted(k for k in found.keys() | settings if found.get(k) != settings.get(k)))

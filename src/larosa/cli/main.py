@@ -1,0 +1,52 @@
+"""Entry point of the `larosa` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from larosa.cli.convert import convert
+from larosa.cli.demo import demo
+from larosa.cli.evaluate import evaluate
+from larosa.cli.generate import generate
+from larosa.cli.inspect import inspect
+from larosa.errors import LarosaError
+from larosa.version import __version__
+
+app = typer.Typer(
+    help="Training-free activation sparsity for LLM inference (LaRoSA).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(convert)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(inspect)
+app.command()(demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"larosa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def larosa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Training-free activation sparsity for LLM inference (LaRoSA)."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit status 1."""
+    try:
+        app(standalone_mode=True)
+    except LarosaError as error:
+        print(f"larosa: error: {error}", file=sys.stderr)
+        sys.exit(1)

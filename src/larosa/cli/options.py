@@ -1,0 +1,48 @@
+"""Options that mean the same in every command."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from larosa.errors import LarosaError
+
+console = Console()
+
+
+class Dtype(StrEnum):
+    """Number formats a model can be loaded in."""
+
+    AUTO = "auto"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+Model = Annotated[str, typer.Argument(help="Folder or Hugging Face name of a dense or converted model.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code in the checkpoint to run; never needed by larosa.")
+]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each sequence.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+
+
+def check_json_file(path: Path | None) -> None:
+    """Refuse a result file that cannot be written before the work rather than after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise LarosaError(f"{path}: not a file in an existing folder (--json)")
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write the results where `--json` asked for them."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

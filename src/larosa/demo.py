@@ -1,0 +1,116 @@
+"""The demonstration: what rotation buys, on the bundled model and text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from larosa.architectures import find_architecture
+from larosa.calibration.sources import BUNDLED
+from larosa.checkpoint import load
+from larosa.config import PerSite, Rotation
+from larosa.conversion import convert
+from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.models import set_keep_counts
+from larosa.sparsity import SiteSizes, keep_counts
+
+SPARSITIES = (0.25, 0.40, 0.50, 0.60)
+
+#: Rows of the table, in order, by the rotation that makes the difference.
+METHODS = {
+    "Top-K, no rotation": Rotation.NONE,
+    "Top-K, random rotation": Rotation.RANDOM,
+    "LaRoSA": Rotation.LAYER,
+}
+
+_NUM_SEQUENCES = 16
+_SEQUENCE_LENGTH = 512
+_MAX_SEQUENCES = 12
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One method at one sparsity; KL divergence in nats per token, both it and agreement to dense."""
+
+    method: str
+    sparsity: float
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def bundled_model() -> str:
+    """Folder of the bundled model, larosa-tiny."""
+    return str(resources.files("larosa.assets") / "larosa-tiny")
+
+
+def run_demo(*, seed: int, device: str) -> list[DemoRow]:
+    """Evaluate dense, Top-K without and with a random rotation, and LaRoSA, at `SPARSITIES`.
+
+    Each method is calibrated once, on sequences sampled from the model itself, and run at all
+    sparsities.
+    """
+    folder = bundled_model()
+    reference, tokenizer = load(folder, dtype="float32", device=device)
+    windows = evaluation_windows(reference, tokenizer, BUNDLED, _SEQUENCE_LENGTH, _MAX_SEQUENCES)
+    dense = RecordedLogits(reference, windows)
+    rows: list[DemoRow] = []
+
+    def add(method: str, sparsity: float, result: Evaluation) -> None:
+        assert result.kl_divergence is not None
+        assert result.top1_agreement is not None
+        row = DemoRow(method, sparsity, result.perplexity, result.kl_divergence, result.top1_agreement)
+        rows.append(row)
+
+    add("Dense", 0.0, evaluate_windows(reference, windows, dense))
+    for method, rotation in METHODS.items():
+        model, _ = load(folder, dtype="float32", device=device)
+        convert(
+            model,
+            tokenizer,
+            rotation=rotation,
+            calibration="self",
+            num_sequences=_NUM_SEQUENCES,
+            sequence_length=_SEQUENCE_LENGTH,
+            seed=seed,
+        )
+        architecture, sizes = find_architecture(model.config.model_type), SiteSizes.of(model.config)
+        for sparsity in SPARSITIES:
+            set_keep_counts(model, architecture, keep_counts(sparsity, PerSite(), sizes))
+            add(method, sparsity, evaluate_windows(model, windows, dense))
+    return rows
+
+
+def plot_demo(rows: list[DemoRow], picture: Path) -> None:
+    """Draw the KL divergence of each method over its sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, marker in zip(METHODS, "sXo", strict=True):
+        curve = [row for row in rows if row.method == method]
+        axes.plot(
+            [100 * row.sparsity for row in curve],
+            [row.kl_divergence for row in curve],
+            marker=marker,
+            label=method,
+        )
+    axes.set(
+        title="Distance from the dense model, larosa-tiny on the bundled text",
+        xlabel="weights skipped per token (%)",
+        ylabel="KL divergence to dense (nats per token)",
+        xticks=[100 * sparsity for sparsity in SPARSITIES],
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)

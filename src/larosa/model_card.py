@@ -1,0 +1,112 @@
+"""The README.md of a converted checkpoint, written from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from larosa.config import SITES, LarosaConfig
+from larosa.evaluation.perplexity import Evaluation
+from larosa.sparsity.report import Inspection
+
+_FRONT_MATTER = """---
+library_name: transformers{base_model}
+tags:
+- larosa
+- activation-sparsity
+pipeline_tag: text-generation
+---
+
+# {name}
+
+{base} sparsified by larosa {version}: {weights:.1%} of the decoder's weights are not read per token.
+
+This checkpoint needs the larosa package. `pip install larosa`, then
+
+```python
+import larosa
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+It inherits the licence and the limits of the model it was converted from. `hidden_states[l]` are in the
+rotated basis of layer l, not in that model's own.
+"""
+
+
+def model_card(
+    name: str,
+    base: str,
+    block: LarosaConfig,
+    inspection: Inspection,
+    dense: Evaluation | None,
+    sparse: Evaluation | None,
+) -> str:
+    """Markdown with Hugging Face front matter.
+
+    Args:
+        name: of the converted model.
+        base: folder or hub name of the model it was converted from.
+        dense, sparse: the measurement before and after conversion; None where it was left out.
+    """
+    sparsity = inspection.sparsity
+    # A local path means nothing to others, and says more about a machine than a card should.
+    local = Path(base).exists()
+    text = _FRONT_MATTER.format(
+        name=name,
+        base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
+        base_model="" if local else f"\nbase_model: {base}",
+        version=block.larosa_version,
+        weights=sparsity.weights,
+    )
+    settings: dict[str, Any] = {
+        "recipe": block.recipe,
+        "rotation": block.rotation,
+        "covariance": block.covariance,
+        "budget": block.budget,
+        "search": block.search,
+        "prompts": block.prefill,
+    }
+    if block.calibration is not None:
+        record = block.calibration
+        settings["calibration"] = (
+            f"{record.source}, {record.num_sequences} x {record.sequence_length} tokens, seed {record.seed}"
+        )
+    text += "\n## Settings\n\n" + _table(("setting", "value"), [(k, str(v)) for k, v in settings.items()])
+    text += "\n## What is skipped\n\n" + _table(
+        ("", ""),
+        [
+            ("nominal sparsity", f"{sparsity.nominal:.1%}"),
+            ("weights skipped", f"{sparsity.weights:.1%}"),
+            ("the same net of residual adapters", f"{sparsity.weights_net_of_adapters:.1%}"),
+            ("weight bytes per token, dense", f"{inspection.bytes_dense_total:,}"),
+            ("weight bytes per token, sparse", f"{inspection.bytes_sparse_total:,}"),
+        ],
+    )
+    rows = [
+        (site, f"{block.alphas[site]:.3f}", f"{block.keep[site][0]} of {width}")
+        for site, width in zip(SITES, (report.width for report in inspection.sites), strict=False)
+    ]
+    text += "\n" + _table(("site", "alpha", "entries kept in the first layer"), rows)
+    if dense is not None and sparse is not None:
+        text += (
+            f"\n## What was lost\n\nMeasured on larosa's bundled text ({sparse.windows} windows of "
+            f"{sparse.sequence_length} tokens, a small sample):\n\n"
+        )
+        text += _table(
+            ("", "dense", "sparse"),
+            [
+                ("perplexity", f"{dense.perplexity:.3f}", f"{sparse.perplexity:.3f}"),
+                ("KL divergence to dense (nats per token)", "0", f"{sparse.kl_divergence:.4f}"),
+                ("same likeliest next token as dense", "100%", f"{sparse.top1_agreement:.1%}"),
+            ],
+        )
+    return text
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,171 @@
+"""Every command for real, on tiny random models; quality is the bundled model's tests' business."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import larosa
+
+from .conftest import QUICK, contents
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_convert_writes_a_complete_checkpoint_and_leaves_the_source_alone(cli, checkpoint, tmp_path):
+    before, output = contents(checkpoint), tmp_path / "out"
+    outcome = cli("convert", checkpoint, output, *QUICK, "--sparsity", 0.4, "--json", tmp_path / "c.json")
+    assert outcome.code == 0, outcome.err
+    assert contents(checkpoint) == before
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "generation_config.json"} <= set(
+        contents(output)
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.json", "dense", "out"]  # nothing else left behind
+    report = read(tmp_path / "c.json")
+    assert report["sparsity"]["nominal"] == 0.4
+    assert report["sparsity"]["weights"] == pytest.approx(0.4, abs=0.02)  # k is a whole number of 32 entries
+    assert report["sparse"]["kl_divergence"] > 0
+    assert report["peak_memory_bytes"]["cpu"] > report["source_bytes"]
+    config = read(output / "config.json")
+    assert config["model_type"] == "larosa_llama"
+    assert config["larosa"]["calibration"] == {
+        "source": "self",
+        "num_sequences": 4,
+        "sequence_length": 32,
+        "seed": 0,
+    }
+    assert f"{report['sparse']['perplexity']:.3f}" in (output / "README.md").read_text("utf-8")
+
+
+def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
+    options = (
+        *("--recipe", "paper", "--search", "none", "--budget", "weights", "--rotation", "block"),
+        *("--covariance", "h3", "--prefill", "dense", "--seed", 7, "--calibration", text_file),
+        *("--dtype", "float64", "--max-shard-size", "20KB", "--no-measure"),
+    )
+    outcome = cli("convert", checkpoint, tmp_path / "out", *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    config = read(tmp_path / "out" / "config.json")
+    assert config["dtype"] == "float64"
+    block = config["larosa"]
+    chosen = {key: block[key] for key in ("recipe", "search", "budget", "rotation", "covariance", "prefill")}
+    assert list(chosen.values()) == ["paper", "none", "weights", "block", "h3", "dense"]
+    assert block["calibration"]["source"] == str(text_file)
+    assert block["calibration"]["seed"] == 7
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_paper_recipe_searches_and_keeps_its_points(cli, checkpoint, tmp_path, text_file):
+    outcome = cli(
+        *("convert", checkpoint, tmp_path / "out", "--recipe", "paper", "--no-measure"),
+        *("--calibration", text_file, "--num-sequences", 1, "--sequence-length", 16),
+    )
+    assert outcome.code == 0, outcome.err
+    block = read(tmp_path / "out" / "config.json")["larosa"]
+    assert (block["budget"], block["covariance"], block["search"]) == ("paper", "h1", "grid")
+    points = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text("utf-8").splitlines()[1:]]
+    best = min(points, key=lambda point: point["perplexity"])
+    assert (block["alphas"]["h1"], block["alphas"]["h3"]) == (best["alpha1"], best["alpha3"])
+    assert not (tmp_path / "out.search.jsonl").exists()
+
+
+def test_convert_with_offload_gives_the_same_model(cli, checkpoint, converted, tmp_path):
+    assert cli("convert", checkpoint, tmp_path / "out", *QUICK, "--offload").code == 0
+    assert contents(tmp_path / "out")["model.safetensors"] == contents(converted)["model.safetensors"]
+
+
+def test_eval_reports_what_python_measures(cli, checkpoint, converted, text_file, tmp_path):
+    outcome = cli(
+        *("eval", converted, "--data", text_file, "--reference", checkpoint),
+        *("--sequence-length", 32, "--max-sequences", 3, "--json", tmp_path / "e.json"),
+    )
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "e.json")
+    model, tokenizer = larosa.load(str(converted), device="cpu")
+    reference, _ = larosa.load(str(checkpoint), device="cpu")
+    expected = larosa.evaluate(
+        model, tokenizer, str(text_file), sequence_length=32, max_sequences=3, reference=reference
+    )
+    assert report["tokens"] == 3 * 31
+    assert report["perplexity"] == pytest.approx(expected.perplexity)
+    assert report["kl_divergence"] == pytest.approx(expected.kl_divergence)
+    assert report["top1_agreement"] == pytest.approx(expected.top1_agreement)
+    assert report["sparsity"].keys() == {"nominal", "weights", "weights_net_of_adapters"}
+    assert report["zeros"]["h1"] == {"mean": 0.5, "min": 0.5, "max": 0.5}
+
+
+def test_eval_of_a_dense_model_needs_no_reference(cli, checkpoint, text_file, tmp_path):
+    outcome = cli("eval", checkpoint, "--data", text_file, "--sequence-length", 32, "--json", tmp_path / "e.json")
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "e.json")
+    assert report["kl_divergence"] is None
+    assert report["zeros"] is None
+    assert report["sparsity"] == {"nominal": 0, "weights": 0, "weights_net_of_adapters": 0}
+    assert math.isfinite(report["perplexity"])
+
+
+def test_eval_of_a_dense_model_against_itself_finds_no_difference(cli, checkpoint, text_file, tmp_path):
+    options = ("--data", text_file, "--sequence-length", 32, "--json", tmp_path / "e.json")
+    assert cli("eval", checkpoint, "--reference", checkpoint, *options).code == 0
+    report = read(tmp_path / "e.json")
+    assert report["kl_divergence"] == 0
+    assert report["top1_agreement"] == 1
+
+
+def test_inspect_adds_up(cli, converted, tmp_path):
+    outcome = cli("inspect", converted, "--json", tmp_path / "i.json")
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "i.json")
+    assert len(report["sites"]) == 3 * 4
+    sparse = sum(site["bytes_sparse"] for site in report["sites"])
+    assert report["bytes_sparse_total"] == sparse + report["adapter_bytes"]
+    assert report["adapter_bytes"] == 2 * 32 * 32 * 4  # between three layers, float32
+    assert report["flops_sparse"] < report["flops_dense"] < report["flops_converted"]
+
+
+def test_inspect_of_a_dense_model_skips_nothing(cli, checkpoint, tmp_path):
+    assert cli("inspect", checkpoint, "--json", tmp_path / "i.json").code == 0
+    report = read(tmp_path / "i.json")
+    assert report["larosa"] is None
+    assert report["bytes_sparse_total"] == report["bytes_dense_total"]
+
+
+def test_generate_streams_what_greedy_decoding_gives(cli, converted, tmp_path):
+    outcome = cli("generate", converted, "--prompt", "w10 w20", "--max-new-tokens", 8, "--json", tmp_path / "g.json")
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "g.json")
+    model, _ = larosa.load(str(converted), device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    ids = tokenizer("w10 w20", return_tensors="pt").input_ids
+    for _ in range(8):  # without a cache: another way to the same tokens
+        best = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, best], dim=1)
+        if int(best) == model.config.eos_token_id:
+            break
+    assert "w10 w20" + report["text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert report["tokens"] == ids.shape[1] - 2
+    assert outcome.out == "w10 w20" + report["text"] + "\n"
+    assert "tokens/s" in outcome.err
+
+
+def test_generate_samples_by_seed(cli, converted):
+    def text(seed):
+        options = ("--max-new-tokens", 16, "--temperature", 1, "--top-p", 0.9, "--seed", seed)
+        outcome = cli("generate", converted, "--prompt", "w10", *options)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_version(cli):
+    outcome = cli("--version")
+    assert outcome.code == 0
+    assert outcome.out.strip() == f"larosa {larosa.__version__}"

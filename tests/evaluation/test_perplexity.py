@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+
+import larosa
+from larosa import LarosaError
+from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows, evaluation_windows
+
+
+@pytest.fixture
+def text(tmp_path, words):
+    """text(count): the path of a file of so many random tokens."""
+
+    def make(count):
+        path = tmp_path / f"{count}.txt"
+        path.write_text(words(count, seed=9), "utf-8")
+        return str(path)
+
+    return make
+
+
+def by_hand(model, path, tokenizer, length, dense=None):
+    """GPTQ's convention: exp of the windows' mean loss; with `dense`, divergence and agreement by token too."""
+    with open(path, encoding="utf-8") as file:
+        ids = [tokenizer.convert_tokens_to_ids(word) for word in file.read().split()]
+    losses, divergences, agreements = [], [], []
+    for start in range(0, len(ids) - length + 1, length):
+        window = torch.tensor([ids[start : start + length]])
+        p = model(window).logits[0].double().softmax(-1)
+        losses.append(sum(-math.log(p[i, window[0, i + 1]]) for i in range(length - 1)) / (length - 1))
+        if dense is not None:
+            q = dense(window).logits[0].double().softmax(-1)[:-1]
+            divergences += (q * (q / p[:-1]).log()).sum(-1).tolist()
+            agreements += (q.argmax(-1) == p[:-1].argmax(-1)).tolist()
+    if dense is None:
+        return math.exp(sum(losses) / len(losses))
+    return (
+        math.exp(sum(losses) / len(losses)),
+        sum(divergences) / len(divergences),
+        sum(agreements) / len(agreements),
+    )
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.5])
+@pytest.mark.parametrize(("count", "length"), [(100, 24), (97, 32), (8, 2)])
+def test_perplexity_by_hand(make_model, quick_convert, tokenizer, text, sparsity, count, length):
+    model = make_model("llama") if sparsity is None else quick_convert(make_model("llama"), sparsity=sparsity)
+    found = larosa.evaluate(model, tokenizer, text(count), sequence_length=length)
+    assert found.perplexity == pytest.approx(by_hand(model, text(count), tokenizer, length), rel=1e-5)
+    assert (found.windows, found.sequence_length) == (count // length, length)
+    assert found.tokens == count // length * (length - 1)
+    assert found.kl_divergence is None
+    assert found.top1_agreement is None
+
+
+def test_divergence_and_agreement_by_hand(make_model, quick_convert, tokenizer, text):
+    dense, model = make_model("qwen2"), quick_convert(make_model("qwen2"))
+    found = larosa.evaluate(model, tokenizer, text(120), sequence_length=30, reference=dense)
+    perplexity, divergence, agreement = by_hand(model, text(120), tokenizer, 30, dense)
+    assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert found.kl_divergence == pytest.approx(divergence, rel=1e-4)
+    assert found.top1_agreement == agreement
+    assert 0.1 < agreement < 0.9  # both outcomes occur
+    reverse = larosa.evaluate(dense, tokenizer, text(120), sequence_length=30, reference=model)
+    assert reverse.kl_divergence != pytest.approx(divergence, rel=0.01)  # the direction matters
+
+
+def test_a_model_agrees_with_itself(make_model, tokenizer, text):
+    model = make_model("llama")
+    found = larosa.evaluate(model, tokenizer, text(64), sequence_length=32, reference=model)
+    assert (found.kl_divergence, found.top1_agreement) == (pytest.approx(0, abs=1e-9), 1.0)
+
+
+def test_recorded_logits_are_a_reference(make_model, quick_convert, tokenizer, text):
+    model = make_model("llama")
+    windows = evaluation_windows(model, tokenizer, text(96), 32, None)
+    recorded = RecordedLogits(model, windows)
+    found = evaluate_windows(quick_convert(model), windows, recorded)
+    expected = larosa.evaluate(model, tokenizer, text(96), sequence_length=32, reference=make_model("llama"))
+    assert found.to_dict() == expected.to_dict()
+
+
+def test_long_windows_are_scored_whole(make_model, quick_convert, tokenizer, text):
+    # Longer than what is put through softmax at a time, and no multiple of it.
+    sizes = {"max_position_embeddings": 2048, "num_hidden_layers": 1}
+    dense, model = make_model("llama", **sizes), quick_convert(make_model("llama", **sizes))
+    found = larosa.evaluate(model, tokenizer, text(1200), sequence_length=1100, reference=dense)
+    perplexity, divergence, agreement = by_hand(model, text(1200), tokenizer, 1100, dense)
+    assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert found.kl_divergence == pytest.approx(divergence, rel=1e-4)
+    assert found.top1_agreement == agreement
+    assert found.tokens == 1099
+
+
+def test_a_uniform_model_has_the_vocabulary_as_perplexity(make_model, tokenizer, text):
+    model = make_model("llama")
+    model.lm_head.weight.zero_()
+    assert larosa.evaluate(model, tokenizer, text(64), sequence_length=16).perplexity == pytest.approx(128, rel=1e-6)
+
+
+def test_dense_prefill_is_measured_sparse(make_model, quick_convert, tokenizer, text):
+    models = {prefill: quick_convert(make_model("llama"), prefill=prefill) for prefill in ("sparse", "dense")}
+    found = {name: larosa.evaluate(model, tokenizer, text(64), sequence_length=32) for name, model in models.items()}
+    assert found["dense"].to_dict() == found["sparse"].to_dict()
+    plain = larosa.evaluate(make_model("llama"), tokenizer, text(64), sequence_length=32)
+    assert found["dense"].perplexity != pytest.approx(plain.perplexity, rel=0.01)
+
+
+def test_dense_prefill_is_dense_again_afterwards(make_model, quick_convert, tokenizer, token_ids, text):
+    model, ids = quick_convert(make_model("llama"), prefill="dense"), token_ids(1, 20)
+    before = model(ids).logits
+    larosa.evaluate(model, tokenizer, text(64), sequence_length=32)
+    assert torch.equal(model(ids).logits, before)
+    torch.testing.assert_close(before, make_model("llama")(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_reports_the_models_sparsity_and_zeros(make_model, quick_convert, tokenizer, text):
+    model = quick_convert(make_model("llama"), sparsity=0.25)
+    found = larosa.evaluate(model, tokenizer, text(64), sequence_length=32)
+    assert found.sparsity == larosa.inspect(model).sparsity
+    assert found.zeros["h4"].mean == pytest.approx(0.25)
+    dense = larosa.evaluate(make_model("llama"), tokenizer, text(64), sequence_length=32)
+    assert dense.zeros is None
+    assert dense.sparsity.weights == 0
+
+
+@pytest.mark.parametrize(("maximum", "windows"), [(1, 1), (2, 2), (3, 3), (4, 4), (9, 4)])
+def test_max_sequences_takes_the_first_windows(make_model, tokenizer, text, words, maximum, windows):
+    found = evaluation_windows(make_model("llama"), tokenizer, text(70), 16, maximum)
+    ids = tokenizer(words(70, seed=9))["input_ids"]
+    assert found.flatten().tolist() == ids[: windows * 16]
+
+
+def test_default_length_is_the_models_context(make_model, tokenizer, text):
+    assert evaluation_windows(make_model("llama"), tokenizer, text(300), None, None).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 1}, "--sequence-length 1 is outside"),
+        ({"sequence_length": 129}, "--sequence-length 129 is outside the model's context of 2 to 128"),
+        ({"sequence_length": -3}, "--sequence-length -3 is outside"),
+        ({"sequence_length": 0}, "--sequence-length 0 is outside"),
+        ({"max_sequences": 0}, "--max-sequences must be at least 1, not 0"),
+        ({"sequence_length": 65}, "has 64 tokens, less than one window"),
+    ],
+)
+def test_bad_options(make_model, tokenizer, text, options, message):
+    with pytest.raises(LarosaError, match=message):
+        larosa.evaluate(make_model("llama"), tokenizer, text(64), **options)
+
+
+def test_refuses_a_reference_of_another_vocabulary(make_model, tokenizer, text):
+    other = make_model("llama", vocab_size=130)
+    with pytest.raises(LarosaError, match="vocabulary of 130, the model of 128"):
+        larosa.evaluate(make_model("llama"), tokenizer, text(64), sequence_length=16, reference=other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_logits_are_an_error(make_model, tokenizer, text, value):
+    model = make_model("llama")
+    model.lm_head.weight[5] = value
+    with pytest.raises(LarosaError, match="logits"):
+        larosa.evaluate(model, tokenizer, text(64), sequence_length=16)

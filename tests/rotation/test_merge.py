@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from larosa import LarosaError
+from larosa.architectures import find_architecture
+from larosa.rotation import LayerBases, merge_bases, random_basis
+
+LLAMA = find_architecture("llama")
+
+
+def block_bases(layers, size):
+    return [LayerBases(random_basis(size, 2 * i), random_basis(size, 2 * i + 1)) for i in range(layers)]
+
+
+def weights_of(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def test_every_weight_by_the_papers_figure_2(make_model):
+    model = make_model("llama", torch.float64)
+    old, bases = weights_of(model), block_bases(3, 32)
+    adapters = merge_bases(model, LLAMA, bases)
+    new = model.state_dict()
+    for i, (A, M) in enumerate(bases):
+        layer = f"model.layers.{i}."
+        for names, norm, Q in (("qkv", "input_layernorm", A), (("gate", "up"), "post_attention_layernorm", M)):
+            gain = old[f"{layer}{norm}.weight"]
+            block = "mlp" if "gate" in names else "self_attn"
+            for name in names:
+                key = f"{layer}{block}.{name}_proj"
+                torch.testing.assert_close(new[f"{key}.weight"], old[f"{key}.weight"] @ gain.diag() @ Q)
+                assert torch.equal(new[f"{key}.bias"], old[f"{key}.bias"])  # not on the rotated side
+            assert bool((new[f"{layer}{norm}.weight"] == 1).all())
+        for key, Q in ((f"{layer}self_attn.o_proj", A), (f"{layer}mlp.down_proj", M)):
+            torch.testing.assert_close(new[f"{key}.weight"], Q.T @ old[f"{key}.weight"])
+            torch.testing.assert_close(new[f"{key}.bias"], old[f"{key}.bias"] @ Q)
+        torch.testing.assert_close(adapters[i].attention, A.T @ M)
+        if i < 2:
+            torch.testing.assert_close(adapters[i].residual, M.T @ bases[i + 1].attention)
+    assert adapters[2].residual is None
+    key = "model.embed_tokens.weight"
+    torch.testing.assert_close(new[key], old[key] @ bases[0].attention)
+    head = old["lm_head.weight"] @ old["model.norm.weight"].diag() @ bases[2].mlp
+    torch.testing.assert_close(new["lm_head.weight"], head)
+    assert bool((new["model.norm.weight"] == 1).all())
+
+
+def test_head_norms_of_qwen3_stay(make_model):
+    model = make_model("qwen3")
+    before = weights_of(model)
+    merge_bases(model, find_architecture("qwen3"), block_bases(3, 32))
+    for name, weight in model.state_dict().items():
+        if "q_norm" in name or "k_norm" in name:
+            assert torch.equal(weight, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounds_once(make_model, dtype):
+    model = make_model("llama", dtype)
+    wide = make_model("llama", torch.float64)
+    wide.load_state_dict(model.state_dict())
+    bases = block_bases(3, 32)
+    narrow_adapters, wide_adapters = merge_bases(model, LLAMA, bases), merge_bases(wide, LLAMA, bases)
+    for name, weight in model.state_dict().items():
+        # Exactly the float64 result rounded: folding and rotating one after the other would round twice.
+        assert torch.equal(weight, wide.state_dict()[name].to(dtype)), name
+    assert torch.equal(narrow_adapters[0].residual, wide_adapters[0].residual.to(dtype))
+
+
+def test_a_shared_basis_needs_no_adapter(make_model):
+    Q = random_basis(32, 0)
+    for adapters in merge_bases(make_model("llama"), LLAMA, [LayerBases(Q, Q)] * 3):
+        assert adapters.attention is None
+        assert adapters.residual is None
+
+
+def test_draws_a_layers_bases_before_it_changes_that_layer_or_a_later_one(make_model):
+    model = make_model("llama")
+    before = weights_of(model)
+
+    def bases():
+        for i in range(3):
+            for name, weight in model.state_dict().items():
+                rotated = any(name.startswith(f"model.layers.{j}.") for j in range(i))
+                assert rotated or torch.equal(weight, before[name]), name
+            Q = random_basis(32, i)
+            yield LayerBases(Q, Q)
+
+    merge_bases(model, LLAMA, bases())
+    assert not torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.layers.1.self_attn.k_proj.weight", "layer 1, site h1"),
+        ("model.layers.2.self_attn.o_proj.weight", "layer 2, site h2"),
+        ("model.layers.0.mlp.gate_proj.weight", "layer 0, site h3"),
+        ("model.layers.1.mlp.down_proj.weight", "layer 1, site h4"),
+        ("model.embed_tokens.weight", "the embedding"),
+        ("lm_head.weight", "the language-model head"),
+    ],
+)
+def test_names_the_place_of_a_bad_weight(make_model, name, where, value):
+    model = make_model("llama")
+    model.state_dict()[name][3, 5] = value
+    with pytest.raises(LarosaError, match=where):
+        merge_bases(model, LLAMA, block_bases(3, 32))
+
+
+def test_overflow_of_a_narrow_dtype_is_an_error(make_model):
+    model = make_model("llama", torch.float16)
+    model.model.layers[1].self_attn.q_proj.weight.fill_(60000)  # a row's 32 equal entries add up in a rotated one
+    Q = torch.linalg.qr(torch.ones(32, 32, dtype=torch.float64) + torch.eye(32, dtype=torch.float64))[0]
+    with pytest.raises(LarosaError, match=r"layer 1, site h1.*overflows torch.float16"):
+        merge_bases(model, LLAMA, [LayerBases(Q, Q)] * 3)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_needs_a_pair_for_each_layer(make_model, count):
+    with pytest.raises(ValueError, match="zip"):
+        merge_bases(make_model("llama"), LLAMA, block_bases(count, 32))

@@ -1,0 +1,143 @@
+import json
+
+import pytest
+
+from larosa import LarosaConfig, LarosaError, PerSite
+from larosa.config import FORMAT_VERSION, SITES, check_sparsity
+from larosa.settings import Settings
+
+
+def block(**changes):
+    counts = {site: [3, 4] for site in SITES}
+    return {
+        "format_version": FORMAT_VERSION,
+        "larosa_version": "0.1.0",
+        "recipe": "best",
+        "sparsity": 0.5,
+        "budget": "weights",
+        "keep": counts,
+        "rotation": "layer",
+        "covariance": "joint",
+        "search": "none",
+        **changes,
+    }
+
+
+def test_goes_through_json_unchanged():
+    config = LarosaConfig.parse(
+        block(
+            alphas={"h1": 0.9, "h2": 1.3, "h3": 0.8, "h4": 1.15},
+            prefill="dense",
+            calibration={"source": "self", "num_sequences": 16, "sequence_length": 2048, "seed": 0},
+        )
+    )
+    assert LarosaConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("value", [None, "larosa", [], 7])
+def test_a_missing_block_says_that_the_checkpoint_is_not_converted(value):
+    with pytest.raises(LarosaError, match="no 'larosa' block"):
+        LarosaConfig.parse(value)
+
+
+def test_a_newer_format_is_refused_before_its_keys_are_read():
+    with pytest.raises(LarosaError, match=rf"format version {FORMAT_VERSION + 1}.*pip install --upgrade larosa"):
+        LarosaConfig.parse({"format_version": FORMAT_VERSION + 1, "something": "new"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"format_version": "one"}, "format_version"),
+        ({"method": "teal"}, "method"),
+        ({"recipe": "worst"}, "recipe"),
+        ({"sparsity": 50}, "sparsity"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": -0.1}, "sparsity"),
+        ({"sparsity": float("nan")}, "sparsity"),
+        ({"sparsity": "half"}, "sparsity"),
+        ({"budget": "flops"}, "budget"),
+        ({"rotation": "row"}, "rotation"),
+        ({"prefill": "half"}, "prefill"),
+        ({"alphas": {"h1": float("inf")}}, "alphas.h1"),
+        ({"alphas": {"h5": 1.0}}, "alphas.h5"),
+        ({"keep": {"h1": [1], "h2": [1], "h3": [1]}}, "keep.h4"),
+        ({"keep": {site: [] for site in SITES}}, "keep.h1"),
+        ({"keep": {site: [2.5] for site in SITES}}, "keep.h1.0"),
+        ({"keep": {**{site: [3, 4] for site in SITES}, "h2": [3]}}, "keep"),
+        ({"keep": {site: [3, -1] for site in SITES}}, "keep"),
+        ({"calibration": {"source": "self", "num_sequences": 0, "sequence_length": 8, "seed": 0}}, "num_sequences"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_names_the_bad_key(changes, key):
+    with pytest.raises(LarosaError, match=r"config\.json, key 'larosa\.") as error:
+        LarosaConfig.parse(block(**changes))
+    assert key in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["larosa_version", "recipe", "sparsity", "budget", "keep", "rotation", "search"])
+def test_names_the_missing_key(missing):
+    content = block()
+    del content[missing]
+    with pytest.raises(LarosaError, match=rf"key 'larosa\.{missing}'"):
+        LarosaConfig.parse(content)
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 1.5, 50, -0.01, float("nan"), float("inf")])
+def test_sparsity_is_a_fraction(sparsity):
+    with pytest.raises(LarosaError, match=r"0\.5 for 50%"):
+        check_sparsity(sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.999])
+def test_sparsity_in_range_is_returned(sparsity):
+    assert check_sparsity(sparsity) == sparsity
+
+
+def test_the_paper_recipe_is_section_5_1():
+    settings = Settings.complete(sparsity=0.5, recipe="paper")
+    assert (settings.budget, settings.covariance, settings.search) == ("paper", "h1", "grid")
+    assert (settings.rotation, settings.prefill) == ("layer", "sparse")
+    calibration = settings.calibration
+    assert (calibration.source, calibration.num_sequences, calibration.sequence_length) == ("wikitext2", 16, 2048)
+
+
+def test_options_override_the_recipe():
+    settings = Settings.complete(sparsity=0.5, recipe="paper", search="none", budget="weights", num_sequences=3)
+    assert (settings.search, settings.budget, settings.covariance) == ("none", "weights", "h1")
+    assert settings.calibration.num_sequences == 3
+
+
+@pytest.mark.parametrize("rotation", ["none", "random"])
+def test_no_calibration_where_nothing_reads_it(rotation):
+    assert Settings.complete(sparsity=0.5, rotation=rotation).calibration is None
+    assert Settings.complete(sparsity=0.5, rotation=rotation, search="grid").calibration is not None
+
+
+def test_given_coefficients_replace_the_recipes_search():
+    settings = Settings.complete(sparsity=0.5, recipe="paper", alphas=PerSite(h1=0.9, h2=1.3))
+    assert settings.search == "none"
+    assert settings.alphas.h2 == 1.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "fast"}, "unknown recipe 'fast': one of paper, best"),
+        ({"rotation": "row"}, "unknown rotation 'row': one of none, random, model, layer, block"),
+        ({"budget": "p"}, "unknown budget"),
+        ({"covariance": "h2"}, "unknown covariance"),
+        ({"search": "random"}, "unknown search"),
+        ({"prefill": "none"}, "unknown prefill"),
+        ({"num_sequences": 0}, "--num-sequences must be at least 1, not 0"),
+        ({"sequence_length": -5}, "--sequence-length must be at least 1, not -5"),
+        ({"sparsity": 50}, "give a fraction"),
+        ({"alphas": PerSite(), "search": "grid"}, "either alphas or a search"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(LarosaError, match=message):
+        Settings.complete(**{"sparsity": 0.5, **options})
