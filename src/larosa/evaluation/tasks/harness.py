@@ -131,7 +131,7 @@ def run(model: InMemoryModel, task: LoadedTask, limit: int | None, seed: int) ->
         member.set_fewshot_seed(seed=seed)
     with _quiet():
         report = evaluator.evaluate(model, {"tasks": task.tasks, "groups": task.groups}, limit=limit, log_samples=True)
-    samples = [sample for name in task.tasks for sample in report["samples"][name]]
+    samples = [sample for name in sorted(task.tasks) for sample in report["samples"][name]]
     for sample in samples:
         if any(math.isnan(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]):
             raise LarosaError("the model's logits are NaN; is the checkpoint sound?")

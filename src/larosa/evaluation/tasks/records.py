@@ -7,7 +7,6 @@ import io
 import json
 import lzma
 import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,16 +105,14 @@ def csv_archive(path: Path) -> dict[str, list[Record]]:
     """
     files = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with tarfile.open(fileobj=io.BytesIO(_content(path)), mode="r:") as archive:
             for member in archive:
                 source = archive.extractfile(member) if member.isfile() and member.name.endswith(".csv") else None
                 if source is not None:
                     name = member.name.removeprefix("./")
                     files[name] = _csv_records(source.read(), f"{path}: {name}")
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise LarosaError(f"{path}: not a readable .tar.xz archive ({error}); fetch it again") from None
+    except tarfile.TarError as error:
+        raise LarosaError(f"{path}: not a whole .tar.xz archive ({error}); fetch it again") from None
     return files
 
 
@@ -144,16 +141,23 @@ def _csv_records(content: bytes, name: str) -> list[Record]:
     return records
 
 
-def _lines(path: Path) -> list[str]:
+def _content(path: Path) -> bytes:
+    """The bytes of a file, without its .xz compression."""
     try:
-        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        content = path.read_bytes()
+        return lzma.decompress(content) if path.suffix == ".xz" else content
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise LarosaError(
+            f"{path} is missing; put the file there, or leave its task out (docs/tasks.md lists the files)"
+        ) from None
     except lzma.LZMAError as error:
         raise LarosaError(f"{path}: not a whole .xz file ({error}); fetch it again") from None
     except OSError as error:
         raise LarosaError(f"{path}: cannot be read ({error.strerror}); make it a readable file") from None
-    raw = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+
+
+def _lines(path: Path) -> list[str]:
+    raw = _content(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if not raw[-1].strip():
         raw.pop()
     if not raw:
@@ -167,10 +171,6 @@ def _lines(path: Path) -> list[str]:
         except UnicodeDecodeError:
             raise LarosaError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from None
     return lines
-
-
-def _missing(path: Path) -> LarosaError:
-    return LarosaError(f"{path} is missing; put the file there, or leave its task out (docs/tasks.md lists the files)")
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,8 @@ class TaskResult:
     or subject of one item). `items` were scored of `total_items` in the data. `chance` is what guessing
     evenly among the answers of the scored items gives. `truncated_prompts` counts the distinct prompts
     that did not fit the model's context, so that their beginning was cut off. `scores` is 1 for each
-    item answered rightly and 0 for the others, in the order of the data (MMLU: subject by subject).
+    item answered rightly and 0 for the others, in the order of the data (MMLU: subject by subject, by
+    alphabet).
     """
 
     task: str
