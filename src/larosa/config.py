@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from larosa.errors import LarosaError
 
@@ -14,6 +14,28 @@ FORMAT_VERSION = 1
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
 #: q/k/v (h1), of the attention output projection (h2), of gate/up (h3) and of down (h4).
 SITES = ("h1", "h2", "h3", "h4")
+
+#: The site of CATS: the activated gate of the MLP, whose zeros skip rows of up and columns of down.
+GATE = "gate"
+
+
+class Method(StrEnum):
+    """How activations are sparsified: the paper's method and what it is compared with (its section 5)."""
+
+    LAROSA = "larosa"
+    TOPK = "topk"
+    TEAL = "teal"
+    CATS = "cats"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where the method makes zeros, in the order that a layer computes them."""
+        return (GATE,) if self is Method.CATS else SITES
+
+    @property
+    def uses_thresholds(self) -> bool:
+        """Whether calibrated magnitudes decide what is kept, rather than a count."""
+        return self in (Method.TEAL, Method.CATS)
 
 
 class Rotation(StrEnum):
@@ -47,10 +69,11 @@ class Budget(StrEnum):
 
 
 class Search(StrEnum):
-    """How the per-site sparsity coefficients are found: all 1, or the paper's Algorithm 1."""
+    """How sparsity is shared out among the sites: evenly, by the paper's Algorithm 1, or by TEAL's."""
 
     NONE = "none"
     GRID = "grid"
+    GREEDY = "greedy"
 
 
 class Recipe(StrEnum):
@@ -104,6 +127,34 @@ class KeepCounts(_Block):
         return counts
 
 
+_Site = Literal["h1", "h2", "h3", "h4", "gate"]
+_Magnitude = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Thresholds(_Block):
+    """Magnitudes up to which a site's entries are dropped: one list a site, one number a layer.
+
+    `dropped` is the share of the calibration tokens' entries that each threshold drops. What it drops of
+    another token differs from token to token.
+    """
+
+    values: dict[_Site, list[_Magnitude]]
+    dropped: dict[_Site, list[_Share]]
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.values.keys() != self.dropped.keys():
+            raise ValueError("'values' and 'dropped' must have the same sites")
+        lengths = {len(numbers) for part in (self.values, self.dropped) for numbers in part.values()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError("every site needs one number for each layer")
+        return self
+
+    def __getitem__(self, site: str) -> list[float]:
+        return self.values[site]  # type: ignore[index]
+
+
 class CalibrationRecord(_Block):
     """What the model was calibrated on; kept for the record, never read again."""
 
@@ -116,22 +167,50 @@ class CalibrationRecord(_Block):
 class LarosaConfig(_Block):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
-    `keep` is what the model runs by; the other keys say how it came about.
+    `keep` (methods that count) or `thresholds` (methods that compare) is what the model runs by; the
+    other keys say how it came about. `alphas` and `covariance` are null where the method has none.
     """
 
     format_version: int = FORMAT_VERSION
     larosa_version: str
-    method: str = Field(default="larosa", pattern="^larosa$")
+    method: Method = Method.LAROSA
     recipe: Recipe
     sparsity: float = Field(ge=0, lt=1)
     budget: Budget
-    alphas: PerSite = PerSite()
-    keep: KeepCounts
+    alphas: PerSite | None = None
+    keep: KeepCounts | None = Field(default=None, validate_default=True)
+    thresholds: Thresholds | None = Field(default=None, validate_default=True)
     rotation: Rotation
-    covariance: Covariance
+    covariance: Covariance | None = None
     search: Search
     prefill: Prefill = Prefill.SPARSE
     calibration: CalibrationRecord | None = None
+
+    @field_validator("keep", "thresholds")
+    @classmethod
+    def _check_selection(cls, value: Any, info: ValidationInfo) -> Any:
+        method = info.data.get("method")
+        if method is None:  # invalid itself, and reported first
+            return value
+        needed = method.uses_thresholds == (info.field_name == "thresholds")
+        if needed != (value is not None):
+            raise ValueError(f"method '{method}' {'needs it' if needed else 'has none'}")
+        if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
+            raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
+        return value
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that the counts or thresholds are for."""
+        first: str = self.method.sites[0]
+        return len(self.selection[first])
+
+    @property
+    def selection(self) -> KeepCounts | Thresholds:
+        """What the model runs by."""
+        selection = self.thresholds if self.method.uses_thresholds else self.keep
+        assert selection is not None, "validated"
+        return selection
 
     @classmethod
     def parse(cls, block: Any) -> LarosaConfig:

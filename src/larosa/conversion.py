@@ -13,7 +13,17 @@ from torch import nn
 
 from larosa.architectures import Architecture, find_architecture
 from larosa.calibration import LayerMoments, calibration_sequences, layer_second_moments
-from larosa.config import CalibrationRecord, Covariance, KeepCounts, LarosaConfig, PerSite, Prefill, Recipe, Rotation
+from larosa.config import (
+    CalibrationRecord,
+    Covariance,
+    KeepCounts,
+    LarosaConfig,
+    Method,
+    PerSite,
+    Prefill,
+    Recipe,
+    Rotation,
+)
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import evaluate_windows
@@ -22,7 +32,9 @@ from larosa.progress import track
 from larosa.rotation import Adapters, LayerBases, merge_bases, principal_basis, random_basis
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity.greedy import GreedyAllocation
 from larosa.sparsity.search import SearchLog, grid_search
+from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.version import __version__
 
 
@@ -31,6 +43,7 @@ def convert(
     tokenizer: Any = None,
     *,
     sparsity: float = 0.5,
+    method: str = Method.LAROSA,
     recipe: str = Recipe.BEST,
     budget: str | None = None,
     calibration: str | None = None,
@@ -49,12 +62,15 @@ def convert(
 
     Options left at None take the recipe's default (`larosa.settings.RECIPES`). The model's weights are
     rotated, and its class and configuration become the family's sparsified ones; after an error the model
-    must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis.
+    must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis. The methods
+    that LaRoSA is compared with rotate nothing and change no weight.
 
     Args:
         model: a supported dense model (Llama, Mistral, Qwen2, Qwen3, SmolLM3), in any float dtype.
         tokenizer: needed for calibration text; not for `calibration="self"`.
         sparsity: fraction of weights to skip per token, in [0, 1); see `budget`.
+        method: `larosa`, `topk` (the same without rotation), `teal` (a magnitude threshold at each site) or
+            `cats` (a threshold at the MLP's gate). Options that do not apply to it are refused.
         recipe: `best`, or `paper` for the paper's own settings.
         budget: `weights` (the fraction of weight elements skipped is `sparsity`) or `paper`.
         calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.jsonl file or folder.
@@ -64,7 +80,8 @@ def convert(
         rotation: `layer`, `block`, `model`, `random` or `none`.
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
-        search: `none`, or `grid` for Algorithm 1.
+        search: `none`; `grid` for Algorithm 1 (larosa, topk); `greedy` for TEAL's allocation within each
+            layer (teal).
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
         device: where layers are calibrated and merged, one at a time; None is where the embedding is.
@@ -74,10 +91,12 @@ def convert(
         `model`, now a `Larosa...ForCausalLM`.
 
     Raises:
-        LarosaError: unsupported model, bad option, unusable calibration text, NaN or Inf.
+        LarosaError: unsupported model, bad option, a sparsity beyond the method's reach, unusable
+            calibration text, NaN or Inf.
     """
     settings = Settings.complete(
         sparsity=sparsity,
+        method=method,
         recipe=recipe,
         budget=budget,
         calibration=calibration,
@@ -93,17 +112,19 @@ def convert(
     if str(model.config.model_type).startswith("larosa_"):
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
+    sizes = SiteSizes.of(model.config)
+    check_reach(settings, sizes)
     model.eval().requires_grad_(False)
     check_weights(model)
-    block = _block(settings, SiteSizes.of(model.config))
     sequences = None
     if settings.calibration is not None:
         sequences = _calibration_sequences(model, tokenizer, settings.calibration)
+    where = torch.device(device) if device else architecture.embedding(model).weight.device
+    block = _block(settings, **_SELECTIONS[settings.method](model, architecture, settings, sizes, sequences, where))
 
     _untie(model, architecture)
     adapters: list[Adapters] = []
     if settings.rotation is not Rotation.NONE:
-        where = torch.device(device) if device else architecture.embedding(model).weight.device
         bases = _bases(model, architecture, settings, sequences, where)
         layers = len(architecture.layers(model))
         adapters = merge_bases(model, architecture, track(bases, "Rotating layers", total=layers))
@@ -114,19 +135,64 @@ def convert(
     return model
 
 
-def _block(settings: Settings, sizes: SiteSizes) -> LarosaConfig:
+def check_reach(settings: Settings, sizes: SiteSizes) -> None:
+    """Refuse a sparsity that the method cannot give this model.
+
+    Raises:
+        LarosaError: the message says what it can give.
+    """
+    if settings.method.uses_thresholds:
+        uniform_shares(settings.method, settings.sparsity, sizes)
+    else:
+        keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)
+
+
+def _counts(
+    model: Any,
+    architecture: Architecture,
+    settings: Settings,
+    sizes: SiteSizes,
+    sequences: torch.Tensor | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    return {"keep": keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)}
+
+
+def _thresholds(
+    model: Any,
+    architecture: Architecture,
+    settings: Settings,
+    sizes: SiteSizes,
+    sequences: torch.Tensor | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    assert sequences is not None, "thresholds are calibrated"
+    sites = settings.method.sites
+    shares = uniform_shares(settings.method, settings.sparsity, sizes)
+    allocate: Allocation = lambda visit, magnitudes: shares  # noqa: E731
+    if settings.search is SearchKind.GREEDY:
+        allocate = GreedyAllocation(architecture, settings.sparsity, {site: sizes.weights(site) for site in sites})
+    return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate)}
+
+
+#: What decides which entries a method keeps, as keys of the configuration block.
+_SELECTIONS = {Method.LAROSA: _counts, Method.TOPK: _counts, Method.TEAL: _thresholds, Method.CATS: _thresholds}
+
+
+def _block(settings: Settings, **selection: Any) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
+        method=settings.method,
         recipe=settings.recipe,
         sparsity=settings.sparsity,
         budget=settings.budget,
         alphas=settings.alphas,
-        keep=keep_counts(settings.sparsity, settings.alphas, sizes),
         rotation=settings.rotation,
         covariance=settings.covariance,
         search=settings.search,
         prefill=settings.prefill,
         calibration=settings.calibration,
+        **selection,
     )
 
 
@@ -192,7 +258,7 @@ def _bases(
             yield LayerBases(Q, Q)
 
 
-def _combine(moments: LayerMoments, covariance: Covariance) -> torch.Tensor:
+def _combine(moments: LayerMoments, covariance: Covariance | None) -> torch.Tensor:
     # Both are of RMSNorm outputs, so both have trace D and the mean needs no weights.
     if covariance is Covariance.JOINT:
         return (moments.h1 + moments.h3) / 2

@@ -12,9 +12,9 @@ import torch
 
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
-from larosa.checkpoint import check_output, find_device, load, save
+from larosa.checkpoint import check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig, Rotation
-from larosa.conversion import check_weights, convert
+from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
 from larosa.memory import peak_memory
@@ -76,14 +76,17 @@ def convert_checkpoint(
     """
     started = time.perf_counter()
     check_output(output)
-    Settings.complete(**settings)  # refuse bad options before a long load
+    # Refuse bad options before a long load.
+    completed = Settings.complete(**settings)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    check_reach(completed, SiteSizes.of(config))
     target = find_device(device)
     model, tokenizer = load(
         source, dtype=dtype, device="cpu" if offload else str(target), trust_remote_code=trust_remote_code
     )
     check_weights(model)
     source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    _check_disk(output, model, settings.get("rotation"))
+    _check_disk(output, model, completed.rotation)
     log = search_log or output.with_name(output.name + ".search.jsonl")
     dense = sparse = windows = recorded = None
     if measure:
@@ -111,14 +114,14 @@ def convert_checkpoint(
     )
 
 
-def _check_disk(output: Path, model: torch.nn.Module, rotation: str | None) -> None:
+def _check_disk(output: Path, model: torch.nn.Module, rotation: Rotation) -> None:
     """Find out that the disk is too full before the work rather than after it."""
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if config.tie_word_embeddings:
         needed += head.numel() * head.element_size()
-    adapters = SiteSizes.of(config).adapter_weights(Rotation(rotation or Rotation.LAYER))
+    adapters = SiteSizes.of(config).adapter_weights(rotation)
     needed += adapters * head.element_size()
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:

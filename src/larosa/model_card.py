@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from larosa.config import SITES, LarosaConfig
+from larosa.config import LarosaConfig, Method, PerSite, Rotation
 from larosa.evaluation.perplexity import Evaluation
 from larosa.sparsity.report import Inspection
+
+_NAMES = {Method.LAROSA: "LaRoSA", Method.TOPK: "TopK", Method.TEAL: "TEAL", Method.CATS: "CATS"}
 
 _FRONT_MATTER = """---
 library_name: transformers{base_model}
@@ -20,7 +22,8 @@ pipeline_tag: text-generation
 
 # {name}
 
-{base} sparsified by larosa {version}: {weights:.1%} of the decoder's weights are not read per token.
+{base} sparsified by larosa {version}{method}: {weights:.1%} of the decoder's weights are not read
+per token{fluctuating}.
 
 This checkpoint needs the larosa package. `pip install larosa`, then
 
@@ -32,9 +35,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-It inherits the licence and the limits of the model it was converted from. `hidden_states[l]` are in the
-rotated basis of layer l, not in that model's own.
+It inherits the licence and the limits of the model it was converted from.{rotated}
 """
+
+_ROTATED = " `hidden_states[l]` are in the\nrotated basis of layer l, not in that model's own."
 
 
 def model_card(
@@ -60,9 +64,13 @@ def model_card(
         base=Path(base).resolve().name if local else f"[{base}](https://huggingface.co/{base})",
         base_model="" if local else f"\nbase_model: {base}",
         version=block.larosa_version,
+        method="" if block.method is Method.LAROSA else f" with the method {_NAMES[block.method]}",
         weights=sparsity.weights,
+        fluctuating=" on average over the calibration text" if block.method.uses_thresholds else "",
+        rotated="" if block.rotation is Rotation.NONE else _ROTATED,
     )
     settings: dict[str, Any] = {
+        "method": block.method,
         "recipe": block.recipe,
         "rotation": block.rotation,
         "covariance": block.covariance,
@@ -70,6 +78,7 @@ def model_card(
         "search": block.search,
         "prompts": block.prefill,
     }
+    settings = {name: value for name, value in settings.items() if value is not None}
     if block.calibration is not None:
         record = block.calibration
         settings["calibration"] = (
@@ -86,25 +95,35 @@ def model_card(
             ("weight bytes per token, sparse", f"{inspection.bytes_sparse_total:,}"),
         ],
     )
-    rows = [
-        (site, f"{block.alphas[site]:.3f}", f"{block.keep[site][0]} of {width}")
-        for site, width in zip(SITES, (report.width for report in inspection.sites), strict=False)
-    ]
-    text += "\n" + _table(("site", "alpha", "entries kept in the first layer"), rows)
+    text += "\n" + _selection(block, inspection)
     if dense is not None and sparse is not None:
         text += (
             f"\n## What was lost\n\nMeasured on larosa's bundled text ({sparse.windows} windows of "
             f"{sparse.sequence_length} tokens, a small sample):\n\n"
         )
-        text += _table(
-            ("", "dense", "sparse"),
-            [
-                ("perplexity", f"{dense.perplexity:.3f}", f"{sparse.perplexity:.3f}"),
-                ("KL divergence to dense (nats per token)", "0", f"{sparse.kl_divergence:.4f}"),
-                ("same likeliest next token as dense", "100%", f"{sparse.top1_agreement:.1%}"),
-            ],
-        )
+        rows = [
+            ("perplexity", f"{dense.perplexity:.3f}", f"{sparse.perplexity:.3f}"),
+            ("KL divergence to dense (nats per token)", "0", f"{sparse.kl_divergence:.4f}"),
+            ("same likeliest next token as dense", "100%", f"{sparse.top1_agreement:.1%}"),
+            ("weights skipped by a token", "0%", f"{sparse.actual_sparsity:.1%}"),
+        ]
+        text += _table(("", "dense", "sparse"), rows)
     return text
+
+
+def _selection(block: LarosaConfig, inspection: Inspection) -> str:
+    """What each site keeps in the first layer."""
+    first = [report for report in inspection.sites if report.layer == 0 and report.site in block.method.sites]
+    if block.method.uses_thresholds:
+        return _table(
+            ("site", "threshold in the first layer", "entries dropped of the calibration text"),
+            [(report.site, f"{report.threshold:.4g}", f"{report.sparsity:.1%}") for report in first],
+        )
+    alphas = block.alphas or PerSite()
+    return _table(
+        ("site", "alpha", "entries kept in the first layer"),
+        [(report.site, f"{alphas[report.site]:.3f}", f"{report.k} of {report.width}") for report in first],
+    )
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self, TypeVar
 
@@ -10,6 +10,7 @@ from larosa.config import (
     Budget,
     CalibrationRecord,
     Covariance,
+    Method,
     PerSite,
     Prefill,
     Recipe,
@@ -43,17 +44,36 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
+class Applicable:
+    """Which options mean something to a method; the others may be given only as what it does anyway."""
+
+    rotation: bool
+    coefficients: bool
+    searches: tuple[Search, ...]
+
+
+#: Coefficients are what a budget and alphas are about: they share out counts among the sites.
+METHODS = {
+    Method.LAROSA: Applicable(rotation=True, coefficients=True, searches=(Search.NONE, Search.GRID)),
+    Method.TOPK: Applicable(rotation=False, coefficients=True, searches=(Search.NONE, Search.GRID)),
+    Method.TEAL: Applicable(rotation=False, coefficients=False, searches=(Search.NONE, Search.GREEDY)),
+    Method.CATS: Applicable(rotation=False, coefficients=False, searches=(Search.NONE,)),
+}
+
+
+@dataclass(frozen=True)
 class Settings:
-    """The complete settings of a conversion; `calibration` is None where nothing needs it."""
+    """The complete settings of a conversion; None where nothing needs the thing."""
 
     sparsity: float
+    method: Method
     recipe: Recipe
     budget: Budget
     rotation: Rotation
-    covariance: Covariance
+    covariance: Covariance | None
     search: Search
     prefill: Prefill
-    alphas: PerSite
+    alphas: PerSite | None
     seed: int
     calibration: CalibrationRecord | None
 
@@ -62,6 +82,7 @@ class Settings:
         cls,
         *,
         sparsity: float,
+        method: str = Method.LAROSA,
         recipe: str = Recipe.BEST,
         budget: str | None = None,
         calibration: str | None = None,
@@ -77,36 +98,77 @@ class Settings:
         """Check the user's options and take the rest from the recipe.
 
         Raises:
-            LarosaError: an unknown choice, a number out of range, or options that exclude each other.
+            LarosaError: an unknown choice, a number out of range, options that exclude each other, or one
+                that does not apply to the method.
         """
         chosen_recipe = _choose(Recipe, recipe, "recipe")
-        defaults = RECIPES[chosen_recipe]
+        chosen_method = _choose(Method, method, "method")
+        applicable = METHODS[chosen_method]
+        defaults = _defaults(chosen_recipe, applicable)
         chosen_rotation = _choose(Rotation, rotation or defaults.rotation, "rotation")
+        chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
         chosen_search = _choose(Search, search or (Search.NONE if alphas else defaults.search), "search")
+        chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
+        _check_applicable(
+            chosen_method,
+            {
+                f"--rotation {rotation}": applicable.rotation or chosen_rotation is Rotation.NONE,
+                f"--covariance {covariance}": applicable.rotation or covariance is None,
+                f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
+                f"--search {search}": chosen_search in applicable.searches,
+                "alphas": applicable.coefficients or alphas is None,
+            },
+        )
         if alphas is not None and chosen_search is not Search.NONE:
             raise LarosaError("give either alphas or a search, not both")
         record = None
-        if chosen_rotation.is_calibrated or chosen_search is not Search.NONE:
+        if chosen_rotation.is_calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
                 num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
                 sequence_length=_positive(sequence_length, defaults.sequence_length, "sequence-length"),
                 seed=seed,
             )
-            if chosen_search is not Search.NONE and record.sequence_length < 2:
+            if chosen_search is Search.GRID and record.sequence_length < 2:
                 raise LarosaError("--sequence-length must be at least 2 for a search: it predicts tokens")
         return cls(
             sparsity=check_sparsity(sparsity),
+            method=chosen_method,
             recipe=chosen_recipe,
-            budget=_choose(Budget, budget or defaults.budget, "budget"),
+            budget=chosen_budget,
             rotation=chosen_rotation,
-            covariance=_choose(Covariance, covariance or defaults.covariance, "covariance"),
+            covariance=chosen_covariance if applicable.rotation else None,
             search=chosen_search,
             prefill=_choose(Prefill, prefill, "prefill"),
-            alphas=alphas or PerSite(),
+            alphas=(alphas or PerSite()) if applicable.coefficients else None,
             seed=seed,
             calibration=record,
         )
+
+
+def _defaults(recipe: Recipe, applicable: Applicable) -> Defaults:
+    """The recipe's defaults, as far as they apply."""
+    defaults = RECIPES[recipe]
+    return replace(
+        defaults,
+        rotation=defaults.rotation if applicable.rotation else Rotation.NONE,
+        budget=defaults.budget if applicable.coefficients else Budget.WEIGHTS,
+        search=defaults.search if defaults.search in applicable.searches else Search.NONE,
+    )
+
+
+def _check_applicable(method: Method, options: dict[str, bool]) -> None:
+    for option, applies in options.items():
+        if not applies:
+            raise LarosaError(f"{option} does not apply to method {method}: {_WHAT_APPLIES[method]}")
+
+
+_WHAT_APPLIES = {
+    Method.LAROSA: "its searches are none and grid",
+    Method.TOPK: "it rotates nothing, and its searches are none and grid",
+    Method.TEAL: "it rotates nothing, budgets by weights, and its searches are none and greedy",
+    Method.CATS: "it rotates nothing, budgets by weights, and has no search",
+}
 
 
 def _choose(enum: type[Choice], value: str, name: str) -> Choice:

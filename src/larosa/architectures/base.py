@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from larosa.config import GATE
+from larosa.errors import LarosaError
+
+#: Looks at an activation [..., D]; what it returns, if anything, takes the activation's place.
+Tap = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Architecture:
     attention_output_name: str = "o_proj"
     gate_up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
+    #: What the gate goes through before it multiplies `up`; None where the MLP has no gate.
+    gate_activation_name: str | None = "act_fn"
 
     @property
     def converted_model_type(self) -> str:
@@ -78,6 +88,40 @@ class Architecture:
             "h4": (mlp, (self.down_name,)),
         }[site]
         return [getattr(block, name) for name in names]
+
+    def gate_activation(self, layer: nn.Module) -> nn.Module:
+        """The module whose output act(gate(x)) multiplies up(x).
+
+        Raises:
+            LarosaError: the family's MLP is not gated.
+        """
+        return self.mlp(layer).get_submodule(self._gate_activation_name())
+
+    def set_gate_activation(self, layer: nn.Module, activation: nn.Module) -> None:
+        """Put another module in the place of `gate_activation`."""
+        setattr(self.mlp(layer), self._gate_activation_name(), activation)
+
+    def _gate_activation_name(self) -> str:
+        if self.gate_activation_name is None:
+            raise LarosaError(f"model type '{self.model_type}' has no gated MLP, which method cats needs")
+        return self.gate_activation_name
+
+    def tap(self, layer: nn.Module, site: str, tap: Tap) -> RemovableHandle:
+        """Let `tap` see, and replace, the activations of a site or of the gate as a dense layer runs.
+
+        It sees what the linears read, the norm's gain included, before any selector.
+        """
+        if site in ("h1", "h3"):
+            return self.norm(layer, site).register_forward_hook(lambda _module, _inputs, output: tap(output))
+        if site == GATE:
+            return self.gate_activation(layer).register_forward_hook(lambda _module, _inputs, output: tap(output))
+        (linear,) = self.linears(layer, site)
+        return linear.register_forward_pre_hook(lambda _module, inputs: tap(inputs[0]))
+
+    def tap_unit_norm(self, layer: nn.Module, site: str, tap: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """Let `tap` see the input of site h1 or h3 before the norm's gain, in float32 or wider."""
+        norm = self.norm(layer, site)
+        return norm.register_forward_hook(lambda _module, inputs, _output: tap(self.unit_norm(norm, inputs[0])))
 
     def unit_norm(self, norm: Any, hidden: torch.Tensor) -> torch.Tensor:
         """RMSNorm of `hidden` [..., D] without its gain, in float32 or wider."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from larosa.architectures import Architecture
-from larosa.errors import LarosaError
+from larosa.calibration.layers import visit_layers
+from larosa.calibration.observers import SecondMoment, attached
 
 
 class LayerMoments(NamedTuple):
@@ -27,95 +28,15 @@ class LayerMoments(NamedTuple):
 def layer_second_moments(
     model: nn.Module, architecture: Architecture, sequences: torch.Tensor, device: torch.device
 ) -> Iterator[LayerMoments]:
-    """Run `sequences` through the dense model and yield each layer's moments as soon as it has run.
+    """Yield each layer's moments as soon as it has run; arguments as for `visit_layers`.
 
-    Only the residual stream at one layer is held, and only that layer has to be on `device`: it is
-    moved there and back, so the model may be larger than the device. A layer may be changed by the
-    caller once its moments have been yielded.
-
-    Args:
-        model: a dense causal language model in evaluation mode.
-        sequences: [number, length] token ids.
-        device: where the layers run.
+    A layer may be changed by the caller once its moments have been yielded.
 
     Raises:
         LarosaError: an activation is NaN or Inf; the message names layer and site.
     """
-    layers = architecture.layers(model)
-    embedding = architecture.embedding(model)
-    hidden = [embedding(ids[None].to(embedding.weight.device)).to(device) for ids in sequences]
-    arguments = _layer_arguments(model, architecture, sequences[:1])
-    for index, (layer, kwargs) in enumerate(zip(layers, arguments, strict=True)):
-        home = next(layer.parameters()).device
-        layer.to(device)
-        moments = {
-            site: _SecondMoment(architecture, architecture.norm(layer, site), f"layer {index}, site {site}")
-            for site in LayerMoments._fields
-        }
-        kwargs = _to(kwargs, device)
-        for position, x in enumerate(hidden):
-            hidden[position] = layer(x, **kwargs)
+    for visit in visit_layers(model, architecture, sequences, device):
+        moments = {site: SecondMoment(f"layer {visit.index}, site {site}") for site in LayerMoments._fields}
+        with attached(*(architecture.tap_unit_norm(visit.layer, site, m.see) for site, m in moments.items())):
+            visit.outputs()
         yield LayerMoments(**{site: moment.finish() for site, moment in moments.items()})
-        layer.to(home)
-
-
-class _SecondMoment:
-    """Accumulates the second moment of one norm's unit-gain output while the model runs."""
-
-    def __init__(self, architecture: Architecture, norm: nn.Module, where: str) -> None:
-        self._architecture = architecture
-        self._where = where
-        self._sum: torch.Tensor | None = None
-        self._tokens = 0
-        self._hook = norm.register_forward_hook(self._add)
-
-    def _add(self, norm: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> None:
-        x = self._architecture.unit_norm(norm, inputs[0]).flatten(0, -2).double()
-        if self._sum is None:
-            self._sum = x.new_zeros(x.shape[1], x.shape[1])
-        self._sum.addmm_(x.T, x)
-        self._tokens += len(x)
-
-    def finish(self) -> torch.Tensor:
-        """Detach from the model and return the mean, [D, D] float64."""
-        self._hook.remove()
-        assert self._sum is not None, "the layer has run"
-        if not self._sum.isfinite().all():
-            raise LarosaError(f"{self._where}: calibration activations are NaN or Inf; is the checkpoint sound?")
-        return self._sum / self._tokens
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps the arguments it is called with."""
-
-    arguments: dict[str, Any]
-
-    def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.arguments = kwargs
-        return hidden
-
-
-def _layer_arguments(model: nn.Module, architecture: Architecture, sequence: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model passes each of its layers beside the hidden state: masks, positions.
-
-    Asking the model keeps sliding windows, position embeddings and the like its own business.
-    """
-    base = model.get_submodule("model")
-    layers = architecture.layers(model)
-    recorders = [_Recorder() for _ in layers]
-    base.layers = nn.ModuleList(recorders)
-    try:
-        base(sequence.to(architecture.embedding(model).weight.device), use_cache=False)
-    finally:
-        base.layers = layers
-    return [recorder.arguments for recorder in recorders]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    return value

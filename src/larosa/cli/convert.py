@@ -10,7 +10,7 @@ from rich.table import Table
 
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.config import Budget, Covariance, Prefill, Recipe, Rotation, Search
+from larosa.config import Budget, Covariance, Method, Prefill, Recipe, Rotation, Search
 from larosa.convert_checkpoint import ConversionReport, convert_checkpoint
 
 
@@ -18,6 +18,9 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of a dense model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the converted model.")],
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to skip per token, in [0, 1).")] = 0.5,
+    method: Annotated[
+        Method, typer.Option(help="larosa, or what it is compared with: topk (no rotation), teal, cats.")
+    ] = Method.LAROSA,
     recipe: Annotated[Recipe, typer.Option(help="Named defaults for the options below.")] = Recipe.BEST,
     budget: Annotated[Budget | None, typer.Option(help="What the sparsity is a fraction of.")] = None,
     calibration: Annotated[
@@ -29,7 +32,9 @@ def convert(
     seed: options.Seed = 0,
     rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
     covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
-    search: Annotated[Search | None, typer.Option(help="Search per-site sparsities (Algorithm 1).")] = None,
+    search: Annotated[
+        Search | None, typer.Option(help="Share out sparsity among sites: grid (larosa, topk), greedy (teal).")
+    ] = None,
     search_log: Annotated[
         Path | None, typer.Option(help="Where the search keeps its points to resume from; default OUT.search.jsonl.")
     ] = None,
@@ -57,6 +62,7 @@ def convert(
         max_shard_size=max_shard_size,
         search_log=search_log,
         sparsity=sparsity,
+        method=method,
         recipe=recipe,
         budget=budget,
         calibration=calibration,
@@ -82,6 +88,8 @@ def _print(report: ConversionReport) -> None:
         table.add_row("perplexity, sparse", f"{report.sparse.perplexity:.3f}")
         table.add_row("KL divergence to dense", f"{report.sparse.kl_divergence:.4f} nats per token")
         table.add_row("top-1 agreement with dense", f"{report.sparse.top1_agreement:.1%}")
+        if report.sparse.actual_sparsity is not None:
+            table.add_row("weights skipped, as measured", f"{report.sparse.actual_sparsity:.1%}")
     table.add_row("time", f"{report.seconds:.1f} s")
     for device, peak in report.peak_memory_bytes.items():
         table.add_row(f"peak memory, {device}", f"{peak / 2**30:.2f} GiB")

@@ -58,5 +58,7 @@ def _print(model: str, data: str, result: Evaluation) -> None:
     table.add_row("weights skipped", f"{result.sparsity.weights:.1%}")
     table.add_row("  net of adapters", f"{result.sparsity.weights_net_of_adapters:.1%}")
     for site, zeros in (result.zeros or {}).items():
-        table.add_row(f"zeros at {site}", f"{zeros.mean:.2%} (min {zeros.min:.2%}, max {zeros.max:.2%})")
+        table.add_row(f"zeros at {site}", f"{zeros:.2%}")
+    if result.actual_sparsity is not None:
+        table.add_row("weights skipped by a token, as measured", f"{result.actual_sparsity:.2%}")
     console.print(table)

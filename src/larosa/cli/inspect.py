@@ -24,18 +24,18 @@ def inspect(
 
 def _print(model: str, report: Inspection) -> None:
     table = Table(title=f"{model} ({report.model_type}), bytes of weights read per token", title_justify="left")
-    for column in ("layer", "site", "k", "of", "sparsity", "bytes dense", "bytes sparse"):
+    for column in ("layer", "site", _kept_by(report), "of", "sparsity", "bytes dense", "bytes sparse"):
         table.add_column(column, justify="right")
     for row in report.sites:
         table.add_row(
             str(row.layer),
             row.site,
-            str(row.k),
+            f"> {row.threshold:.4g}" if row.k is None else str(row.k),
             str(row.width),
             f"{row.sparsity:.1%}",
             f"{row.bytes_dense:,}",
             f"{row.bytes_sparse:,}",
-            end_section=row.site == "h4",
+            end_section=row.site == report.sites[-1].site,
         )
     console.print(table)
     totals = Table(show_header=False)
@@ -53,3 +53,7 @@ def _print(model: str, report: Inspection) -> None:
     ):
         totals.add_row(name, f"{flops:,} ({flops / report.flops_dense:.2f}x)")
     console.print(totals)
+
+
+def _kept_by(report: Inspection) -> str:
+    return "threshold" if any(row.k is None for row in report.sites) else "k"

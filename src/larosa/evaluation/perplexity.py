@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.errors import LarosaError
-from larosa.evaluation.zeros import ZeroCounter, ZeroFraction, sparse_prompts
+from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
 from larosa.progress import track
 from larosa.sparsity.report import Sparsity, sparsity_of
 
@@ -28,7 +28,9 @@ class Evaluation:
 
     `kl_divergence` (nats per token, dense to this model) and `top1_agreement` (share of tokens whose
     likeliest next token is the dense model's) are None without a reference. `tokens` counts the
-    predicted tokens, the first of each window being none.
+    predicted tokens, the first of each window being none. `sparsity` is what the configuration promises;
+    `zeros` (by site, over tokens and layers) and `actual_sparsity` (share of the decoder's weights that a
+    token skips) are what was counted, None for a dense model.
     """
 
     perplexity: float
@@ -38,7 +40,8 @@ class Evaluation:
     kl_divergence: float | None
     top1_agreement: float | None
     sparsity: Sparsity
-    zeros: dict[str, ZeroFraction] | None
+    zeros: dict[str, Spread] | None
+    actual_sparsity: Spread | None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -134,6 +137,7 @@ def evaluate_windows(
         top1_agreement=None if reference is None else agreement / tokens,
         sparsity=sparsity_of(model.config),
         zeros=zeros.fractions(),
+        actual_sparsity=zeros.actual_sparsity(),
     )
 
 

@@ -8,37 +8,59 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from larosa.architectures import find_architecture
 from larosa.config import SITES
-from larosa.models import TopK, selectors
+from larosa.models import Selector, selectors
+from larosa.sparsity import SiteSizes
 
 
 @dataclass(frozen=True)
-class ZeroFraction:
-    """Share of zeros at one site over all tokens and layers."""
+class Spread:
+    """Mean, extremes and standard deviation of a share."""
 
     mean: float
     min: float
     max: float
+    std: float
+
+    @classmethod
+    def of(cls, shares: torch.Tensor) -> Spread:
+        """Over all entries of a tensor."""
+        shares = shares.double()
+        return cls(float(shares.mean()), float(shares.min()), float(shares.max()), float(shares.std(correction=0)))
+
+    def __format__(self, spec: str) -> str:
+        mean, least, most = (format(value, spec) for value in (self.mean, self.min, self.max))
+        return f"{mean} (min {least}, max {most})"
 
 
 class ZeroCounter:
-    """Watches a model's selectors while it is open; a dense model has none and counts nothing."""
+    """Watches a converted model while it is open; for a dense model it counts nothing.
+
+    Zeros are counted at every site: behind the selector where the method has one, else as the linears
+    find them.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._handles = []
-        self._counts: dict[str, list[torch.Tensor]] = {}
-        for site, site_selectors in _selectors(model).items():
-            counts = self._counts.setdefault(site, [])
-            self._handles += [
-                selector.register_forward_hook(
-                    lambda _module, _inputs, output, counts=counts: counts.append(
-                        (output == 0).sum(-1).flatten() / output.shape[-1]
-                    )
-                )
-                for selector in site_selectors
-            ]
+        self._handles: list[Any] = []
+        self._zeros: dict[str, list[list[torch.Tensor]]] = {}
+        self._sparse_sites: tuple[str, ...] = ()
+        if getattr(model.config, "larosa", None) is None:
+            return
+        architecture = find_architecture(model.config.model_type)
+        self._sizes = SiteSizes.of(model.config)
+        layers = list(architecture.layers(model))
+        found = selectors(model, architecture)
+        self._sparse_sites = tuple(found)
+        for site in dict.fromkeys((*SITES, *found)):
+            self._zeros[site] = [[] for _ in layers]
+            for index, (layer, counts) in enumerate(zip(layers, self._zeros[site], strict=True)):
+                if site in found:
+                    self._handles.append(_behind(found[site][index], counts))
+                else:
+                    self._handles.append(architecture.tap(layer, site, _Count(counts)))
 
     def __enter__(self) -> Self:
         return self
@@ -47,15 +69,47 @@ class ZeroCounter:
         for handle in self._handles:
             handle.remove()
 
-    def fractions(self) -> dict[str, ZeroFraction] | None:
-        """The shares so far, by site; None for a dense model."""
-        if not self._counts:
+    def zeros(self) -> dict[str, torch.Tensor]:
+        """Zeros so far, [layers, tokens] int64 for each site, tokens in the order they came; empty for a dense model.
+
+        Beside h1 to h4 there is `gate` where the method sparsifies it.
+        """
+        # On the CPU, where the layers of a split model meet.
+        return {
+            site: torch.stack([torch.cat(counts).cpu() for counts in by_layer])
+            for site, by_layer in self._zeros.items()
+        }
+
+    def fractions(self) -> dict[str, Spread] | None:
+        """The shares so far over tokens and layers, by site; None for a dense model."""
+        if not self._zeros:
             return None
-        result = {}
-        for site in SITES:
-            shares = torch.cat(self._counts[site]).double()
-            result[site] = ZeroFraction(float(shares.mean()), float(shares.min()), float(shares.max()))
-        return result
+        return {site: Spread.of(zeros.double() / self._sizes.width[site]) for site, zeros in self.zeros().items()}
+
+    def skipped(self) -> torch.Tensor:
+        """The share of the decoder's weights that each token did not read, [tokens] float64."""
+        zeros = self.zeros()
+        weights = sum(zeros[site].sum(0) * self._sizes.outputs[site] for site in self._sparse_sites)
+        return torch.as_tensor(weights).double() / self._sizes.linear_weights
+
+    def actual_sparsity(self) -> Spread | None:
+        """The spread of `skipped`; None for a dense model."""
+        return Spread.of(self.skipped()) if self._sparse_sites else None
+
+
+class _Count:
+    """Appends the number of zeros of each token of an activation [..., D] to a list."""
+
+    def __init__(self, counts: list[torch.Tensor]) -> None:
+        self._counts = counts
+
+    def __call__(self, x: torch.Tensor) -> None:
+        self._counts.append((x == 0).sum(-1).flatten())
+
+
+def _behind(selector: nn.Module, counts: list[torch.Tensor]) -> Any:
+    count = _Count(counts)
+    return selector.register_forward_hook(lambda _module, _inputs, output: count(output))
 
 
 @contextmanager
@@ -72,7 +126,7 @@ def sparse_prompts(model: Any) -> Iterator[None]:
             selector.dense_prefill = value
 
 
-def _selectors(model: Any) -> dict[str, list[TopK]]:
+def _selectors(model: Any) -> dict[str, list[Selector]]:
     if getattr(model.config, "larosa", None) is None:
         return {}
     return selectors(model, find_architecture(model.config.model_type))

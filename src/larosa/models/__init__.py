@@ -1,13 +1,17 @@
 """Sparsified model classes, one set a family, registered with transformers' Auto classes on import."""
 
 from larosa.models.families import Family, family_of, register_families
-from larosa.models.modules import SparseLinear, TopK, selectors, set_keep_counts, sparsify_layers
+from larosa.models.modules import SparseActivation, SparseLinear, selectors, set_keep_counts, sparsify_layers
+from larosa.models.selectors import Selector, Threshold, TopK
 
 register_families()
 
 __all__ = [
     "Family",
+    "Selector",
+    "SparseActivation",
     "SparseLinear",
+    "Threshold",
     "TopK",
     "family_of",
     "selectors",

@@ -2,60 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import SITES, KeepCounts, LarosaConfig, Prefill, Rotation
+from larosa.config import GATE, KeepCounts, LarosaConfig, Rotation
 from larosa.errors import LarosaError
-from larosa.ops import keep_top_k
-
-
-class TopK(nn.Module):
-    """Keeps exactly `k` entries of each token's activation (paper, equation 8).
-
-    With `dense_prefill`, inputs of more than one position, that is prompts, pass unchanged.
-    """
-
-    def __init__(self, k: int, dense_prefill: bool = False) -> None:
-        super().__init__()
-        self.k = k
-        self.dense_prefill = dense_prefill
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Sparsify x [..., positions, D]."""
-        if self.dense_prefill and x.shape[-2] > 1:
-            return x
-        return keep_top_k(x, self.k)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"k={self.k}"
+from larosa.models.selectors import Selector, TopK, make_selector
 
 
 class SparseLinear(nn.Linear):
     """A linear that sparsifies its input first; same parameters and state-dict keys as `nn.Linear`."""
 
-    selector: TopK
+    selector: Selector
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = S(x) W^T + b."""
         return F.linear(self.selector(x), self.weight, self.bias)
 
 
+class SparseActivation(nn.Module):
+    """An MLP's gate activation that sparsifies its output: S(act(gate)) * up skips rows of up (CATS)."""
+
+    def __init__(self, activation: nn.Module, selector: Selector) -> None:
+        super().__init__()
+        self.activation = activation
+        self.selector = selector
+
+    def forward(self, gate: torch.Tensor) -> torch.Tensor:
+        """S(act(gate))."""
+        sparse: torch.Tensor = self.selector(self.activation(gate))
+        return sparse
+
+
 class SparseDecoderLayer(nn.Module):
     """Forward pass of a sparsified decoder layer (paper, Figure 2), mixed into the family's own class.
 
-    h2 and h4 are sparsified inside the attention's and the MLP's output projections. The hidden state
-    that goes in and comes out is in the rotated basis of this layer and of the next one.
+    h2 and h4 are sparsified inside the attention's and the MLP's output projections, the gate inside the
+    MLP; a site that the method leaves alone has an `nn.Identity`. The hidden state that goes in and comes
+    out is in the rotated basis of this layer and of the next one.
     """
 
     architecture: Architecture
-    h1: TopK
-    h3: TopK
+    h1: nn.Module
+    h3: nn.Module
     attention_adapter: nn.Linear | None
     residual_adapter: nn.Linear | None
 
@@ -94,28 +88,72 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         LarosaError: the counts do not fit the model's layers or sizes.
     """
     layers: list[Any] = list(architecture.layers(model))
-    if len(config.keep.h1) != len(layers):
+    key, noun = ("thresholds", "thresholds") if config.method.uses_thresholds else ("keep", "counts")
+    if config.layers != len(layers):
         raise LarosaError(
-            f"config.json, key 'larosa.keep': counts for {len(config.keep.h1)} layers, the model has {len(layers)}"
+            f"config.json, key 'larosa.{key}': {noun} for {config.layers} layers, the model has {len(layers)}"
         )
     for index, layer in enumerate(layers):
         layer.__class__ = _sparse_layer_class(type(layer))
         layer.architecture = architecture
-        for site in SITES:
-            width, k = architecture.linears(layer, site)[0].in_features, config.keep[site][index]
-            if k > width:
-                raise LarosaError(f"config.json, key 'larosa.keep.{site}': layer {index} keeps {k} of {width} entries")
-            selector = TopK(k, dense_prefill=config.prefill is Prefill.DENSE)
-            if site in ("h1", "h3"):
-                setattr(layer, site, selector)
-            else:
-                (linear,) = architecture.linears(layer, site)
-                linear.__class__ = SparseLinear
-                linear.selector = selector
+        layer.h1 = layer.h3 = nn.Identity()
+        for site in config.method.sites:
+            selector = make_selector(config, site, index)
+            if isinstance(selector, TopK):
+                _check_count(selector.k, architecture.linears(layer, site)[0].in_features, site, index)
+            _PLACES[site].put(architecture, layer, site, selector)
         last = index == len(layers) - 1
         block, layered = config.rotation is Rotation.BLOCK, config.rotation is Rotation.LAYER
         layer.attention_adapter = _adapter(layer, architecture) if block else None
         layer.residual_adapter = _adapter(layer, architecture) if (block or layered) and not last else None
+
+
+def _check_count(k: int, width: int, site: str, layer: int) -> None:
+    if k > width:
+        raise LarosaError(f"config.json, key 'larosa.keep.{site}': layer {layer} keeps {k} of {width} entries")
+
+
+class _Place(NamedTuple):
+    """Where a site's selector is kept, as a pair of functions of (architecture, layer, site)."""
+
+    put: Callable[[Architecture, Any, str, Selector], None]
+    get: Callable[[Architecture, Any, str], Selector]
+
+
+def _put_in_linear(architecture: Architecture, layer: Any, site: str, selector: Selector) -> None:
+    (linear,) = architecture.linears(layer, site)
+    linear.__class__ = SparseLinear
+    linear.selector = selector
+
+
+def _get_from_linear(architecture: Architecture, layer: Any, site: str) -> Selector:
+    (linear,) = architecture.linears(layer, site)
+    assert isinstance(linear, SparseLinear), "the model is sparsified"
+    return linear.selector
+
+
+def _put_in_gate(architecture: Architecture, layer: Any, site: str, selector: Selector) -> None:
+    architecture.set_gate_activation(layer, SparseActivation(architecture.gate_activation(layer), selector))
+
+
+def _get_from_gate(architecture: Architecture, layer: Any, site: str) -> Selector:
+    activation = architecture.gate_activation(layer)
+    assert isinstance(activation, SparseActivation), "the model is sparsified"
+    return activation.selector
+
+
+_IN_LAYER = _Place(
+    put=lambda architecture, layer, site, selector: setattr(layer, site, selector),
+    get=lambda architecture, layer, site: getattr(layer, site),
+)
+_IN_LINEAR = _Place(_put_in_linear, _get_from_linear)
+_PLACES = {
+    "h1": _IN_LAYER,
+    "h2": _IN_LINEAR,
+    "h3": _IN_LAYER,
+    "h4": _IN_LINEAR,
+    GATE: _Place(_put_in_gate, _get_from_gate),
+}
 
 
 def _adapter(layer: nn.Module, architecture: Architecture) -> nn.Linear:
@@ -123,25 +161,16 @@ def _adapter(layer: nn.Module, architecture: Architecture) -> nn.Linear:
     return nn.Linear(len(like), len(like), bias=False, device=like.device, dtype=like.dtype)
 
 
-def selectors(model: nn.Module, architecture: Architecture) -> dict[str, list[TopK]]:
-    """The selectors of a sparsified model: for each site one a layer, first layer first."""
-    layers: list[Any] = list(architecture.layers(model))
-    return {
-        "h1": [layer.h1 for layer in layers],
-        "h2": [_selector(architecture, layer, "h2") for layer in layers],
-        "h3": [layer.h3 for layer in layers],
-        "h4": [_selector(architecture, layer, "h4") for layer in layers],
-    }
-
-
-def _selector(architecture: Architecture, layer: nn.Module, site: str) -> TopK:
-    (linear,) = architecture.linears(layer, site)
-    assert isinstance(linear, SparseLinear), "the model is sparsified"
-    return linear.selector
+def selectors(model: Any, architecture: Architecture) -> dict[str, list[Selector]]:
+    """The selectors of a sparsified model: for each site of its method one a layer, first layer first."""
+    layers = architecture.layers(model)
+    sites = LarosaConfig.parse(model.config.larosa).method.sites
+    return {site: [_PLACES[site].get(architecture, layer, site) for layer in layers] for site in sites}
 
 
 def set_keep_counts(model: nn.Module, architecture: Architecture, keep: KeepCounts) -> None:
-    """Change how many entries the sites of a sparsified model keep."""
+    """Change how many entries the sites of a model sparsified by Top-K keep."""
     for site, site_selectors in selectors(model, architecture).items():
         for selector, k in zip(site_selectors, keep[site], strict=True):
+            assert isinstance(selector, TopK), "the model's method counts"
             selector.k = k

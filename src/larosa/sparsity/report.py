@@ -18,8 +18,10 @@ _TABLE_19_TOKENS = 2048
 class Sparsity:
     """The three numbers every report states.
 
-    Nominal p, the fraction of the decoder linears' weights that no token reads, and the same less the
-    residual adapters that every token reads in addition.
+    Nominal p, the fraction of the decoder linears' weights that a token does not read, and the same less
+    the residual adapters that every token reads in addition. With Top-K the second is exact for every
+    token; with thresholds it is the mean over the calibration tokens, and what other tokens skip has to
+    be measured (`Evaluation.actual_sparsity`).
     """
 
     nominal: float
@@ -29,12 +31,18 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One activation site of one layer; bytes are weight bytes read per token."""
+    """One activation site of one layer; bytes are weight bytes read per token.
+
+    Entries are kept by count (`k`) or by `threshold`, the other being None; then `sparsity` and
+    `bytes_sparse` are means over the calibration tokens. A site that the method leaves alone keeps all
+    of its `width`. Every weight counts at one site: with CATS those of up and down at `gate`.
+    """
 
     layer: int
     site: str
     width: int
-    k: int
+    k: int | None
+    threshold: float | None
     sparsity: float
     bytes_dense: int
     bytes_sparse: int
@@ -78,9 +86,18 @@ def sparsity_of(config: Any) -> Sparsity:
     if block is None:
         return Sparsity(0.0, 0.0, 0.0)
     sizes = SiteSizes.of(config)
-    skipped = sizes.skipped_weights(block.keep)
+    skipped = sizes.skipped_weights(_dropped_entries(block, sizes))
     net = skipped - sizes.adapter_weights(block.rotation)
     return Sparsity(block.sparsity, skipped / sizes.linear_weights, net / sizes.linear_weights)
+
+
+def _dropped_entries(block: LarosaConfig, sizes: SiteSizes) -> dict[str, list[float]]:
+    """Entries that each site drops in each layer: exact for counts, expected for thresholds."""
+    if block.thresholds is not None:
+        shares = block.thresholds.dropped
+        return {site: [share * sizes.width[site] for share in shares[site]] for site in shares}
+    assert block.keep is not None, "validated"
+    return {site: [sizes.width[site] - k for k in block.keep[site]] for site in SITES}
 
 
 def inspect_config(config: Any) -> Inspection:
@@ -88,24 +105,28 @@ def inspect_config(config: Any) -> Inspection:
     block = _block(config)
     sizes = SiteSizes.of(config)
     item = (config.dtype or torch.float32).itemsize
+    dropped = {} if block is None else _dropped_entries(block, sizes)
     sites = []
     for layer in range(sizes.layers):
-        for site in SITES:
-            width, outputs = sizes.width[site], sizes.outputs[site]
-            k = width if block is None else block.keep[site][layer]
+        for site, outputs in sizes.readers(None if block is None else block.method).items():
+            width = sizes.width[site]
+            drops = dropped[site][layer] if site in dropped else 0
+            compared = block is not None and block.thresholds is not None and site in dropped
             sites.append(
                 SiteReport(
                     layer=layer,
                     site=site,
                     width=width,
-                    k=k,
-                    sparsity=1 - k / width,
+                    k=None if compared else width - int(drops),
+                    threshold=block.selection[site][layer] if block is not None and compared else None,
+                    sparsity=drops / width,
                     bytes_dense=width * outputs * item,
-                    bytes_sparse=k * outputs * item,
+                    bytes_sparse=round((width - drops) * outputs) * item,
                 )
             )
     adapters = 0 if block is None else sizes.adapter_weights(block.rotation)
-    skipped = 0 if block is None else sizes.skipped_weights(block.keep)
+    bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
+    skipped = (bytes_dense - bytes_sparse) // item
     head = sizes.vocabulary * sizes.hidden
     # Scores and values: two products over the context for each query width, as the paper counts them.
     attention = 4 * _TABLE_19_TOKENS * sizes.attention_width * sizes.layers
@@ -115,8 +136,8 @@ def inspect_config(config: Any) -> Inspection:
         larosa=None if block is None else block.model_dump(mode="json"),
         sparsity=sparsity_of(config),
         sites=sites,
-        bytes_dense_total=sizes.linear_weights * item,
-        bytes_sparse_total=(sizes.linear_weights - skipped + adapters) * item,
+        bytes_dense_total=bytes_dense,
+        bytes_sparse_total=bytes_sparse + adapters * item,
         adapter_bytes=adapters * item,
         head_bytes=head * item,
         flops_dense=dense,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from larosa.config import SITES, KeepCounts, Rotation
+from larosa.config import GATE, SITES, Method, Rotation
 
 
 @dataclass(frozen=True)
 class SiteSizes:
     """Sizes of a decoder model, in elements; every layer has the same.
 
-    `width` is the number of activations at a site, `outputs` the number of rows of the matrices that
-    read it, so that a site's weights are width x outputs.
+    `width` is the number of activations at a site, `outputs` the number of weights that a zero there
+    skips: a column of each matrix that reads the site or, at the gate, a row of up and a column of down.
     """
 
     layers: int
@@ -35,8 +36,14 @@ class SiteSizes:
             hidden=hidden,
             vocabulary=config.vocab_size,
             attention_width=queries,
-            width={"h1": hidden, "h2": queries, "h3": hidden, "h4": intermediate},
-            outputs={"h1": queries + 2 * keys, "h2": hidden, "h3": 2 * intermediate, "h4": hidden},
+            width={"h1": hidden, "h2": queries, "h3": hidden, "h4": intermediate, GATE: intermediate},
+            outputs={
+                "h1": queries + 2 * keys,
+                "h2": hidden,
+                "h3": 2 * intermediate,
+                "h4": hidden,
+                GATE: 2 * hidden,
+            },
         )
 
     def weights(self, site: str) -> int:
@@ -48,9 +55,23 @@ class SiteSizes:
         """Weight elements of all decoder layers' linears; embedding and head do not count."""
         return self.layers * sum(self.weights(site) for site in SITES)
 
-    def skipped_weights(self, keep: KeepCounts) -> int:
-        """Weight elements that no token reads, over all layers."""
-        return sum((self.width[site] - count) * self.outputs[site] for site in SITES for count in keep[site])
+    def readers(self, method: Method | None) -> dict[str, int]:
+        """Every weight of a layer at one site, the one that decides whether it is read: outputs by site.
+
+        With a gate site, up and down belong to it, and h3 is left with the gate's own matrix.
+        """
+        if method is None or GATE not in method.sites:
+            return {site: self.outputs[site] for site in SITES}
+        gate_rows = self.width[GATE]
+        return {"h1": self.outputs["h1"], "h2": self.outputs["h2"], "h3": gate_rows, GATE: self.outputs[GATE]}
+
+    def reach(self, method: Method) -> float:
+        """The largest fraction of the decoder's weights that a method could skip."""
+        return self.layers * sum(self.weights(site) for site in method.sites) / self.linear_weights
+
+    def skipped_weights(self, dropped: Mapping[str, Sequence[float]]) -> float:
+        """Weight elements that are not read where each site drops so many entries in each layer."""
+        return sum(sum(counts) * self.outputs[site] for site, counts in dropped.items())
 
     def num_adapters(self, rotation: Rotation) -> int:
         """Residual adapters of a converted model, each [hidden, hidden]."""
