@@ -12,6 +12,7 @@ from larosa.cli.demo import demo
 from larosa.cli.evaluate import evaluate
 from larosa.cli.generate import generate
 from larosa.cli.inspect import inspect
+from larosa.cli.reproduce import reproduce
 from larosa.errors import LarosaError
 from larosa.version import __version__
 
@@ -26,6 +27,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
 app.command()(demo)
+app.command()(reproduce)
 
 
 def _version(asked: bool) -> None:
