@@ -113,7 +113,7 @@ def convert(
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
     sizes = SiteSizes.of(model.config)
-    check_reach(settings, sizes)
+    check_reach(settings, architecture, sizes)
     model.eval().requires_grad_(False)
     check_weights(model)
     sequences = None
@@ -135,12 +135,14 @@ def convert(
     return model
 
 
-def check_reach(settings: Settings, sizes: SiteSizes) -> None:
-    """Refuse a sparsity that the method cannot give this model.
+def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes) -> None:
+    """Refuse a method that does not apply to this model, or a sparsity that it cannot give it.
 
     Raises:
-        LarosaError: the message says what it can give.
+        LarosaError: the message says why, or what the method can give.
     """
+    for site in settings.method.sites:
+        architecture.check_site(site)
     if settings.method.uses_thresholds:
         uniform_shares(settings.method, settings.sparsity, sizes)
     else:

@@ -13,7 +13,7 @@ import torch
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import check_output, find_device, load, load_config, save
-from larosa.config import LarosaConfig, Rotation
+from larosa.config import LarosaConfig, Rotation, Search
 from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
@@ -65,7 +65,7 @@ def convert_checkpoint(
         source: folder or hub name of a dense model.
         output: a folder that does not exist yet.
         offload: keep the model in CPU memory and move one layer at a time to `device`, for models that
-            do not fit there; sampling, search and measurement then run on the CPU.
+            do not fit there; sampling, grid search and measurement then run on the CPU.
         measure: compare with the dense model on the bundled text, for the report and the card.
         search_log: where a grid search keeps its points, so that it can be resumed; by default beside
             `output`. It ends up in `output` as search.jsonl.
@@ -79,7 +79,7 @@ def convert_checkpoint(
     # Refuse bad options before a long load.
     completed = Settings.complete(**settings)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    check_reach(completed, SiteSizes.of(config))
+    check_reach(completed, find_architecture(config.model_type), SiteSizes.of(config))
     target = find_device(device)
     model, tokenizer = load(
         source, dtype=dtype, device="cpu" if offload else str(target), trust_remote_code=trust_remote_code
@@ -100,7 +100,7 @@ def convert_checkpoint(
     block = LarosaConfig.parse(model.config.larosa)
     inspection = inspect_config(model.config)
     save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if log.exists():
+    if completed.search is Search.GRID:
         shutil.move(log, output / "search.jsonl")
     return ConversionReport(
         output=str(output),

@@ -89,22 +89,24 @@ class Architecture:
         }[site]
         return [getattr(block, name) for name in names]
 
-    def gate_activation(self, layer: nn.Module) -> nn.Module:
-        """The module whose output act(gate(x)) multiplies up(x).
+    def check_site(self, site: str) -> None:
+        """Make sure that the family has a site.
 
         Raises:
-            LarosaError: the family's MLP is not gated.
+            LarosaError: it is the gate, and the family's MLP has none.
         """
-        return self.mlp(layer).get_submodule(self._gate_activation_name())
+        if site == GATE and self.gate_activation_name is None:
+            raise LarosaError(f"model type '{self.model_type}' has no gated MLP, which method cats needs")
+
+    def gate_activation(self, layer: nn.Module) -> nn.Module:
+        """The module whose output act(gate(x)) multiplies up(x)."""
+        assert self.gate_activation_name is not None, "checked by check_site"
+        return self.mlp(layer).get_submodule(self.gate_activation_name)
 
     def set_gate_activation(self, layer: nn.Module, activation: nn.Module) -> None:
         """Put another module in the place of `gate_activation`."""
-        setattr(self.mlp(layer), self._gate_activation_name(), activation)
-
-    def _gate_activation_name(self) -> str:
-        if self.gate_activation_name is None:
-            raise LarosaError(f"model type '{self.model_type}' has no gated MLP, which method cats needs")
-        return self.gate_activation_name
+        assert self.gate_activation_name is not None, "checked by check_site"
+        setattr(self.mlp(layer), self.gate_activation_name, activation)
 
     def tap(self, layer: nn.Module, site: str, tap: Tap) -> RemovableHandle:
         """Let `tap` see, and replace, the activations of a site or of the gate as a dense layer runs.

@@ -18,7 +18,7 @@ STEP = 0.1
 
 #: The error is measured on the first sequences with together at least so many tokens: enough to rank sites,
 #: and each step costs a run of the layer per site. The thresholds themselves come from all tokens.
-TOKENS = 4096
+TOKENS = 2048
 
 
 def greedy_shares(
@@ -38,9 +38,9 @@ def greedy_shares(
     """
     shares = dict.fromkeys(weights, 0.0)
     stride = step * min(weights.values())
-    budget = target * sum(weights.values())
-    left = lowest = budget
-    while left > 1e-9 * budget:
+    total = sum(weights.values())
+    left, lowest = target * total, 0.0
+    while left > 1e-12 * total:
         trials = {}
         for site, weight in weights.items():
             raised = min(1.0, shares[site] + min(stride, left) / weight)
@@ -51,7 +51,7 @@ def greedy_shares(
         left -= (trials[best][best] - shares[best]) * weights[best]
         shares, lowest = trials[best], errors[best]
     even = dict.fromkeys(weights, target)
-    return shares if budget == 0 or lowest <= error(even) else even
+    return shares if lowest == 0 or lowest <= error(even) else even
 
 
 class GreedyAllocation:

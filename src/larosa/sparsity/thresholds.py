@@ -51,7 +51,7 @@ def calibrate_thresholds(
         allocate: the share of entries that each site is to drop, layer by layer.
 
     Raises:
-        LarosaError: an activation is NaN or Inf, or a site does not exist in this family.
+        LarosaError: an activation is NaN or Inf.
     """
     values: dict[str, list[float]] = {site: [] for site in sites}
     dropped: dict[str, list[float]] = {site: [] for site in sites}
