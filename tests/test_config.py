@@ -23,6 +23,53 @@ def block(**changes):
     }
 
 
+def threshold_block(method="teal", **changes):
+    sites = ("gate",) if method == "cats" else SITES
+    content = block(method=method, rotation="none")
+    del content["keep"], content["covariance"]
+    content["thresholds"] = {
+        "values": {site: [0.25, 0.5] for site in sites},
+        "dropped": {site: [0.5, 0.5] for site in sites},
+    }
+    return content | changes
+
+
+@pytest.mark.parametrize("method", ["teal", "cats"])
+def test_thresholds_go_through_json_unchanged(method):
+    config = LarosaConfig.parse(threshold_block(method))
+    assert LarosaConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    assert config.layers == 2
+    assert config.selection[config.method.sites[0]] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (threshold_block(keep=block()["keep"]), r"larosa\.keep'.*method 'teal' has none"),
+        (threshold_block(thresholds=None), r"larosa\.thresholds'.*method 'teal' needs it"),
+        (block(thresholds=threshold_block()["thresholds"]), r"larosa\.thresholds'.*method 'larosa' has none"),
+        (block(method="topk", keep=None), r"larosa\.keep'.*method 'topk' needs it"),
+        (threshold_block("cats") | {"method": "teal"}, r"larosa\.thresholds'.*exactly the sites h1, h2, h3, h4"),
+        (threshold_block("teal") | {"method": "cats"}, r"larosa\.thresholds'.*exactly the sites gate"),
+        (threshold_block(thresholds={"values": {}, "dropped": {}}), r"larosa\.thresholds'"),
+        (threshold_block("cats", thresholds={"values": {"gate": [1]}, "dropped": {"gate": [1, 0]}}), "each layer"),
+        (threshold_block("cats", thresholds={"values": {"gate": [1]}, "dropped": {}}), "the same sites"),
+        (threshold_block("cats", thresholds={"values": {"gate": []}, "dropped": {"gate": []}}), "each layer"),
+        (threshold_block("cats", thresholds={"values": {"gate": [-1]}, "dropped": {"gate": [0]}}), "values.gate.0"),
+        (threshold_block("cats", thresholds={"values": {"gate": [1]}, "dropped": {"gate": [2]}}), "dropped.gate.0"),
+        (threshold_block("cats", thresholds={"values": {"up": [1]}, "dropped": {"up": [1]}}), "values.up"),
+        (
+            threshold_block("cats", thresholds={"values": {"gate": [float("inf")]}, "dropped": {"gate": [1]}}),
+            "values.gate.0",
+        ),
+    ],
+)
+def test_counts_or_thresholds_as_the_method_needs(content, message):
+    with pytest.raises(LarosaError, match=message) as error:
+        LarosaConfig.parse(content)
+    assert "\n" not in str(error.value)
+
+
 def test_goes_through_json_unchanged():
     config = LarosaConfig.parse(
         block(
@@ -50,7 +97,8 @@ def test_a_newer_format_is_refused_before_its_keys_are_read():
     [
         ({"surprise": 1}, "surprise"),
         ({"format_version": "one"}, "format_version"),
-        ({"method": "teal"}, "method"),
+        ({"method": "wanda"}, "method"),
+        ({"method": "teal"}, "keep"),
         ({"recipe": "worst"}, "recipe"),
         ({"sparsity": 50}, "sparsity"),
         ({"sparsity": 1.0}, "sparsity"),
@@ -115,6 +163,55 @@ def test_options_override_the_recipe():
 def test_no_calibration_where_nothing_reads_it(rotation):
     assert Settings.complete(sparsity=0.5, rotation=rotation).calibration is None
     assert Settings.complete(sparsity=0.5, rotation=rotation, search="grid").calibration is not None
+
+
+@pytest.mark.parametrize("method", ["topk", "teal", "cats"])
+def test_the_paper_recipe_of_what_larosa_is_compared_with(method):
+    settings = Settings.complete(sparsity=0.25, recipe="paper", method=method)
+    calibration = settings.calibration
+    assert (calibration.source, calibration.num_sequences, calibration.sequence_length) == ("wikitext2", 16, 2048)
+    assert (settings.rotation, settings.covariance, settings.prefill) == ("none", None, "sparse")
+    if method == "topk":
+        assert (settings.search, settings.budget, settings.alphas) == ("grid", "paper", PerSite())
+    else:
+        assert (settings.search, settings.budget, settings.alphas) == ("none", "weights", None)
+
+
+def test_thresholds_are_always_calibrated():
+    assert Settings.complete(sparsity=0.25, method="teal").calibration.source == "self"
+    assert Settings.complete(sparsity=0.25, method="cats").calibration.source == "self"
+    assert Settings.complete(sparsity=0.25, method="topk").calibration is None
+    assert Settings.complete(sparsity=0.25, method="topk", search="grid").calibration.source == "self"
+
+
+@pytest.mark.parametrize("method", ["topk", "teal", "cats"])
+def test_options_that_say_what_a_method_does_anyway_are_fine(method):
+    given = {"rotation": "none", "search": "none", "budget": "weights"}
+    assert Settings.complete(sparsity=0.25, method=method, **given) == Settings.complete(sparsity=0.25, method=method)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("topk", {"rotation": "layer"}, "--rotation layer does not apply to method topk"),
+        ("topk", {"covariance": "h1"}, "--covariance h1 does not apply to method topk"),
+        ("topk", {"search": "greedy"}, "--search greedy does not apply to method topk"),
+        ("teal", {"rotation": "random"}, "--rotation random does not apply to method teal"),
+        ("teal", {"covariance": "joint"}, "--covariance joint does not apply to method teal"),
+        ("teal", {"budget": "paper"}, "--budget paper does not apply to method teal"),
+        ("teal", {"search": "grid"}, "--search grid does not apply to method teal: .*none and greedy"),
+        ("teal", {"alphas": PerSite()}, "alphas does not apply to method teal"),
+        ("cats", {"rotation": "layer", "recipe": "paper"}, "--rotation layer does not apply to method cats"),
+        ("cats", {"covariance": "h3"}, "--covariance h3 does not apply to method cats"),
+        ("cats", {"budget": "paper"}, "--budget paper does not apply to method cats"),
+        ("cats", {"search": "greedy"}, "--search greedy does not apply to method cats: .*no search"),
+        ("larosa", {"search": "greedy"}, "--search greedy does not apply to method larosa"),
+        ("wanda", {}, "unknown method 'wanda': one of larosa, topk, teal, cats"),
+    ],
+)
+def test_options_that_do_not_apply(method, options, message):
+    with pytest.raises(LarosaError, match=message):
+        Settings.complete(sparsity=0.25, method=method, **options)
 
 
 def test_given_coefficients_replace_the_recipes_search():

@@ -42,6 +42,40 @@ def test_sparsity_out_of_range(convert_refused, sparsity):
     assert "0.5 for 50%" in message
 
 
+def test_sparsity_beyond_the_reach_of_cats(convert_refused, checkpoint):
+    # Before the weights are even looked at.
+    (checkpoint / "model.safetensors").write_bytes(b"not read")
+    message = convert_refused("--method", "cats", "--sparsity", "0.6")
+    assert "CATS skips only up and down: at most 42.4% of this model's weights, and 60.0% is asked for" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "topk", "--rotation", "layer"),
+        ("--method", "topk", "--search", "greedy"),
+        ("--method", "teal", "--covariance", "h1"),
+        ("--method", "teal", "--budget", "paper"),
+        ("--method", "cats", "--search", "grid"),
+    ],
+)
+def test_options_that_do_not_apply_to_the_method(convert_refused, options):
+    message = convert_refused(*options)
+    assert f"{options[2]} {options[3]} does not apply to method {options[1]}" in message
+
+
+def test_thresholds_that_do_not_fit_the_model(cli, refused, checkpoint, tmp_path):
+    assert cli("convert", checkpoint, tmp_path / "out", "--method", "teal", *QUICK, "--no-measure").code == 0
+
+    def shorten(config):
+        for part in config["larosa"]["thresholds"].values():
+            part.update({site: numbers[:2] for site, numbers in part.items()})
+
+    edit_json(tmp_path / "out" / "config.json", shorten)
+    message = refused("eval", tmp_path / "out")
+    assert "config.json, key 'larosa.thresholds': thresholds for 2 layers, the model has 3" in message
+
+
 def test_calibration_sizes_out_of_range(convert_refused):
     assert "at least 1" in convert_refused("--num-sequences", "0")
     assert "context" in convert_refused("--sequence-length", "4096")

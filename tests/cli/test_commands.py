@@ -170,3 +170,76 @@ def test_version(cli):
     outcome = cli("--version")
     assert outcome.code == 0
     assert outcome.out.strip() == f"larosa {larosa.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("topk", ()),
+        ("topk", ("--search", "grid", "--num-sequences", 1, "--sequence-length", 8)),
+        ("teal", ()),
+        ("teal", ("--search", "greedy")),
+        ("cats", ("--sparsity", 0.3)),
+        ("larosa", ()),
+    ],
+    ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa"],
+)
+def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, method, options):
+    output, sparsity = tmp_path / "out", 0.3 if method == "cats" else 0.5
+    options = ("--method", method, "--calibration", text_file, *QUICK, *options, "--json", tmp_path / "c.json")
+    outcome = cli("convert", checkpoint, output, *options)
+    assert outcome.code == 0, outcome.err
+    assert "weights skipped, as measured" in outcome.out
+    report, block = read(tmp_path / "c.json"), read(output / "config.json")["larosa"]
+    assert report["larosa"] == block
+    assert (block["method"], block["sparsity"]) == (method, sparsity)
+    assert (block["thresholds"] is None) == (method in ("larosa", "topk"))
+    assert (block["keep"] is None) == (method in ("teal", "cats"))
+    assert report["sparse"]["actual_sparsity"].keys() == {"mean", "min", "max", "std"}
+    assert (output / "search.jsonl").exists() == ("grid" in options)
+    card = (output / "README.md").read_text("utf-8")
+    assert f"| method | {method} |" in card
+    assert ("rotated basis" in card) == (method == "larosa")
+    assert ("on average over the calibration text" in card) == (method in ("teal", "cats"))
+    assert "None" not in card
+
+    outcome = cli(
+        *("eval", output, "--reference", checkpoint, "--data", text_file),
+        *("--sequence-length", 32, "--json", tmp_path / "e.json"),
+    )
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "e.json")
+    assert list(report["zeros"]) == ["h1", "h2", "h3", "h4", *(["gate"] if method == "cats" else [])]
+    actual = report["actual_sparsity"]
+    assert actual["min"] <= actual["mean"] <= actual["max"]
+    assert actual["mean"] == pytest.approx(sparsity, abs=0.1)
+    assert (actual["std"] > 0.001) == (method in ("teal", "cats"))
+    assert report["kl_divergence"] > 0
+
+    outcome = cli("inspect", output, "--json", tmp_path / "i.json")
+    assert outcome.code == 0, outcome.err
+    assert (" threshold " in outcome.out) == (method in ("teal", "cats"))
+    row = read(tmp_path / "i.json")["sites"][-1]
+    assert (row["k"] is None, row["threshold"] is None) == (bool(block["thresholds"]), not block["thresholds"])
+
+    outcome = cli("generate", output, "--prompt", "w10 w20", "--max-new-tokens", 4)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("w10 w20")
+
+
+@pytest.mark.parametrize("options", [("--method", "teal", "--search", "greedy"), ("--method", "cats")])
+def test_offload_gives_the_same_thresholds(cli, checkpoint, tmp_path, text_file, options):
+    options = (*options, "--sparsity", 0.3, "--calibration", text_file, *QUICK, "--no-measure")
+    assert cli("convert", checkpoint, tmp_path / "a", *options).code == 0
+    assert cli("convert", checkpoint, tmp_path / "b", *options, "--offload").code == 0
+    for name in ("config.json", "model.safetensors"):
+        assert contents(tmp_path / "a")[name] == contents(tmp_path / "b")[name]
+
+
+def test_a_log_of_an_earlier_search_is_left_alone(cli, checkpoint, tmp_path, text_file):
+    log = tmp_path / "out.search.jsonl"
+    log.write_text("another conversion's\n", "utf-8")
+    options = ("--method", "teal", "--calibration", text_file, *QUICK, "--no-measure")
+    assert cli("convert", checkpoint, tmp_path / "out", *options).code == 0
+    assert log.read_text("utf-8") == "another conversion's\n"
+    assert not (tmp_path / "out" / "search.jsonl").exists()

@@ -148,6 +148,42 @@ def test_sites_add_up_to_the_totals():
     assert sum(site.bytes_sparse for site in report.sites) == report.bytes_sparse_total
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_expected_sparsity_of_thresholds_equals_a_walk_over_the_modules(make_model, quick_convert, model_type):
+    teal = quick_convert(make_model(model_type), method="teal", search="greedy", sparsity=0.4)
+    dropped = teal.config.larosa["thresholds"]["dropped"]
+    total = skipped = 0
+    for index, layer in enumerate(teal.model.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                total += module.weight.numel()
+                skipped += module.weight.numel() * dropped[SITE_OF[name.rpartition(".")[2]]][index]
+    report = larosa.inspect(teal)
+    assert report.sparsity.weights == report.sparsity.weights_net_of_adapters == pytest.approx(skipped / total)
+    assert report.sparsity.weights == pytest.approx(0.4, abs=0.02)
+    assert report.flops_dense - report.flops_sparse == pytest.approx(2 * skipped, abs=2 * len(report.sites))
+
+
+@pytest.mark.parametrize("method", ["topk", "teal", "cats"])
+def test_sites_of_every_method_hold_each_weight_once(make_model, quick_convert, method):
+    model = quick_convert(make_model("llama"), method=method, sparsity=0.3)
+    report, block = larosa.inspect(model), model.config.larosa
+    assert report.bytes_dense_total == 4 * 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 56)
+    assert sum(site.bytes_dense for site in report.sites) == report.bytes_dense_total
+    assert sum(site.bytes_sparse for site in report.sites) == report.bytes_sparse_total
+    assert 1 - report.bytes_sparse_total / report.bytes_dense_total == pytest.approx(report.sparsity.weights, abs=1e-3)
+    for row in report.sites:
+        if block["thresholds"] and row.site in block["thresholds"]["values"]:
+            assert row.k is None
+            assert row.threshold == block["thresholds"]["values"][row.site][row.layer]
+            assert row.sparsity == pytest.approx(block["thresholds"]["dropped"][row.site][row.layer])
+        else:
+            assert row.threshold is None
+            assert row.k == (block["keep"][row.site][row.layer] if method == "topk" else row.width)
+    names = [row.site for row in report.sites[: len(report.sites) // 3]]
+    assert names == (["h1", "h2", "h3", "gate"] if method == "cats" else list(SITES))
+
+
 def test_a_dense_model_skips_nothing(family_config):
     config = family_config("qwen3")
     report = inspect_config(config)
