@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-import larosa
 from larosa.config import SITES, Rotation
 from larosa.reproduce import paper
 from larosa.reproduce.calibration_sets import cosine, shared_directions

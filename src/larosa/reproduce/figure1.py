@@ -34,7 +34,7 @@ def run(context: Context) -> Results:
         *(Column(f"largest {part}", ".1%") for part in ("25%", "50%", "75%")),
     ]
     title = "Share of a token's energy in its largest entries, mean over tokens and layers"
-    notes = ["What the smallest entries hold is what Top-K throws away: at 50%, all but the middle column."]
+    notes = ["Top-K keeps the largest entries: at 50%, the share in the middle column, and drops the rest."]
     return Results([Table("figure1", title, columns, rows)], [_draw(context, found)], notes)
 
 

@@ -168,7 +168,7 @@ def _draw_layers(calibrated: dict[str, list[list[float]]]) -> Picture:
         place.set(title=f"Input of {block} ({site})", xlabel="layer", ylim=(0, None))
         place.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("calibrated threshold (magnitude)")
-    axes[0].legend(title="sparsity")
+    figures.add_legend(figure, axes[0], title="sparsity")
     caption = "(a) Thresholds from calibration, by layer and sparsity."
     return Picture("figure3a", caption, figures.to_png(figure))
 

@@ -104,13 +104,14 @@ def _draw(context: Context, found: dict[str, Errors]) -> Picture:
         theory = [theoretical_relative_error(keeps_of(width, share), width) for share in SHARES]
         place.plot(percent, theory, color="black", linestyle="--", label="Theorem A.1")
         for (name, errors), colour, marker in zip(found.items(), figures.COLOURS, figures.MARKERS, strict=False):
+            if site in ("h2", "h4") and name not in ("TEAL", "TopK"):
+                continue
             curves = errors[site]
             means = [_mean(curves, index) for index in range(len(SHARES))]
             place.plot(percent, means, color=colour, marker=marker, markersize=4, label=name)
-            low, high = (
-                [edge(curve[index] for curve in curves) for index in range(len(SHARES))] for edge in (min, max)
-            )
-            place.fill_between(percent, low, high, color=colour, alpha=0.12, linewidth=0)
+            if name in ("TEAL", "LaRoSA"):
+                edges = [[edge(curve[i] for curve in curves) for i in range(len(SHARES))] for edge in (min, max)]
+                place.fill_between(percent, *edges, color=colour, alpha=0.15, linewidth=0)
         place.set(title=f"{site} (read by {readers[site]})", ylim=(0, 1))
     for place in axes[1]:
         place.set_xlabel("entries dropped (%)")

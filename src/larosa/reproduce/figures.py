@@ -16,7 +16,6 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
 }
 
 
@@ -29,6 +28,11 @@ def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **op
 
     with plt.rc_context(_STYLE):
         return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+
+
+def add_legend(figure: Any, axes: Any, **options: Any) -> None:
+    """One legend for all panels, beside them, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", **options)
 
 
 def to_png(figure: Any) -> bytes:

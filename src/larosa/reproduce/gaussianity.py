@@ -22,6 +22,10 @@ BASES = {
 }
 
 
+#: The mean distance of n truly Gaussian numbers is this over the root of n.
+_FLOOR = 0.63
+
+
 def kolmogorov_smirnov(x: torch.Tensor) -> torch.Tensor:
     """Largest gap between the distribution of each row's entries and the Gaussian of their mean and deviation.
 
@@ -65,7 +69,7 @@ def run(context: Context) -> Results:
         Column("excess kurtosis, channels of a token", ".2f"),
         Column("KS distance, tokens of a channel", ".4f"),
     ]
-    floor = 0.73 / math.sqrt(context.sizes.hidden)
+    floor = _FLOOR / math.sqrt(context.sizes.hidden)
     notes = [
         "Kolmogorov-Smirnov distance between a distribution and the Gaussian of its mean and deviation, averaged over "
         f"tokens or channels and layers. Truly Gaussian activations would show about {floor:.3f} for a token of "
@@ -113,7 +117,7 @@ def _draw(found: dict[str, dict[str, Any]]) -> Picture:
         place.set(title=f"Site {site}", xlabel="layer", ylim=(0, None))
         place.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("KS distance to a Gaussian")
-    axes[0].legend(title="rotation")
+    figures.add_legend(figure, axes[0], title="rotation")
     caption = "Distance of a token's channels from a Gaussian, by layer; 0 is Gaussian."
     return Picture("gaussianity", caption, figures.to_png(figure))
 

@@ -56,7 +56,12 @@ def to_dict(section: Section, settings: dict[str, Any]) -> dict[str, Any]:
 def markdown(section: Section, settings: dict[str, Any]) -> str:
     """An experiment's results as one Markdown page; pictures are files beside it."""
     parts = [f"# {section.title} ({section.name})", f"In the paper: {section.claim}"]
-    parts += [table.markdown().rstrip() for table in section.results.tables]
+    parts += [
+        table.markdown().rstrip()
+        if len(table.rows) <= _LONG_TABLE
+        else f"**{table.title}**: {len(table.rows)} rows in [{table.name}.csv]({table.name}.csv)"
+        for table in section.results.tables
+    ]
     parts += [f"![{picture.caption}]({picture.name}.png)\n\n{picture.caption}" for picture in section.results.pictures]
     parts.append("\n".join(f"- {note}" for note in section.results.notes))
     parts.append("Settings:\n\n" + "\n".join(f"- {key}: `{value}`" for key, value in settings.items()))
@@ -71,7 +76,7 @@ def page(sections: list[Section], settings: dict[str, Any], model: str) -> str:
         f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(str(value))}</code></td></tr>"
         for key, value in settings.items()
     )
-    title = f"larosa reproduce: {html.escape(model)}"
+    title = f"{html.escape(Path(model).name)}: the LaRoSA paper's tables and figures"
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
@@ -109,6 +114,7 @@ def _section_html(section: Section) -> str:
     return "".join([*parts, "</section>\n"])
 
 
+#: Tables with more rows are folded away in HTML and left to CSV in Markdown.
 _LONG_TABLE = 40
 
 _STYLE = """
@@ -130,8 +136,9 @@ h2 small { color: var(--quiet); font-weight: normal; }
 table { border-collapse: collapse; font-size: .88rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.scroll td { white-space: nowrap; }
 th { border-bottom: 2px solid var(--quiet); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 tbody tr:hover { background: var(--soft); }
 td code { overflow-wrap: anywhere; }
 figure { margin: 1.5rem 0; }

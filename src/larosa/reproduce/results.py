@@ -44,7 +44,9 @@ class Table:
 
     def html(self) -> str:
         """The table as an HTML table with its title as caption."""
-        head = "".join(f"<th>{html.escape(column.name)}</th>" for column in self.columns)
+        head = "".join(
+            f"<th{' class=number' if column.format else ''}>{html.escape(column.name)}</th>" for column in self.columns
+        )
         rows = []
         for row in self.rows:
             cells = "".join(

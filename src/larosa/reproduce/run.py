@@ -112,7 +112,7 @@ def reproduce(name: str, model: str, folder: Path, settings: ReproduceSettings) 
 def _run(experiment: Experiment, context: Context, everything: bool) -> Section:
     lacking = experiment.lacks(context.settings) if everything else None
     if lacking is not None:
-        return Section(experiment.name, experiment.title, experiment.claim, Results(), f"give {lacking}")
+        return Section(experiment.name, experiment.title, experiment.claim, Results(), lacking)
     return Section(experiment.name, experiment.title, experiment.claim, experiment.run(context))
 
 

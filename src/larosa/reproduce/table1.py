@@ -105,5 +105,7 @@ EXPERIMENT = Experiment(
     "Accuracy: CATS, TEAL, LaRoSA",
     "LaRoSA keeps more accuracy than TEAL and CATS at 25, 40 and 50%; CATS cannot reach 50%.",
     run,
-    lacks=lambda settings: None if settings.task_data else "--task-data (alone, table1 downloads the tasks)",
+    lacks=lambda settings: (
+        None if settings.task_data else "needs --task-data DIR; run alone, table1 downloads the tasks"
+    ),
 )

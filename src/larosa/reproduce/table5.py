@@ -20,9 +20,7 @@ def run(context: Context) -> Results:
             alphas = best_point(context.grid(variant), by)[0] if by else context.alphas(variant)
             found = context.evaluate(variant, MAIN_SPARSITY, alphas)
             label = f"{variant.label}, searched by KL" if by == "kl" else variant.label
-            spread = [
-                f"{100 * site['mean']:.1f} ± {100 * site['std']:.1f}" for site in map(found["sites"].get, SITES)
-            ]
+            spread = [f"{100 * site['mean']:.1f} ± {100 * site['std']:.1f}" for site in map(found["sites"].get, SITES)]
             rows.append([label, *spread, found["skipped"]["mean"], *quality(found), sites_text(alphas)])
     columns = [
         Column("method"),
