@@ -18,6 +18,7 @@ from larosa.evaluation.tasks import PAPER_TASKS, TaskResult, TaskResults
 from larosa.reproduce import EXPERIMENTS, paper, reproduce, table1
 from larosa.reproduce import context as context_module
 from larosa.reproduce.cache import Cache
+from larosa.reproduce.calibration_sets import samples
 from larosa.reproduce.context import Context, best_point
 from larosa.reproduce.experiment import NOT_REACHABLE
 from larosa.reproduce.variants import CATS, LAROSA, TEAL, TOPK, TOPK_GS
@@ -156,6 +157,16 @@ def test_calibration_sets_are_compared_with_the_first(dense, settings, texts, tm
     quality = rows(EXPERIMENTS["table7"].run(context))
     assert [row["calibrated on"] for row in quality] == ["dense", *(label for label in labels[:-1] for _ in range(3))]
     assert len({row["perplexity"] for row in quality}) == len(quality)  # each sample gives a model of its own
+
+
+def test_calibration_sets_of_the_same_name_are_told_apart(dense, settings, texts, tmp_path):
+    same = tmp_path / texts["calibration"].parent.name / "calibration.txt"
+    same.parent.mkdir()
+    same.write_text(texts["other"].read_text("utf-8"), "utf-8")
+    others = (str(same), settings().calibration)  # the run's own again is no other
+    found = samples(Context(str(dense), settings(other_calibration=others), tmp_path / "cache"))
+    assert [source for source, _ in found.values()] == [settings().calibration] * 2 + [str(same), "self"]
+    assert str(same) in found
 
 
 def test_table10_finds_the_lowest_points_of_the_grid(shared_context, few_points):

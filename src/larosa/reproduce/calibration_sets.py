@@ -26,8 +26,9 @@ def samples(context: Context) -> dict[str, tuple[str, int]]:
     first = settings.calibration
     found = {name(first): (first, settings.seed), f"{name(first)}, another sample": (first, settings.seed + 1)}
     for source in (*settings.other_calibration, SELF):
-        if source not in (s for s, _ in found.values()):
-            found[name(source)] = (source, settings.seed)
+        if source not in (known for known, _ in found.values()):
+            label = name(source)
+            found[source if label in found else label] = (source, settings.seed)
     return found
 
 
@@ -49,7 +50,7 @@ def run_table7(context: Context) -> Results:
     tables = [Table("table7", f"LaRoSA by calibration set, {context.evaluated}", columns, rows)]
     notes = [
         "Only the covariances come from the sample; the coefficients are those searched on the first one.",
-        "`self` is text that the model generates itself. The second row of samples is another draw from the first "
+        "The source self is text that the model generates. The second row of samples is another draw from the first "
         "source: differences of its size are chance.",
     ]
     if context.paper is not None and context.paper.name in paper.TABLE_7:
@@ -84,11 +85,10 @@ def run_table8(context: Context) -> Results:
     first = next(iter(found))
     tables = [Table("table8", f"Cosine similarity of second moments to those of {first}", columns, rows)]
     notes = [
-        "Averaged over layers; `lowest layer` is the least similar layer's, of h1 and h3 together.",
-        "The moments are not centred, so a mean that all texts share makes any two of them alike. `shared directions` "
-        "is the part of the first sample's leading quarter of eigenvectors that lies in the other's: 25% would be "
-        "chance.",
-        "`no direction preferred` compares with the identity matrix: what similarity means here.",
+        "Averaged over layers; the lowest layer is the least similar one, by h1 and h3 together.",
+        "The moments are not centred, so a mean that all texts share makes any two of them alike. Shared directions: "
+        "the part of the first sample's leading quarter of eigenvectors that lies in the other's; 25% would be chance.",
+        "The row without a preferred direction compares with the identity matrix: what similarity means here.",
     ]
     if context.paper is not None and context.paper.name == paper.TABLE_8_MODEL:
         columns = [Column("calibrated on"), Column("cosine similarity", ".3f")]

@@ -71,11 +71,12 @@ def markdown(section: Section, settings: dict[str, Any]) -> str:
 def page(sections: list[Section], settings: dict[str, Any], model: str) -> str:
     """All results as one HTML page that needs nothing else: opens from disk, images included."""
     links = "".join(f'<a href="#{section.name}">{html.escape(section.name)}</a>' for section in sections)
-    body = "".join(_section_html(section) for section in sections)
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(str(value))}</code></td></tr>"
         for key, value in settings.items()
     )
+    used = f"<table><tbody>{rows}</tbody></table>"
+    body = "".join(_section_html(section, used) for section in sections)
     title = f"{html.escape(Path(model).name)}: the LaRoSA paper's tables and figures"
     return (
         "<!DOCTYPE html>\n"
@@ -87,11 +88,11 @@ def page(sections: list[Section], settings: dict[str, Any], model: str) -> str:
         "Rotated Sparse Activation</em> (arXiv 2507.01299), measured on this model. Divergence (KL) from the dense "
         "model comes first and perplexity beside it: a model can lower its perplexity by becoming less sure of "
         f"itself, while it moves away from the dense one.</p>{body}\n"
-        f'<section id="settings"><h2>Settings</h2><table><tbody>{rows}</tbody></table></section></main></body></html>\n'
+        f'<section id="settings"><h2>Settings</h2>{used}</section></main></body></html>\n'
     )
 
 
-def _section_html(section: Section) -> str:
+def _section_html(section: Section, used: str) -> str:
     parts = [
         f'<section id="{section.name}">',
         f"<h2>{html.escape(section.title)} <small>{html.escape(section.name)}</small></h2>",
@@ -111,6 +112,8 @@ def _section_html(section: Section) -> str:
         parts.append(f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
     if section.results.notes:
         parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in section.results.notes) + "</ul>")
+    if section.missing is None:
+        parts.append(f"<details><summary>Settings</summary>{used}</details>")
     return "".join([*parts, "</section>\n"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from larosa.config import SITES
 from larosa.reproduce import paper
 from larosa.reproduce.context import Context, best_point
-from larosa.reproduce.experiment import PAPER_BUDGET, QUALITY, Experiment, quality, sites_text
+from larosa.reproduce.experiment import PAPER_BUDGET, QUALITY, Experiment, quality
 from larosa.reproduce.results import Cell, Column, Results, Table
 from larosa.reproduce.settings import MAIN_SPARSITY
 from larosa.reproduce.variants import LAROSA, TEAL, TOPK, TOPK_GS
@@ -21,13 +21,21 @@ def run(context: Context) -> Results:
             found = context.evaluate(variant, MAIN_SPARSITY, alphas)
             label = f"{variant.label}, searched by KL" if by == "kl" else variant.label
             spread = [f"{100 * site['mean']:.1f} ± {100 * site['std']:.1f}" for site in map(found["sites"].get, SITES)]
-            rows.append([label, *spread, found["skipped"]["mean"], *quality(found), sites_text(alphas)])
+            rows.append(
+                [
+                    label,
+                    *spread,
+                    found["skipped"]["mean"],
+                    *quality(found),
+                    " / ".join(f"{alphas[site]:.2f}" for site in SITES),
+                ]
+            )
     columns = [
         Column("method"),
         *(Column(f"{site} (%)") for site in SITES),
         Column("weights skipped", ".2%"),
         *QUALITY,
-        Column("coefficients"),
+        Column("alphas h1 / h2 / h3 / h4"),
     ]
     tables = [Table("table5", f"Actual sparsity and quality at 50%, {context.evaluated}", columns, rows)]
     notes = [
