@@ -30,8 +30,8 @@ def demo(
 
 def _table(rows: list[DemoRow]) -> Table:
     table = Table(title="larosa-tiny on the bundled text", title_justify="left")
-    table.add_column("method")
-    for column in ("sparsity", "perplexity", "KL to dense", "same top token"):
+    table.add_column("method", no_wrap=True)
+    for column in ("sparsity", "perplexity", "KL to dense", "top-1"):
         table.add_column(column, justify="right")
     for previous, row in zip([rows[0], *rows], rows, strict=False):
         if row.method != previous.method:
