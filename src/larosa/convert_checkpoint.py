@@ -78,6 +78,8 @@ def convert_checkpoint(
     check_output(output)
     # Refuse bad options before a long load.
     completed = Settings.complete(**settings)
+    if search_log is not None and completed.search is not Search.GRID:
+        raise LarosaError("--search-log is of the grid search: give --search grid with it")
     config = load_config(source, trust_remote_code=trust_remote_code)
     check_reach(completed, find_architecture(config.model_type), SiteSizes.of(config))
     target = find_device(device)

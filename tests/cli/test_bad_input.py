@@ -274,6 +274,10 @@ def test_bad_sampling_options(refused, checkpoint, option):
     assert option[0] in refused("generate", checkpoint, "--prompt", "w5", *option)
 
 
+def test_search_log_without_a_search(convert_refused, tmp_path):
+    assert "--search grid" in convert_refused("--search-log", tmp_path / "points.jsonl")
+
+
 def test_search_log_of_other_settings(refused, checkpoint, tmp_path, text_file):
     log = tmp_path / "points.jsonl"
     log.write_text('{"sparsity": 0.1}\n', "utf-8")
