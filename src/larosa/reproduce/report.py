@@ -129,7 +129,7 @@ nav { position: sticky; top: 0; height: 100vh; overflow-y: auto; flex: 0 0 12rem
   background: var(--soft); border-right: 1px solid var(--line); display: flex; flex-direction: column; gap: .35rem; }
 nav a { color: var(--accent); text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-main { flex: 1 1 auto; min-width: 0; max-width: 72rem; padding: 1.5rem 2.5rem 4rem; }
+main { flex: 1 1 auto; min-width: 0; max-width: 84rem; padding: 1.5rem 2.5rem 4rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.8rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 h2 small { color: var(--quiet); font-weight: normal; }
