@@ -11,6 +11,9 @@ from larosa.config import SITES
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import selectors
 
+PLAIN = {"score": "magnitude", "value_rotation": False, "rotation_objective": "inputs"}  # the paper's own
+EXTENSIONS = {"score": "weights", "value_rotation": True, "rotation_objective": "outputs"}
+
 ROTATIONS = ("none", "random", "model", "layer", "block")
 
 # With the family's features of conftest.py: GQA and untied, then MHA and tied.
@@ -36,7 +39,7 @@ def relative_error(found, expected):
 def test_exact_at_zero_sparsity_in_float64(make_model, quick_convert, token_ids, family, overrides, rotation):
     model, ids = make_model(family, torch.float64, **overrides), token_ids(2, 24)
     expected = model(ids).logits
-    converted = quick_convert(model, sparsity=0.0, rotation=rotation)
+    converted = quick_convert(model, sparsity=0.0, rotation=rotation, **EXTENSIONS)
     assert relative_error(converted(ids).logits, expected) < 1e-10
 
 
@@ -45,7 +48,7 @@ def test_exact_at_zero_sparsity_in_float64(make_model, quick_convert, token_ids,
 def test_exact_at_zero_sparsity_in_float32(make_model, quick_convert, token_ids, family, overrides, rotation):
     model, ids = make_model(family, **overrides), token_ids(2, 24)
     expected = model(ids).logits
-    converted = quick_convert(model, sparsity=0.0, rotation=rotation)
+    converted = quick_convert(model, sparsity=0.0, rotation=rotation, **EXTENSIONS)
     assert relative_error(converted(ids).logits, expected) < 1e-4
 
 
@@ -67,10 +70,12 @@ class Reference:
     Nothing is merged or folded: at h1 and h3 the normed input is rotated, sparsified, rotated back and only then
     multiplied by the norm's gain and the dense weights; there are no adapters. Llama and Qwen2, no sliding window.
     Without any rotation the linears' own input is sparsified, gain included (the paper's TopK baseline).
+    Of the extensions, the value rotation is one of h2 head by head, the score is how far an entry of the rotated
+    input moves the outputs, and the output-aware objective is another matrix to take the eigenvectors of.
     """
 
-    def __init__(self, model, rotated=True):
-        self.rotated = rotated
+    def __init__(self, model, rotated=True, scored=False):
+        self.rotated, self.scored = rotated, scored
         self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         self.config = model.config
         self.layers = range(model.config.num_hidden_layers)
@@ -91,13 +96,26 @@ class Reference:
 
     def sparsify(self, x, i, site, keep, dense_tokens):
         """Equations 8 to 10 for a [T, D] input of a site; the first `dense_tokens` rows pass whole."""
-        Q = self.bases[i, site] if site in ("h1", "h3") else torch.eye(x.shape[-1]).double()
+        Q = self.bases[i, site] if site != "h4" else torch.eye(x.shape[-1]).double()
         rotated = x @ Q
+        score = torch.stack([self.moved(i, site, direction) for direction in Q.T]) if self.scored else 1
         # Stable: under GQA the first token's attention output holds each value once per query head, exact ties.
-        order = rotated.abs().argsort(dim=-1, descending=True, stable=True)
+        order = (rotated.abs() * score).argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(rotated).scatter(-1, order[:, : keep[site]], 1.0)
         kept[:dense_tokens] = 1
         return (rotated * kept) @ Q.T
+
+    def matrices(self, i, site):
+        """What multiplies the input of a site, the norm's gain included where it is rotated."""
+        names = {"h1": ("q", "k", "v"), "h2": ("o",), "h3": ("gate", "up"), "h4": ("down",)}[site]
+        layer, block = f"model.layers.{i}.", "self_attn" if site in ("h1", "h2") else "mlp"
+        norm = {"h1": "input_layernorm", "h3": "post_attention_layernorm"}.get(site) if self.rotated else None
+        gain = self.weights[f"{layer}{norm}.weight"] if norm else 1
+        return [self.weights[f"{layer}{block}.{name}_proj.weight"] * gain for name in names]
+
+    def moved(self, i, site, direction):
+        """How far the outputs of the linears that read a site move, together, with a step in a direction."""
+        return torch.cat([matrix @ direction for matrix in self.matrices(i, site)]).norm()
 
     def __call__(self, ids, keep=None, dense_tokens=0):
         """Logits [T, vocabulary] of one row of token ids; `keep` None is dense and gathers the moments."""
@@ -135,7 +153,7 @@ class Reference:
             x = x + self.linear(f"{layer}mlp.down_proj", site(gate * gate.sigmoid() * up, i, "h4"))
         return self.linear("lm_head", unit(x) * self.weights["model.norm.weight"])
 
-    def calibrate(self, sequences, rotation, covariance):
+    def calibrate(self, sequences, rotation, covariance, objective="inputs", values=False):
         """Equation 7: eigenvectors of the second moments over all calibration tokens."""
         for ids in sequences:
             self(ids)
@@ -144,8 +162,21 @@ class Reference:
         for i in self.layers:
             for site in ("h1", "h3"):
                 sources = {"block": [(i, site)], "layer": [(i, "h1"), (i, "h3")], "model": list(C)}[rotation]
-                chosen = [C[at] for at in sources if rotation == "block" or covariance in (at[1], "joint")]
-                self.bases[i, site] = torch.linalg.eigh(sum(chosen))[1]
+                target = sum(C[at] for at in sources if rotation == "block" or covariance in (at[1], "joint"))
+                if objective == "outputs":
+                    grams = [matrix.T @ matrix for at in sources for matrix in self.matrices(*at)]
+                    target = target / target.trace() + sum(grams) / sum(grams).trace()
+                self.bases[i, site] = torch.linalg.eigh(target)[1]
+            if values:
+                self.bases[i, "h2"] = torch.block_diag(*self.value_bases(torch.cat(self.moments[i, "h2"])))
+
+    def value_bases(self, rows):
+        """For each query head the eigenvectors of the second moment of all that share its key-value head."""
+        heads = rows.view(len(rows), self.config.num_attention_heads, -1).transpose(0, 1)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        for first in range(0, len(heads), group):
+            shared = heads[first : first + group].flatten(0, 1)
+            yield from [torch.linalg.eigh(shared.T @ shared)[1]] * group
 
 
 def plain(family):
@@ -173,9 +204,75 @@ def test_equals_the_papers_equations(
     expected = reference(ids, keep)
     dense = model(ids[None]).logits[0]
 
-    converted = quick_convert(model, sparsity=sparsity, rotation=rotation, covariance=covariance)
+    converted = quick_convert(model, sparsity=sparsity, rotation=rotation, covariance=covariance, **PLAIN)
     assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
     assert relative_error(expected, dense) > 0.01  # sparsity of this size is far from rounding
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("keys", [2, 4], ids=["gqa", "mha"])
+@pytest.mark.parametrize("rotation", ["layer", "block"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"score": "weights"},
+        {"value_rotation": True},
+        {"rotation_objective": "outputs"},
+        EXTENSIONS,
+    ],
+    ids=["score", "values", "outputs", "all"],
+)
+def test_equals_the_equations_of_the_extensions(
+    make_model, quick_convert, token_ids, text_file, tokenizer, family, keys, rotation, parts
+):
+    options = {**PLAIN, **parts}
+    model = make_model(family, torch.float64, num_key_value_heads=keys, **plain(family))
+    ids = token_ids(20, seed=5)
+    reference = Reference(model, scored=options["score"] == "weights")
+    sequences = calibration_ids(text_file, tokenizer)
+    reference.calibrate(sequences, rotation, "joint", options["rotation_objective"], options["value_rotation"])
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, rotation=rotation, **options)
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("values", [False, True])
+def test_scores_and_values_without_a_rotation_of_the_stream(
+    make_model, quick_convert, token_ids, text_file, tokenizer, values
+):
+    model, ids = make_model("llama", torch.float64), token_ids(20, seed=8)
+    reference = Reference(model, rotated=False, scored=True)
+    if values:
+        for sequence in calibration_ids(text_file, tokenizer):
+            reference(sequence)
+        for i in reference.layers:
+            rows = torch.cat(reference.moments[i, "h2"])
+            reference.bases[i, "h2"] = torch.block_diag(*reference.value_bases(rows))
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, rotation="none", score="weights", value_rotation=values)
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+@pytest.mark.usefixtures("exact_norms")
+def test_one_basis_for_all_layers_from_the_sum_of_what_each_layer_wants(
+    make_model, quick_convert, token_ids, text_file, tokenizer
+):
+    model, ids = make_model("llama", torch.float64), token_ids(20, seed=9)
+    reference = Reference(model)
+    for sequence in calibration_ids(text_file, tokenizer):
+        reference(sequence)
+    target = 0
+    for i in reference.layers:
+        rows = torch.cat([*reference.moments[i, "h1"], *reference.moments[i, "h3"]])
+        grams = sum(m.T @ m for site in ("h1", "h3") for m in reference.matrices(i, site))
+        target = target + rows.T @ rows / rows.square().sum() + grams / grams.trace()
+    for i in reference.layers:
+        reference.bases[i, "h1"] = reference.bases[i, "h3"] = torch.linalg.eigh(target)[1]
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, rotation="model", **{**PLAIN, "rotation_objective": "outputs"})
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
 
 
 @pytest.mark.usefixtures("exact_norms")
@@ -185,7 +282,7 @@ def test_equals_the_papers_equations_without_rotation_and_with_coefficients(make
     alphas = PerSite(h1=0.9, h2=1.3, h3=0.8, h4=1.2)
     keep = {"h1": 32 - 14, "h2": 32 - 21, "h3": 32 - 13, "h4": 56 - 34}  # alpha x 50% of 32 and 56, rounded
     expected = reference(ids, keep)
-    converted = quick_convert(model, sparsity=0.5, rotation="none", alphas=alphas)
+    converted = quick_convert(model, sparsity=0.5, rotation="none", alphas=alphas, **PLAIN)
     assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
 
 
@@ -200,7 +297,7 @@ def test_decoding_after_a_prompt_equals_the_papers_equations(
     keep = {"h1": 16, "h2": 16, "h3": 16, "h4": 28}
     expected = reference(ids, keep, dense_tokens=12 if prefill == "dense" else 0)
 
-    converted = quick_convert(model, sparsity=0.5, prefill=prefill)
+    converted = quick_convert(model, sparsity=0.5, prefill=prefill, **PLAIN)
     output = converted(ids[None, :12], use_cache=True)
     logits = [output.logits[0]]
     for i in range(12, 20):

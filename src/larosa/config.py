@@ -61,6 +61,20 @@ class Covariance(StrEnum):
     JOINT = "joint"
 
 
+class RotationObjective(StrEnum):
+    """What a rotation concentrates on few entries: the activations, or what the weights make of them too."""
+
+    INPUTS = "inputs"
+    OUTPUTS = "outputs"
+
+
+class Score(StrEnum):
+    """What Top-K ranks entries by: their magnitude, or that times the norm of the weights that read them."""
+
+    MAGNITUDE = "magnitude"
+    WEIGHTS = "weights"
+
+
 class Budget(StrEnum):
     """What a sparsity of p means: the paper's equations 17 and 18, or p of all weight elements skipped."""
 
@@ -69,11 +83,12 @@ class Budget(StrEnum):
 
 
 class Search(StrEnum):
-    """How sparsity is shared out among the sites: evenly, by the paper's Algorithm 1, or by TEAL's."""
+    """How sparsity is shared out among the sites: evenly, by the paper's Algorithm 1, by TEAL's, or by sensitivity."""
 
     NONE = "none"
     GRID = "grid"
     GREEDY = "greedy"
+    SENSITIVITY = "sensitivity"
 
 
 class Recipe(StrEnum):
@@ -168,7 +183,8 @@ class LarosaConfig(_Block):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
     `keep` (methods that count) or `thresholds` (methods that compare) is what the model runs by; the
-    other keys say how it came about. `alphas` and `covariance` are null where the method has none.
+    other keys say how it came about. `alphas`, `covariance` and `rotation_objective` are null where the
+    method has none. With `score` weights, every site has a vector in the checkpoint.
     """
 
     format_version: int = FORMAT_VERSION
@@ -182,6 +198,9 @@ class LarosaConfig(_Block):
     thresholds: Thresholds | None = Field(default=None, validate_default=True)
     rotation: Rotation
     covariance: Covariance | None = None
+    rotation_objective: RotationObjective | None = None
+    value_rotation: bool = False
+    score: Score = Score.MAGNITUDE
     search: Search
     prefill: Prefill = Prefill.SPARSE
     calibration: CalibrationRecord | None = None
@@ -197,6 +216,14 @@ class LarosaConfig(_Block):
             raise ValueError(f"method '{method}' {'needs it' if needed else 'has none'}")
         if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _check_score(cls, value: Score, info: ValidationInfo) -> Score:
+        method = info.data.get("method")
+        if method is not None and method.uses_thresholds and value is not Score.MAGNITUDE:
+            raise ValueError(f"method '{method}' compares magnitudes")
         return value
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture, find_architecture
-from larosa.calibration import LayerMoments, calibration_sequences, layer_second_moments
+from larosa.calibration import LayerMoments, calibration_sequences, layer_statistics
 from larosa.config import (
     CalibrationRecord,
     Covariance,
@@ -23,15 +23,24 @@ from larosa.config import (
     Prefill,
     Recipe,
     Rotation,
+    RotationObjective,
 )
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
-from larosa.evaluation.perplexity import evaluate_windows
-from larosa.models import Family, family_of, set_keep_counts
+from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
+from larosa.models import Family, family_of, set_keep_counts, set_scores
 from larosa.progress import track
-from larosa.rotation import Adapters, LayerBases, merge_bases, principal_basis, random_basis
+from larosa.rotation import (
+    Adapters,
+    LayerBases,
+    merge_bases,
+    output_aware,
+    principal_basis,
+    random_basis,
+    reader_gram,
+)
 from larosa.settings import Settings
-from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity import SiteSizes, keep_counts, sensitivity
 from larosa.sparsity.greedy import GreedyAllocation
 from larosa.sparsity.search import SearchLog, grid_search
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
@@ -52,6 +61,9 @@ def convert(
     seed: int = 0,
     rotation: str | None = None,
     covariance: str | None = None,
+    rotation_objective: str | None = None,
+    value_rotation: bool | None = None,
+    score: str | None = None,
     search: str | None = None,
     alphas: PerSite | None = None,
     prefill: str = Prefill.SPARSE,
@@ -80,7 +92,12 @@ def convert(
         rotation: `layer`, `block`, `model`, `random` or `none`.
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
-        search: `none`; `grid` for Algorithm 1 (larosa, topk); `greedy` for TEAL's allocation within each
+        rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
+            make of it (`outputs`).
+        value_rotation: rotate each value head into the principal basis of its queries' outputs, at h2.
+        score: rank entries by `magnitude`, or by magnitude times the norm of the `weights` that read them.
+        search: `none`; `grid` for Algorithm 1 and `sensitivity` for counts of each layer and
+            site by what they cost (larosa, topk); `greedy` for TEAL's allocation within each
             layer (teal).
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
@@ -105,6 +122,9 @@ def convert(
         seed=seed,
         rotation=rotation,
         covariance=covariance,
+        rotation_objective=rotation_objective,
+        value_rotation=value_rotation,
+        score=score,
         search=search,
         prefill=prefill,
         alphas=alphas,
@@ -124,14 +144,14 @@ def convert(
 
     _untie(model, architecture)
     adapters: list[Adapters] = []
-    if settings.rotation is not Rotation.NONE:
+    if settings.rotates:
         bases = _bases(model, architecture, settings, sequences, where)
         layers = len(architecture.layers(model))
         adapters = merge_bases(model, architecture, track(bases, "Rotating layers", total=layers))
     _adopt(model, family_of(architecture), block, adapters)
-    if settings.search is SearchKind.GRID:
+    if settings.search in _SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
-        _search(model, architecture, block, sequences, search_log)
+        _SEARCHES[settings.search](model, architecture, block, sequences, search_log)
     return model
 
 
@@ -191,6 +211,9 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         alphas=settings.alphas,
         rotation=settings.rotation,
         covariance=settings.covariance,
+        rotation_objective=settings.rotation_objective,
+        value_rotation=settings.value_rotation,
+        score=settings.score,
         search=settings.search,
         prefill=settings.prefill,
         calibration=settings.calibration,
@@ -240,62 +263,124 @@ def _bases(
     device: torch.device,
 ) -> Iterator[LayerBases]:
     """Each layer's bases, first layer first; a layer may be merged as soon as its bases are out."""
-    count = len(architecture.layers(model))
-    if settings.rotation is Rotation.RANDOM:
-        Q = random_basis(model.config.hidden_size, settings.seed)
-        yield from [LayerBases(Q, Q)] * count
+    rotation = settings.rotation
+    values: list[torch.Tensor | None] = [None] * len(architecture.layers(model))
+    total: torch.Tensor | None = None
+    if rotation.is_calibrated or settings.value_rotation:
+        assert sequences is not None, "calibrated rotations have sequences"
+        statistics = layer_statistics(model, architecture, sequences, device)
+        for index, (layer, found) in enumerate(zip(architecture.layers(model), statistics, strict=True)):
+            if settings.value_rotation:
+                values[index] = principal_basis(found.values)
+            if not rotation.is_calibrated:
+                continue
+            h1, h3 = _concentrated(layer, architecture, settings, found.moments)
+            if rotation is Rotation.MODEL:
+                total = h1 if total is None else total + h1
+                continue
+            attention = principal_basis(h1)
+            yield LayerBases(attention, attention if h1 is h3 else principal_basis(h3), values[index])
+    if rotation in (Rotation.LAYER, Rotation.BLOCK):
         return
-    assert sequences is not None, "calibrated rotations have sequences"
-    moments = layer_second_moments(model, architecture, sequences, device)
-    if settings.rotation is Rotation.MODEL:
-        total = reduce(torch.add, (_combine(layer, settings.covariance) for layer in moments))
-        Q = principal_basis(total / count)
-        yield from [LayerBases(Q, Q)] * count
-        return
-    for layer in moments:
-        if settings.rotation is Rotation.BLOCK:
-            yield LayerBases(principal_basis(layer.h1), principal_basis(layer.h3))
-        else:
-            Q = principal_basis(_combine(layer, settings.covariance))
-            yield LayerBases(Q, Q)
+    Q: torch.Tensor | None = None
+    if rotation is Rotation.RANDOM:
+        Q = random_basis(model.config.hidden_size, settings.seed).to(device)
+    elif total is not None:
+        Q = principal_basis(total)
+    yield from (LayerBases(Q, Q, of_layer) for of_layer in values)
 
 
-def _combine(moments: LayerMoments, covariance: Covariance | None) -> torch.Tensor:
-    # Both are of RMSNorm outputs, so both have trace D and the mean needs no weights.
-    if covariance is Covariance.JOINT:
-        return (moments.h1 + moments.h3) / 2
-    return moments.h1 if covariance is Covariance.H1 else moments.h3
+def _concentrated(
+    layer: nn.Module, architecture: Architecture, settings: Settings, moments: LayerMoments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices whose principal bases a layer works in at h1 and h3; the same object unless at level `block`."""
+    C = (moments.h1, moments.h3)
+    if settings.rotation is not Rotation.BLOCK:
+        # Both are of RMSNorm outputs, so both have trace D and the mean needs no weights.
+        chosen = {Covariance.H1: C[0], Covariance.H3: C[1]}.get(settings.covariance or Covariance.JOINT)
+        C = ((C[0] + C[1]) / 2,) * 2 if chosen is None else (chosen,) * 2
+    if settings.rotation_objective is RotationObjective.INPUTS:
+        return C
+    grams = [
+        reader_gram(
+            [linear.weight for linear in architecture.linears(layer, site)], architecture.norm(layer, site).weight
+        )
+        for site in ("h1", "h3")
+    ]
+    if settings.rotation is Rotation.BLOCK:
+        return output_aware(C[0], grams[0]), output_aware(C[1], grams[1])
+    return (output_aware(C[0], grams[0] + grams[1]),) * 2
 
 
 @torch.no_grad()
 def _adopt(model: Any, family: Family, block: LarosaConfig, adapters: list[Adapters]) -> None:
-    """Give the rotated model its sparsified class and its adapters."""
+    """Give the rotated model its sparsified class, its adapters and its scores."""
     family.adopt(model, block)
     for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=bool(adapters)):
         for name in ("attention", "residual"):
             matrix = getattr(layer_adapters, name)
             if matrix is not None:
                 getattr(layer, f"{name}_adapter").weight.copy_(matrix.T)
+    set_scores(model, family.architecture)
     model.eval().requires_grad_(False)
 
 
-def _search(
+def _grid_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
 ) -> None:
     """Set the counts and coefficients that Algorithm 1 finds."""
-    settings = block.model_dump(mode="json", exclude={"alphas", "keep"})
-    settings["sequences"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    head = architecture.head(model).weight
-    settings["model"] = hashlib.sha256(head[:64].float().cpu().numpy().tobytes()).hexdigest()
 
     def perplexity(keep: KeepCounts) -> float:
         set_keep_counts(model, architecture, keep)
         return evaluate_windows(model, sequences, None).perplexity
 
     sizes = SiteSizes.of(model.config)
-    log = SearchLog(log_path, settings)
+    log = SearchLog(log_path, _identity(model, architecture, block, sequences))
     alphas = grid_search(block.sparsity, block.budget, sizes, perplexity, log)
     keep = keep_counts(block.sparsity, alphas, sizes)
+    _settle(model, architecture, block, alphas, keep)
+
+
+def _sensitivity_search(
+    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
+) -> None:
+    """Set the counts of each layer and site that cost the least divergence by estimate."""
+    sizes = SiteSizes.of(model.config)
+    few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
+    # The same at every sparsity, so that one log does for all.
+    settings = _identity(model, architecture, block.model_copy(update={"sparsity": 0.0}), sequences)
+    log = SearchLog(log_path, settings, names=("layer", "site"), measured="kl_divergence")
+    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+    # With every entry kept it is the dense model.
+    dense = RecordedLogits(model, few)
+    entries = sensitivity.sorted_entries(model, architecture, lambda: evaluate_windows(model, sequences, None))
+
+    def divergence(keep: KeepCounts) -> float:
+        set_keep_counts(model, architecture, keep)
+        measured = evaluate_windows(model, few, dense).kl_divergence
+        assert measured is not None, "there is a reference"
+        return measured
+
+    keep = sensitivity.allocate(block.sparsity, sizes, entries, divergence, log)
+    _settle(model, architecture, block, None, keep)
+
+
+_SEARCHES = {SearchKind.GRID: _grid_search, SearchKind.SENSITIVITY: _sensitivity_search}
+
+
+def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:
+    """What the points of a search depend on."""
+    settings = block.model_dump(mode="json", exclude={"alphas", "keep"})
+    settings["sequences"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+    head = architecture.head(model).weight
+    settings["model"] = hashlib.sha256(head[:64].float().cpu().numpy().tobytes()).hexdigest()
+    return settings
+
+
+def _settle(
+    model: Any, architecture: Architecture, block: LarosaConfig, alphas: PerSite | None, keep: KeepCounts
+) -> None:
+    """Make what a search found the model's own."""
     set_keep_counts(model, architecture, keep)
     found = block.model_copy(update={"alphas": alphas, "keep": keep})
     model.config.larosa = found.model_dump(mode="json")

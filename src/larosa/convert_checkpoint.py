@@ -13,7 +13,7 @@ import torch
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import check_output, find_device, load, load_config, save
-from larosa.config import LarosaConfig, Rotation, Search
+from larosa.config import LarosaConfig, Score, Search
 from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
@@ -65,9 +65,9 @@ def convert_checkpoint(
         source: folder or hub name of a dense model.
         output: a folder that does not exist yet.
         offload: keep the model in CPU memory and move one layer at a time to `device`, for models that
-            do not fit there; sampling, grid search and measurement then run on the CPU.
+            do not fit there; sampling, searches and measurement then run on the CPU.
         measure: compare with the dense model on the bundled text, for the report and the card.
-        search_log: where a grid search keeps its points, so that it can be resumed; by default beside
+        search_log: where a search keeps its points, so that it can be resumed; by default beside
             `output`. It ends up in `output` as search.jsonl.
         settings: as for `larosa.convert`.
 
@@ -88,7 +88,7 @@ def convert_checkpoint(
     )
     check_weights(model)
     source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    _check_disk(output, model, completed.rotation)
+    _check_disk(output, model, completed)
     log = search_log or output.with_name(output.name + ".search.jsonl")
     dense = sparse = windows = recorded = None
     if measure:
@@ -102,7 +102,7 @@ def convert_checkpoint(
     block = LarosaConfig.parse(model.config.larosa)
     inspection = inspect_config(model.config)
     save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if completed.search is Search.GRID:
+    if completed.search in (Search.GRID, Search.SENSITIVITY):
         shutil.move(log, output / "search.jsonl")
     return ConversionReport(
         output=str(output),
@@ -116,15 +116,18 @@ def convert_checkpoint(
     )
 
 
-def _check_disk(output: Path, model: torch.nn.Module, rotation: Rotation) -> None:
+def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> None:
     """Find out that the disk is too full before the work rather than after it."""
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if config.tie_word_embeddings:
         needed += head.numel() * head.element_size()
-    adapters = SiteSizes.of(config).adapter_weights(rotation)
-    needed += adapters * head.element_size()
+    sizes = SiteSizes.of(config)
+    added = sizes.adapter_weights(settings.rotation)
+    if settings.score is Score.WEIGHTS:
+        added += sizes.score_entries
+    needed += added * head.element_size()
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise LarosaError(

@@ -15,6 +15,8 @@ from larosa.config import (
     Prefill,
     Recipe,
     Rotation,
+    RotationObjective,
+    Score,
     Search,
     check_sparsity,
 )
@@ -31,6 +33,9 @@ class Defaults:
     covariance: Covariance
     search: Search
     calibration: str
+    rotation_objective: RotationObjective
+    value_rotation: bool
+    score: Score
     rotation: Rotation = Rotation.LAYER
     num_sequences: int = 16
     sequence_length: int = 2048
@@ -38,8 +43,24 @@ class Defaults:
 
 #: `paper` is section 5.1 of the paper; `best` is what measured better at no cost at run time.
 RECIPES = {
-    Recipe.PAPER: Defaults(Budget.PAPER, Covariance.H1, Search.GRID, "wikitext2"),
-    Recipe.BEST: Defaults(Budget.WEIGHTS, Covariance.JOINT, Search.NONE, "self"),
+    Recipe.PAPER: Defaults(
+        budget=Budget.PAPER,
+        covariance=Covariance.H1,
+        search=Search.GRID,
+        calibration="wikitext2",
+        rotation_objective=RotationObjective.INPUTS,
+        value_rotation=False,
+        score=Score.MAGNITUDE,
+    ),
+    Recipe.BEST: Defaults(
+        budget=Budget.WEIGHTS,
+        covariance=Covariance.JOINT,
+        search=Search.NONE,
+        calibration="self",
+        rotation_objective=RotationObjective.OUTPUTS,
+        value_rotation=True,
+        score=Score.WEIGHTS,
+    ),
 }
 
 
@@ -52,10 +73,13 @@ class Applicable:
     searches: tuple[Search, ...]
 
 
-#: Coefficients are what a budget and alphas are about: they share out counts among the sites.
+_COUNTING = (Search.NONE, Search.GRID, Search.SENSITIVITY)
+
+#: Coefficients are what a budget and alphas are about: they share out counts among the sites. What counts
+#: can also rank by a score.
 METHODS = {
-    Method.LAROSA: Applicable(rotation=True, coefficients=True, searches=(Search.NONE, Search.GRID)),
-    Method.TOPK: Applicable(rotation=False, coefficients=True, searches=(Search.NONE, Search.GRID)),
+    Method.LAROSA: Applicable(rotation=True, coefficients=True, searches=_COUNTING),
+    Method.TOPK: Applicable(rotation=False, coefficients=True, searches=_COUNTING),
     Method.TEAL: Applicable(rotation=False, coefficients=False, searches=(Search.NONE, Search.GREEDY)),
     Method.CATS: Applicable(rotation=False, coefficients=False, searches=(Search.NONE,)),
 }
@@ -71,11 +95,19 @@ class Settings:
     budget: Budget
     rotation: Rotation
     covariance: Covariance | None
+    rotation_objective: RotationObjective | None
+    value_rotation: bool
+    score: Score
     search: Search
     prefill: Prefill
     alphas: PerSite | None
     seed: int
     calibration: CalibrationRecord | None
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any rotation is merged into the weights."""
+        return self.rotation is not Rotation.NONE or self.value_rotation
 
     @classmethod
     def complete(
@@ -91,6 +123,9 @@ class Settings:
         seed: int = 0,
         rotation: str | None = None,
         covariance: str | None = None,
+        rotation_objective: str | None = None,
+        value_rotation: bool | None = None,
+        score: str | None = None,
         search: str | None = None,
         prefill: str = Prefill.SPARSE,
         alphas: PerSite | None = None,
@@ -109,11 +144,20 @@ class Settings:
         chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
         chosen_search = _choose(Search, search or (Search.NONE if alphas else defaults.search), "search")
         chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
+        chosen_objective = _choose(
+            RotationObjective, rotation_objective or defaults.rotation_objective, "rotation objective"
+        )
+        if value_rotation is None:  # the controls without a calibrated rotation are to be free of all of it
+            value_rotation = defaults.value_rotation and chosen_rotation.is_calibrated
+        chosen_score = _choose(Score, score or defaults.score, "score")
         _check_applicable(
             chosen_method,
             {
                 f"--rotation {rotation}": applicable.rotation or chosen_rotation is Rotation.NONE,
                 f"--covariance {covariance}": applicable.rotation or covariance is None,
+                f"--rotation-objective {rotation_objective}": applicable.rotation or rotation_objective is None,
+                "--value-rotation": applicable.rotation or not value_rotation,
+                f"--score {score}": applicable.coefficients or chosen_score is Score.MAGNITUDE,
                 f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
                 f"--search {search}": chosen_search in applicable.searches,
                 "alphas": applicable.coefficients or alphas is None,
@@ -121,15 +165,18 @@ class Settings:
         )
         if alphas is not None and chosen_search is not Search.NONE:
             raise LarosaError("give either alphas or a search, not both")
+        if chosen_search is Search.SENSITIVITY and chosen_budget is Budget.PAPER:
+            raise LarosaError("--search sensitivity shares out weights, not the paper's budget: add --budget weights")
         record = None
-        if chosen_rotation.is_calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
+        rotates = chosen_rotation.is_calibrated or value_rotation
+        if rotates or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
                 num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
                 sequence_length=_positive(sequence_length, defaults.sequence_length, "sequence-length"),
                 seed=seed,
             )
-            if chosen_search is Search.GRID and record.sequence_length < 2:
+            if chosen_search in (Search.GRID, Search.SENSITIVITY) and record.sequence_length < 2:
                 raise LarosaError("--sequence-length must be at least 2 for a search: it predicts tokens")
         return cls(
             sparsity=check_sparsity(sparsity),
@@ -138,6 +185,9 @@ class Settings:
             budget=chosen_budget,
             rotation=chosen_rotation,
             covariance=chosen_covariance if applicable.rotation else None,
+            rotation_objective=chosen_objective if applicable.rotation else None,
+            value_rotation=value_rotation,
+            score=chosen_score,
             search=chosen_search,
             prefill=_choose(Prefill, prefill, "prefill"),
             alphas=(alphas or PerSite()) if applicable.coefficients else None,
@@ -154,6 +204,9 @@ def _defaults(recipe: Recipe, applicable: Applicable) -> Defaults:
         rotation=defaults.rotation if applicable.rotation else Rotation.NONE,
         budget=defaults.budget if applicable.coefficients else Budget.WEIGHTS,
         search=defaults.search if defaults.search in applicable.searches else Search.NONE,
+        # What larosa is compared with is as others published it, unless a part is asked for.
+        value_rotation=defaults.value_rotation and applicable.rotation,
+        score=defaults.score if applicable.rotation else Score.MAGNITUDE,
     )
 
 
@@ -164,10 +217,10 @@ def _check_applicable(method: Method, options: dict[str, bool]) -> None:
 
 
 _WHAT_APPLIES = {
-    Method.LAROSA: "its searches are none and grid",
-    Method.TOPK: "it rotates nothing, and its searches are none and grid",
-    Method.TEAL: "it rotates nothing, budgets by weights, and its searches are none and greedy",
-    Method.CATS: "it rotates nothing, budgets by weights, and has no search",
+    Method.LAROSA: "its searches are none, grid and sensitivity",
+    Method.TOPK: "it rotates nothing, and its searches are none, grid and sensitivity",
+    Method.TEAL: "it rotates nothing, compares magnitudes, budgets by weights, and its searches are none and greedy",
+    Method.CATS: "it rotates nothing, compares magnitudes, budgets by weights, and has no search",
 }
 
 

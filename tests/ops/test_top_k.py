@@ -24,12 +24,15 @@ def bits(x):
     return x.contiguous().view(INTEGERS[x.element_size()])
 
 
-def reference(x, k):
-    """The definition, row by row in plain Python: the first k by descending magnitude, NaN first, then by index."""
+def reference(x, k, score=None):
+    """The definition, row by row in plain Python: the first k by descending magnitude, NaN first, then by index.
+
+    With scores the magnitudes are multiplied by them first.
+    """
     rows = x.reshape(-1, x.shape[-1])
     result = torch.zeros_like(rows)
     for row, out in zip(rows, result, strict=True):
-        values = row.abs().tolist()
+        values = (row.abs() if score is None else row.abs().to(wide(x, score)) * score.to(wide(x, score))).tolist()
         order = sorted(range(len(values)), key=lambda i: (0, 0, i) if math.isnan(values[i]) else (1, -values[i], i))
         for i in order[:k]:
             out[i] = row[i]
@@ -53,6 +56,40 @@ def inputs(draw):
 def test_equals_the_definition(example):
     x, k = example
     assert torch.equal(bits(keep_top_k(x, k)), bits(reference(x, k)))
+
+
+def wide(x, score):
+    return torch.float64 if torch.float64 in (x.dtype, score.dtype) else torch.float32
+
+
+@st.composite
+def scored_inputs(draw):
+    x, k = draw(inputs())
+    scores = st.one_of(st.integers(0, 3).map(float), st.floats(0, 100, width=16), st.sampled_from([1e-30, 6e4]))
+    values = draw(st.lists(scores, min_size=x.shape[-1], max_size=x.shape[-1]))
+    return x, k, torch.tensor(values, dtype=torch.float64).to(draw(st.sampled_from([x.dtype, *DTYPES])))
+
+
+@settings(deadline=None, max_examples=300)
+@given(scored_inputs())
+def test_equals_the_definition_with_scores(example):
+    x, k, score = example
+    if not score.isfinite().all():  # 6e4 is too large for no dtype, but stay on the safe side
+        return
+    assert torch.equal(bits(keep_top_k(x, k, score)), bits(reference(x, k, score)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_decide_in_float32_or_wider(dtype):
+    # Rounded to bfloat16 or float16 the products would tie, and the lowest index would win.
+    x = torch.ones(2, dtype=dtype)
+    score = torch.tensor([1.0, 1.0 + 2**-20])
+    assert keep_top_k(x, 1, score).tolist() == [0.0, 1.0]
+
+
+def test_infinity_times_a_score_of_zero_is_nan_and_kept():
+    x = torch.tensor([1.0, -math.inf, 2.0])
+    assert keep_top_k(x, 1, torch.tensor([1.0, 0.0, 1.0])).tolist() == [0.0, -math.inf, 0.0]
 
 
 @settings(deadline=None, max_examples=100)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larosa.rotation import principal_basis, random_basis
+from larosa.rotation import output_aware, principal_basis, random_basis, reader_gram
 
 
 def second_moment(seed, size, tokens):
@@ -68,3 +68,26 @@ def test_random_basis_is_uniform(entry):
     samples = torch.stack([random_basis(4, seed)[entry] for seed in range(1000)])
     assert abs(float(samples.mean())) < 5 * (0.25 / 1000) ** 0.5
     assert float(samples.square().mean()) == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_stack_of_moments_gives_a_stack_of_bases():
+    moments = torch.stack([second_moment(seed, 6, 50) for seed in range(3)])
+    for Q, C in zip(principal_basis(moments), moments, strict=True):
+        torch.testing.assert_close(Q, principal_basis(C))
+
+
+def test_output_aware_weighs_both_parts_alike_whatever_their_scales():
+    C, G = second_moment(0, 5, 40), second_moment(1, 5, 40)
+    both = output_aware(C, G)
+    torch.testing.assert_close(both, C / C.diagonal().sum() + G / G.diagonal().sum())
+    torch.testing.assert_close(output_aware(1e6 * C, 1e-6 * G), both)
+    torch.testing.assert_close(output_aware(C, torch.zeros_like(G)), C / C.diagonal().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gram_of_the_readers_is_of_the_folded_weights(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 7, generator=generator).to(dtype) for rows in (5, 5000)]
+    gain = torch.randn(7, generator=generator).to(dtype)
+    folded = torch.cat(weights).double() @ gain.double().diag()
+    torch.testing.assert_close(reader_gram(weights, gain), folded.T @ folded)

@@ -21,7 +21,7 @@ def test_every_weight_by_the_papers_figure_2(make_model):
     old, bases = weights_of(model), block_bases(3, 32)
     adapters = merge_bases(model, LLAMA, bases)
     new = model.state_dict()
-    for i, (A, M) in enumerate(bases):
+    for i, (A, M, _) in enumerate(bases):
         layer = f"model.layers.{i}."
         for names, norm, Q in (("qkv", "input_layernorm", A), (("gate", "up"), "post_attention_layernorm", M)):
             gain = old[f"{layer}{norm}.weight"]
@@ -43,6 +43,35 @@ def test_every_weight_by_the_papers_figure_2(make_model):
     head = old["lm_head.weight"] @ old["model.norm.weight"].diag() @ bases[2].mlp
     torch.testing.assert_close(new["lm_head.weight"], head)
     assert bool((new["model.norm.weight"] == 1).all())
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_value_bases_turn_the_rows_of_v_and_the_columns_of_o(make_model, keys, rotated):
+    model = make_model("llama", torch.float64, num_key_value_heads=keys)
+    old, size, group = weights_of(model), 8, 4 // keys
+    Q = random_basis(32, 7) if rotated else None
+    values = [torch.stack([random_basis(size, 10 * i + head) for head in range(keys)]) for i in range(3)]
+    merge_bases(model, LLAMA, [LayerBases(Q, Q, V) for V in values])
+    new = model.state_dict()
+    for i, V in enumerate(values):
+        layer = f"model.layers.{i}.self_attn."
+        gain = old[f"model.layers.{i}.input_layernorm.weight"]
+        for head in range(keys):
+            rows = slice(head * size, (head + 1) * size)
+            expected = V[head].T @ old[f"{layer}v_proj.weight"][rows]
+            expected = expected * gain @ Q if rotated else expected
+            torch.testing.assert_close(new[f"{layer}v_proj.weight"][rows], expected)
+            torch.testing.assert_close(new[f"{layer}v_proj.bias"][rows], old[f"{layer}v_proj.bias"][rows] @ V[head])
+        for head in range(4):
+            columns = slice(head * size, (head + 1) * size)
+            expected = old[f"{layer}o_proj.weight"][:, columns] @ V[head // group]
+            expected = Q.T @ expected if rotated else expected
+            torch.testing.assert_close(new[f"{layer}o_proj.weight"][:, columns], expected)
+    if not rotated:
+        for name in new:
+            if "v_proj" not in name and "o_proj.weight" not in name:
+                assert torch.equal(new[name], old[name]), name
 
 
 def test_head_norms_of_qwen3_stay(make_model):

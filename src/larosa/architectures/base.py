@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,21 @@ from larosa.errors import LarosaError
 
 #: Looks at an activation [..., D]; what it returns, if anything, takes the activation's place.
 Tap = Callable[[torch.Tensor], torch.Tensor | None]
+
+
+class Heads(NamedTuple):
+    """An attention's heads: how many have keys and values, how many queries share each, entries in one."""
+
+    keys: int
+    group: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Read the heads off a model's configuration."""
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        keys = config.num_key_value_heads
+        return cls(keys, config.num_attention_heads // keys, size)
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class Architecture:
     attention_norm_name: str = "input_layernorm"
     mlp_norm_name: str = "post_attention_layernorm"
     query_key_value_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    #: The one of them whose outputs are averaged, head by head, into h2.
+    value_name: str = "v_proj"
     attention_output_name: str = "o_proj"
     gate_up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
@@ -88,6 +105,11 @@ class Architecture:
             "h4": (mlp, (self.down_name,)),
         }[site]
         return [getattr(block, name) for name in names]
+
+    def value(self, layer: nn.Module) -> nn.Linear:
+        """The linear that gives the values, [keys x size, hidden], first head first."""
+        value: nn.Linear = getattr(self.attention(layer), self.value_name)
+        return value
 
     def check_site(self, site: str) -> None:
         """Make sure that the family has a site.

@@ -1,12 +1,13 @@
 """What the model is calibrated on, and the statistics taken of its activations."""
 
 from larosa.calibration.layers import LayerVisit, visit_layers
-from larosa.calibration.moments import LayerMoments, layer_second_moments
+from larosa.calibration.moments import LayerMoments, LayerStatistics, layer_second_moments, layer_statistics
 from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached
 from larosa.calibration.sources import TextSplit, calibration_sequences, read_text
 
 __all__ = [
     "LayerMoments",
+    "LayerStatistics",
     "LayerVisit",
     "Magnitudes",
     "SortedMagnitudes",
@@ -14,6 +15,7 @@ __all__ = [
     "attached",
     "calibration_sequences",
     "layer_second_moments",
+    "layer_statistics",
     "read_text",
     "visit_layers",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from larosa.architectures.base import Heads
 from larosa.errors import LarosaError
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,6 +50,28 @@ class SecondMoment:
         if not self._sum.isfinite().all():
             raise _not_finite(self._where)
         return self._sum / self._tokens
+
+
+class HeadMoments:
+    """mean(a^T a) of each key-value head, over the tokens seen and the query heads that share it, in float64."""
+
+    def __init__(self, where: str, heads: Heads) -> None:
+        self._moment = [SecondMoment(where) for _ in range(heads.keys)]
+        self._heads = heads
+
+    def see(self, x: torch.Tensor) -> None:
+        """Add the tokens of x [..., heads x size], an attention's output before its projection."""
+        by_head = x.flatten(0, -2).unflatten(-1, self._heads).transpose(0, 1)
+        for moment, head in zip(self._moment, by_head, strict=True):
+            moment.see(head)
+
+    def finish(self) -> torch.Tensor:
+        """The means, [keys, size, size] float64.
+
+        Raises:
+            LarosaError: an activation was NaN or Inf.
+        """
+        return torch.stack([moment.finish() for moment in self._moment])
 
 
 class Magnitudes:

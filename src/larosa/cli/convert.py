@@ -10,7 +10,7 @@ from rich.table import Table
 
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.config import Budget, Covariance, Method, Prefill, Recipe, Rotation, Search
+from larosa.config import Budget, Covariance, Method, Prefill, Recipe, Rotation, RotationObjective, Score, Search
 from larosa.convert_checkpoint import ConversionReport, convert_checkpoint
 
 
@@ -32,6 +32,15 @@ def convert(
     seed: options.Seed = 0,
     rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
     covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
+    rotation_objective: Annotated[
+        RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what they make of it.")
+    ] = None,
+    value_rotation: Annotated[
+        bool | None, typer.Option("--value-rotation/--no-value-rotation", help="Rotate the value heads too.")
+    ] = None,
+    score: Annotated[
+        Score | None, typer.Option(help="Rank entries by magnitude, or by magnitude times weight norm.")
+    ] = None,
     search: Annotated[
         Search | None, typer.Option(help="Share out sparsity among sites: grid (larosa, topk), greedy (teal).")
     ] = None,
@@ -71,6 +80,9 @@ def convert(
         seed=seed,
         rotation=rotation,
         covariance=covariance,
+        rotation_objective=rotation_objective,
+        value_rotation=value_rotation,
+        score=score,
         search=search,
         prefill=prefill,
     )

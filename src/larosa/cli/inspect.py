@@ -45,6 +45,7 @@ def _print(model: str, report: Inspection) -> None:
     totals.add_row("bytes per token, dense", f"{report.bytes_dense_total:,}")
     totals.add_row("bytes per token, sparse", f"{report.bytes_sparse_total:,}")
     totals.add_row("  of which adapters", f"{report.adapter_bytes:,}")
+    totals.add_row("  of which score vectors", f"{report.score_bytes:,}")
     totals.add_row("bytes of the head, in neither", f"{report.head_bytes:,}")
     for name, flops in (
         ("FLOPs per token, dense", report.flops_dense),

@@ -1,7 +1,14 @@
 """Sparsified model classes, one set a family, registered with transformers' Auto classes on import."""
 
 from larosa.models.families import Family, family_of, register_families
-from larosa.models.modules import SparseActivation, SparseLinear, selectors, set_keep_counts, sparsify_layers
+from larosa.models.modules import (
+    SparseActivation,
+    SparseLinear,
+    selectors,
+    set_keep_counts,
+    set_scores,
+    sparsify_layers,
+)
 from larosa.models.selectors import Selector, Threshold, TopK
 
 register_families()
@@ -16,5 +23,6 @@ __all__ = [
     "family_of",
     "selectors",
     "set_keep_counts",
+    "set_scores",
     "sparsify_layers",
 ]

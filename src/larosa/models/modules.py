@@ -82,7 +82,7 @@ def _sparse_layer_class(dense: type) -> type:
 def sparsify_layers(model: nn.Module, architecture: Architecture, config: LarosaConfig) -> None:
     """Turn the dense decoder layers of `model` into sparsified ones, in place.
 
-    Adapters are created uninitialised, for the caller or a checkpoint to fill.
+    Adapters and scores are created uninitialised, for the caller or a checkpoint to fill.
 
     Raises:
         LarosaError: the counts do not fit the model's layers or sizes.
@@ -98,9 +98,11 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         layer.architecture = architecture
         layer.h1 = layer.h3 = nn.Identity()
         for site in config.method.sites:
-            selector = make_selector(config, site, index)
+            # What the gate lets through, down reads.
+            weight = architecture.linears(layer, "h4" if site == GATE else site)[0].weight
+            selector = make_selector(config, site, index, weight)
             if isinstance(selector, TopK):
-                _check_count(selector.k, architecture.linears(layer, site)[0].in_features, site, index)
+                _check_count(selector.k, weight.shape[1], site, index)
             _PLACES[site].put(architecture, layer, site, selector)
         last = index == len(layers) - 1
         block, layered = config.rotation is Rotation.BLOCK, config.rotation is Rotation.LAYER
@@ -159,6 +161,32 @@ _PLACES = {
 def _adapter(layer: nn.Module, architecture: Architecture) -> nn.Linear:
     like = architecture.linears(layer, "h2")[0].weight
     return nn.Linear(len(like), len(like), bias=False, device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def set_scores(model: Any, architecture: Architecture) -> None:
+    """Fill the scores of a sparsified model that has them, from its weights as they are.
+
+    The score of an entry is the norm, over all linears that read the site, of the weights that multiply it:
+    how far an entry of magnitude 1 moves their outputs together. It is computed in float64 and rounded once.
+    """
+    for site, site_selectors in selectors(model, architecture).items():
+        for layer, selector in zip(architecture.layers(model), site_selectors, strict=True):
+            if isinstance(selector, TopK) and selector.score is not None:
+                selector.score.copy_(column_norms([linear.weight for linear in architecture.linears(layer, site)]))
+
+
+#: Rows converted to float64 at a time, so that no matrix needs a whole float64 copy.
+_ROWS = 4096
+
+
+def column_norms(weights: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of each column of matrices [out, D] put on top of each other, [D] float64."""
+    squares = weights[0].new_zeros(weights[0].shape[1], dtype=torch.float64)
+    for weight in weights:
+        for rows in weight.split(_ROWS):
+            squares += rows.double().square().sum(0)
+    return squares.sqrt()
 
 
 def selectors(model: Any, architecture: Architecture) -> dict[str, list[Selector]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from larosa.config import LarosaConfig, Method, Prefill
+from larosa.config import LarosaConfig, Prefill, Score
 from larosa.ops import drop_up_to, keep_top_k
 
 
@@ -33,19 +31,25 @@ class Selector(nn.Module):
 
 
 class TopK(Selector):
-    """Keeps exactly `k` entries of each token's activation (paper, equation 8)."""
+    """Keeps exactly `k` entries of each token's activation (paper, equation 8).
 
-    def __init__(self, k: int, dense_prefill: bool = False) -> None:
+    They are the largest by magnitude or, where there is a `score`, by magnitude times score.
+    """
+
+    score: nn.Parameter | None
+
+    def __init__(self, k: int, dense_prefill: bool = False, score: torch.Tensor | None = None) -> None:
         super().__init__(dense_prefill)
         self.k = k
+        self.score = None if score is None else nn.Parameter(score, requires_grad=False)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., D] unconditionally."""
-        return keep_top_k(x, self.k)
+        return keep_top_k(x, self.k, self.score)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"k={self.k}"
+        return f"k={self.k}" + ("" if self.score is None else ", score=weights")
 
 
 class Threshold(Selector):
@@ -64,17 +68,16 @@ class Threshold(Selector):
         return f"threshold={self.threshold:g}"
 
 
-#: Each is made from its number in the configuration: a count or a threshold.
-_SELECTORS: dict[Method, Any] = {
-    Method.LAROSA: TopK,
-    Method.TOPK: TopK,
-    Method.TEAL: Threshold,
-    Method.CATS: Threshold,
-}
+def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Tensor) -> Selector:
+    """The selector of one site of one layer.
 
-
-def make_selector(config: LarosaConfig, site: str, layer: int) -> Selector:
-    """The selector of one site of one layer."""
-    number = config.selection[site][layer]
-    selector: Selector = _SELECTORS[config.method](number, dense_prefill=config.prefill is Prefill.DENSE)
-    return selector
+    Args:
+        weight: of a linear that reads the site, [out, D]. A score has its device and dtype and comes
+            uninitialised, for the caller or a checkpoint to fill.
+    """
+    dense_prefill = config.prefill is Prefill.DENSE
+    if config.thresholds is not None:
+        return Threshold(config.thresholds[site][layer], dense_prefill)
+    assert config.keep is not None, "validated"
+    score = weight.new_empty(weight.shape[1]) if config.score is Score.WEIGHTS else None
+    return TopK(config.keep[site][layer], dense_prefill, score)

@@ -10,8 +10,8 @@ _BITS = {
 }
 
 
-def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Zero all but the `k` entries of largest magnitude in each row of `x`.
+def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> torch.Tensor:
+    """Zero all but the `k` entries of largest magnitude, or largest magnitude times score, in each row of `x`.
 
     Exactly `k` entries are kept whatever the values: ties go to the lowest index, and NaN counts as
     larger than infinity, so it survives into the result instead of vanishing.
@@ -19,6 +19,8 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     Args:
         x: [..., D], float16, bfloat16, float32 or float64.
         k: entries to keep, 0 <= k <= D.
+        score: [D], not negative and finite: what an entry of magnitude 1 counts. The product is taken, and
+            compared, in the wider of the two dtypes and at least in float32. None counts all alike.
 
     Returns:
         A tensor like `x`; `x` itself where k = D.
@@ -33,11 +35,16 @@ def keep_top_k(x: torch.Tensor, k: int) -> torch.Tensor:
         return x
     if k == 0:
         return torch.zeros_like(x)
+    weighted = x if score is None else _wide(x, score) * score
     # The bits of a non-negative float, read as an integer, sort like the float, with NaN on top.
-    magnitude = x.abs().view(_BITS[x.dtype])
+    magnitude = weighted.abs().view(_BITS[weighted.dtype])
     threshold = magnitude.kthvalue(width - k + 1, dim=-1, keepdim=True).values
     above = magnitude > threshold
     tied = magnitude == threshold
     room = k - above.sum(-1, keepdim=True, dtype=torch.int32)
     keep = above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
     return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _wide(x: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(torch.promote_types(x.dtype, score.dtype), torch.float32))

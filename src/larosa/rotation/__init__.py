@@ -1,6 +1,14 @@
 """Orthogonal bases for the residual stream, and their merge into the weights."""
 
-from larosa.rotation.bases import LayerBases, principal_basis, random_basis
+from larosa.rotation.bases import LayerBases, output_aware, principal_basis, random_basis, reader_gram
 from larosa.rotation.merge import Adapters, merge_bases
 
-__all__ = ["Adapters", "LayerBases", "merge_bases", "principal_basis", "random_basis"]
+__all__ = [
+    "Adapters",
+    "LayerBases",
+    "merge_bases",
+    "output_aware",
+    "principal_basis",
+    "random_basis",
+    "reader_gram",
+]

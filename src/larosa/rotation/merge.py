@@ -4,14 +4,14 @@ Every weight is read once, transformed in float64 and rounded once to its own dt
 rotating in two steps would round twice.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from larosa.architectures import Architecture
+from larosa.architectures import Architecture, Heads
 from larosa.errors import LarosaError
 from larosa.rotation.bases import LayerBases
 
@@ -27,19 +27,20 @@ class Adapters:
     residual: torch.Tensor | None = None
 
 
-#: Rows converted to float64 at a time, so that a large vocabulary needs no float64 copy of itself.
-_ROWS = 8192
+#: Rows or columns converted to float64 at a time, so that a large vocabulary needs no float64 copy of itself.
+_PIECE = 8192
 
 
-def merge_bases(model: nn.Module, architecture: Architecture, bases: Iterable[LayerBases]) -> list[Adapters]:
-    """Rotate `model` in place into the given bases, one pair a layer, first layer first.
+def merge_bases(model: Any, architecture: Architecture, bases: Iterable[LayerBases]) -> list[Adapters]:
+    """Rotate `model` in place into the given bases, one set a layer, first layer first.
 
     `bases` may be a generator that still runs the model: layer l is changed only after its bases have
-    been drawn, and layers after it not yet. The embedding is changed last for the same reason.
+    been drawn, and layers after it not yet. The embedding is changed last for the same reason. Where the
+    residual stream is not rotated, the norms keep their gains.
 
     Args:
         model: a dense causal language model whose head is not tied to its embedding.
-        bases: as many pairs as the model has layers.
+        bases: as many sets as the model has layers.
 
     Returns:
         Each layer's residual adapters, on the CPU in the model's dtype; None where both sides share a basis.
@@ -48,62 +49,84 @@ def merge_bases(model: nn.Module, architecture: Architecture, bases: Iterable[La
         LarosaError: a weight holds NaN or Inf.
     """
     layers = architecture.layers(model)
+    heads = Heads.of(model.config)
     adapters = [Adapters() for _ in layers]
     first = previous = None
     for index, (layer, basis) in enumerate(zip(layers, bases, strict=True)):
-        _merge_layer(layer, index, architecture, basis)
+        _merge_layer(layer, index, architecture, basis, heads)
         dtype = architecture.linears(layer, "h2")[0].weight.dtype
-        if basis.attention is not basis.mlp:
-            adapters[index].attention = (basis.attention.T @ basis.mlp).to("cpu", dtype)
-        if previous is not None and previous.mlp is not basis.attention:
-            adapters[index - 1].residual = (previous.mlp.T @ basis.attention).to("cpu", dtype)
+        adapters[index].attention = _adapter(basis.attention, basis.mlp, dtype)
+        if previous is not None:
+            adapters[index - 1].residual = _adapter(previous.mlp, basis.attention, dtype)
         first = first or basis
         previous = basis
     assert first is not None, "a model has at least one layer"
     assert previous is not None
-    embedding, head = architecture.embedding(model), architecture.head(model)
-    norm = architecture.final_norm(model)
-    _rotate_input(embedding.weight, first.attention, None, "the embedding")
-    _rotate_input(head.weight, previous.mlp, norm.weight, "the language-model head")
-    _reset_gain(norm)
+    if first.attention is not None:
+        embedding, head = architecture.embedding(model), architecture.head(model)
+        norm = architecture.final_norm(model)
+        _merge(embedding.weight, None, first.attention, "the embedding")
+        _merge(head.weight, None, _folded(norm, previous.mlp), "the language-model head")
+        _reset_gain(norm)
     return adapters
 
 
-def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, basis: LayerBases) -> None:
+def _adapter(before: torch.Tensor | None, after: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if before is None or after is None or before is after:
+        return None
+    return (before.T @ after).to("cpu", dtype)
+
+
+def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, basis: LayerBases, heads: Heads) -> None:
+    # As one matrix each: of all values, and of what the query heads make of them.
+    values = mixed = None
+    if basis.values is not None:
+        values = torch.block_diag(*basis.values)
+        mixed = torch.block_diag(*basis.values.repeat_interleave(heads.group, 0))
     for input_site, output_site, Q in (("h1", "h2", basis.attention), ("h3", "h4", basis.mlp)):
         norm = architecture.norm(layer, input_site)
         for linear in architecture.linears(layer, input_site):
-            _rotate_input(linear.weight, Q, norm.weight, f"layer {index}, site {input_site}")
+            left = values if linear is architecture.value(layer) else None
+            _merge_linear(linear, left, _folded(norm, Q), f"layer {index}, site {input_site}")
         for linear in architecture.linears(layer, output_site):
-            _rotate_output(linear, Q, f"layer {index}, site {output_site}")
-        _reset_gain(norm)
+            _merge_linear(linear, Q, mixed if output_site == "h2" else None, f"layer {index}, site {output_site}")
+        if Q is not None:
+            _reset_gain(norm)
+
+
+def _folded(norm: Any, Q: torch.Tensor | None) -> torch.Tensor | None:
+    """diag(gain) Q."""
+    return None if Q is None else norm.weight.to(Q)[:, None] * Q
 
 
 @torch.no_grad()
-def _rotate_input(weight: torch.Tensor, Q: torch.Tensor, gain: torch.Tensor | None, where: str) -> None:
-    """W <- W diag(gain) Q, in place; W is [out, D]."""
-    if gain is not None:
-        Q = gain.to(Q)[:, None] * Q
-    for rows in weight.split(_ROWS):
-        rows.copy_(rows.to(Q) @ Q)
-    _check_finite(weight, where)
+def _merge_linear(linear: nn.Linear, left: torch.Tensor | None, right: torch.Tensor | None, where: str) -> None:
+    """W <- left^T W right and b <- b left, in place."""
+    _merge(linear.weight, left, right, where)
+    if left is not None and linear.bias is not None:
+        linear.bias.copy_(linear.bias.to(left) @ left)
 
 
 @torch.no_grad()
-def _rotate_output(linear: nn.Linear, Q: torch.Tensor, where: str) -> None:
-    """W <- Q^T W and b <- b Q, in place; W is [D, in]."""
-    for columns in linear.weight.split(_ROWS, dim=1):
-        columns.copy_(Q.T @ columns.to(Q))
-    _check_finite(linear.weight, where)
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias.to(Q) @ Q)
+def _merge(weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, where: str) -> None:
+    """W <- left^T W right, in place, a matrix that is None being the identity; W is [out, in]."""
+    factor = right if left is None else left
+    if factor is None:
+        return
+    pieces: Sequence[torch.Tensor] = [weight]
+    if left is None or right is None:
+        pieces = weight.split(_PIECE, dim=0 if left is None else 1)
+    for piece in pieces:
+        wide = piece.to(factor)
+        if left is not None:
+            wide = left.T @ wide
+        if right is not None:
+            wide = wide @ right
+        piece.copy_(wide)
+    if not weight.isfinite().all():
+        raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {weight.dtype} once rotated")
 
 
 @torch.no_grad()
 def _reset_gain(norm: Any) -> None:
     norm.weight.fill_(1.0)
-
-
-def _check_finite(weight: torch.Tensor, where: str) -> None:
-    if not weight.isfinite().all():
-        raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {weight.dtype} once rotated")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from larosa.config import SITES, LarosaConfig
+from larosa.config import SITES, LarosaConfig, Score
 from larosa.sparsity.sites import SiteSizes
 
 #: The paper's Table 19 counts a sequence of this many tokens.
@@ -55,7 +55,8 @@ class Inspection:
     `flops_*` follow the paper's Table 19: two per weight of the decoder linears, the head and the
     adapters, plus attention over a context of 2048, averaged over those 2048 tokens. `flops_converted`
     counts every weight as that table does, `flops_sparse` leaves the skipped ones out.
-    `bytes_sparse_total` includes adapters; embedding and head are in neither total.
+    `bytes_sparse_total` includes adapters and the sites' score vectors; embedding and head are in neither
+    total.
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class Inspection:
     bytes_dense_total: int
     bytes_sparse_total: int
     adapter_bytes: int
+    score_bytes: int
     head_bytes: int
     flops_dense: int
     flops_converted: int
@@ -125,6 +127,7 @@ def inspect_config(config: Any) -> Inspection:
                 )
             )
     adapters = 0 if block is None else sizes.adapter_weights(block.rotation)
+    scores = sizes.score_entries if block is not None and block.score is Score.WEIGHTS else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     skipped = (bytes_dense - bytes_sparse) // item
     head = sizes.vocabulary * sizes.hidden
@@ -137,8 +140,9 @@ def inspect_config(config: Any) -> Inspection:
         sparsity=sparsity_of(config),
         sites=sites,
         bytes_dense_total=bytes_dense,
-        bytes_sparse_total=bytes_sparse + adapters * item,
+        bytes_sparse_total=bytes_sparse + (adapters + scores) * item,
         adapter_bytes=adapters * item,
+        score_bytes=scores * item,
         head_bytes=head * item,
         flops_dense=dense,
         flops_converted=dense + 2 * adapters,

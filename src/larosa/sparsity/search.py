@@ -52,17 +52,26 @@ def grid_search(
 class SearchLog:
     """The points of a search, one JSON object a line, so that a killed search goes on where it stopped.
 
+    A point is some numbers, the keys `names` of its line, and what was measured there, the key `measured`.
+
     The first line holds the settings; a log of other settings is refused, never mixed in.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        settings: dict[str, Any],
+        names: tuple[str, ...] = ("alpha1", "alpha3"),
+        measured: str = "perplexity",
+    ) -> None:
         """Open or continue the log at `path`; None keeps the points in memory alone.
 
         Raises:
             LarosaError: the file belongs to other settings or is not such a log.
         """
         self.path = path
-        self.points: dict[tuple[float, float], float] = {}
+        self.points: dict[tuple[float, ...], float] = {}
+        self._names, self._measured = names, measured
         if path is None:
             return
         try:
@@ -73,7 +82,7 @@ class SearchLog:
             # A kill in the middle of a write leaves a last line without its end: run that point again.
             rows = [json.loads(line) for line in lines if line.endswith("}")]
             found = rows[0]
-            points = {(float(r["alpha1"]), float(r["alpha3"])): float(r["perplexity"]) for r in rows[1:]}
+            points = {tuple(float(r[name]) for name in names): float(r[measured]) for r in rows[1:]}
         except OSError as error:
             raise LarosaError(f"{path}: {error.strerror}; name another with --search-log") from None
         except (ValueError, KeyError, IndexError, TypeError):
@@ -84,10 +93,10 @@ class SearchLog:
         self.points = points
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
-    def add(self, point: tuple[float, float], perplexity: float) -> None:
+    def add(self, point: tuple[float, ...], value: float) -> None:
         """Record one point, on disk at once."""
-        self.points[point] = perplexity
+        self.points[point] = value
         if self.path is not None:
-            row = {"alpha1": point[0], "alpha3": point[1], "perplexity": perplexity}
+            row = {**dict(zip(self._names, point, strict=True)), self._measured: value}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

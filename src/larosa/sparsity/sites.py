@@ -55,6 +55,11 @@ class SiteSizes:
         """Weight elements of all decoder layers' linears; embedding and head do not count."""
         return self.layers * sum(self.weights(site) for site in SITES)
 
+    @property
+    def score_entries(self) -> int:
+        """Entries of the score vectors of all sites, where there are scores."""
+        return self.layers * sum(self.width[site] for site in SITES)
+
     def readers(self, method: Method | None) -> dict[str, int]:
         """Every weight of a layer at one site, the one that decides whether it is read: outputs by site.
 

@@ -1,0 +1,138 @@
+"""Counts for every site of every layer, by what dropping entries there costs.
+
+For a site, the calibration tokens tell how large the j-th smallest of its entries is on average; a measurement with
+that site alone sparsified tells how far the model's predictions move for it. Together they estimate the divergence
+that the j-th dropped entry costs, and the budget goes where a skipped weight costs least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from larosa.architectures import Architecture
+from larosa.calibration import attached
+from larosa.config import SITES, KeepCounts, PerSite
+from larosa.models import TopK, selectors
+from larosa.progress import track
+from larosa.sparsity.budget import keep_counts
+from larosa.sparsity.search import SearchLog
+from larosa.sparsity.sites import SiteSizes
+
+#: The share of entries that a site drops while its own effect is measured. Small shares move the predictions by
+#: little more than rounding.
+PROBE = 0.5
+
+#: The effects are measured on the first sequences with together at least so many tokens.
+TOKENS = 8192
+
+#: At least this share of a site's entries stays, whatever it costs: the estimate knows nothing of an empty site.
+LEAST_KEPT = 1 / 64
+
+#: A layer and a site.
+Place = tuple[int, str]
+
+
+def allocate(
+    sparsity: float,
+    sizes: SiteSizes,
+    entries: Mapping[Place, torch.Tensor],
+    divergence: Callable[[KeepCounts], float],
+    log: SearchLog,
+) -> KeepCounts:
+    """The counts that cost the least divergence by estimate, with `sparsity` of all weights skipped.
+
+    Args:
+        entries: for each site what its entries weigh, ascending, each rank's mean over the tokens; see
+            `sorted_entries`.
+        divergence: runs calibration sequences with the given counts.
+        log: where the measured effects go.
+    """
+    everything, probed = keep_counts(0.0, PerSite(), sizes), keep_counts(PROBE, PerSite(), sizes)
+    costs = {}
+    for place in track(list(entries), "Measuring sensitivity"):
+        layer, site = place
+        key = (layer, SITES.index(site))
+        if key not in log.points:
+            counts = {name: list(everything[name]) for name in SITES}
+            counts[site][layer] = probed[site][layer]
+            log.add(key, divergence(KeepCounts(**counts)))
+        dropped = float(entries[place][: sizes.width[site] - probed[site][layer]].sum())
+        effect = max(log.points[key], 0.0) / dropped if dropped > 0 else 0.0
+        costs[place] = entries[place] * effect
+    return cheapest(sparsity, sizes, costs)
+
+
+def cheapest(sparsity: float, sizes: SiteSizes, costs: Mapping[Place, torch.Tensor]) -> KeepCounts:
+    """Drop entries in the order of their cost per skipped weight until `sparsity` of all weights is skipped.
+
+    Each site drops from its cheapest entry on. The budget is met but for less than one column.
+
+    Args:
+        costs: for each site what each further dropped entry costs, ascending.
+    """
+    places = list(costs)
+    most = [math.floor(len(costs[place]) * max(1 - LEAST_KEPT, sparsity)) for place in places]
+    outputs = torch.tensor([sizes.outputs[site] for _, site in places])
+    prices = torch.cat([costs[p][:n].cpu() / sizes.outputs[p[1]] for p, n in zip(places, most, strict=True)])
+    owners = torch.repeat_interleave(torch.arange(len(places)), torch.tensor(most))
+    # Stable, so that equal prices within a site keep their order.
+    owners = owners[prices.sort(stable=True).indices]
+    budget = round(sparsity * sizes.linear_weights)
+    taken = int((outputs[owners].cumsum(0) <= budget).sum())
+    dropped = torch.bincount(owners[:taken], minlength=len(places))
+    left = budget - int((dropped * outputs).sum())
+    full: set[int] = set()  # sites whose next entry did not fit
+    for owner in owners[taken:].tolist():
+        if left < int(outputs.min()) or len(full) == len(places):
+            break
+        if owner not in full and int(outputs[owner]) <= left:
+            dropped[owner] += 1
+            left -= int(outputs[owner])
+        else:
+            full.add(owner)
+    counts = {site: [0] * sizes.layers for site in SITES}
+    for (layer, site), drops in zip(places, dropped.tolist(), strict=True):
+        counts[site][layer] = sizes.width[site] - drops
+    return KeepCounts(**counts)
+
+
+@torch.inference_mode()
+def sorted_entries(model: Any, architecture: Architecture, run: Callable[[], object]) -> dict[Place, torch.Tensor]:
+    """For each site the squares of its entries times scores, ascending, each rank's mean over the tokens of `run`.
+
+    Args:
+        model: sparsified, keeping every entry.
+        run: runs it on the calibration sequences.
+    """
+    observers: dict[Place, _SortedSquares] = {}
+    handles = []
+    for site, found in selectors(model, architecture).items():
+        for layer, selector in enumerate(found):
+            assert isinstance(selector, TopK), "the method counts"
+            observers[layer, site] = _SortedSquares(selector)
+            handles.append(selector.register_forward_pre_hook(observers[layer, site]))
+    with attached(*handles):
+        run()
+    return {place: observers[place].mean() for place in sorted(observers)}
+
+
+class _SortedSquares:
+    def __init__(self, selector: TopK) -> None:
+        self._selector = selector
+        self._sum: torch.Tensor | float = 0.0
+        self._tokens = 0
+
+    def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        if self._selector.score is not None:
+            x = x * self._selector.score.float()
+        self._sum = self._sum + x.square().sort(-1).values.double().sum(0)
+        self._tokens += len(x)
+
+    def mean(self) -> torch.Tensor:
+        assert isinstance(self._sum, torch.Tensor), "the model has run"
+        return (self._sum / self._tokens).cpu()
