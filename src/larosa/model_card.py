@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from larosa.config import LarosaConfig, Method, PerSite, Rotation
+from larosa.config import LarosaConfig, Method, Rotation
 from larosa.evaluation.perplexity import Evaluation
 from larosa.sparsity.report import Inspection
 
@@ -122,10 +122,12 @@ def _selection(block: LarosaConfig, inspection: Inspection) -> str:
             ("site", "threshold in the first layer", "entries dropped of the calibration text"),
             [(report.site, f"{report.threshold:.4g}", f"{report.sparsity:.1%}") for report in first],
         )
-    alphas = block.alphas or PerSite()
     return _table(
         ("site", "alpha", "entries kept in the first layer"),
-        [(report.site, f"{alphas[report.site]:.3f}", f"{report.k} of {report.width}") for report in first],
+        [
+            (report.site, f"{block.alphas[report.site]:.3f}" if block.alphas else "-", f"{report.k} of {report.width}")
+            for report in first
+        ],
     )
 
 

@@ -125,7 +125,8 @@ def test_inspect_adds_up(cli, converted, tmp_path):
     report = read(tmp_path / "i.json")
     assert len(report["sites"]) == 3 * 4
     sparse = sum(site["bytes_sparse"] for site in report["sites"])
-    assert report["bytes_sparse_total"] == sparse + report["adapter_bytes"]
+    assert report["bytes_sparse_total"] == sparse + report["adapter_bytes"] + report["score_bytes"]
+    assert report["score_bytes"] == 3 * (3 * 32 + 56) * 4
     assert report["adapter_bytes"] == 2 * 32 * 32 * 4  # between three layers, float32
     assert report["flops_sparse"] < report["flops_dense"] < report["flops_converted"]
 

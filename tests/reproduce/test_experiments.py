@@ -120,6 +120,7 @@ def test_changing_counts_is_the_same_as_converting_anew(shared_context):
         *(model, tokenizer),
         **{"sparsity": 0.25, "alphas": alphas, "covariance": "h1", "calibration": context.settings.calibration},
         **{"num_sequences": 4, "sequence_length": 16},
+        **{"rotation_objective": "inputs", "value_rotation": False, "score": "magnitude"},
     )
     assert model.config.larosa["keep"]["h1"] == keep_counts(0.25, alphas, context.sizes).h1
     assert evaluate_windows(model, context.windows, None).perplexity == pytest.approx(reused.perplexity, rel=1e-6)
@@ -382,3 +383,13 @@ def test_the_papers_numbers_stand_beside_ours(
     assert all(table.markdown() and table.html() for table in results.tables)
     if name not in ("table8", "table10"):
         assert any("budget" in note for note in results.notes)
+
+
+def test_recipe_adds_part_by_part_at_equal_sparsity(shared_context):
+    found = rows(EXPERIMENTS["recipe"].run(shared_context))
+    assert len(found) == 1 + 5 * 6
+    for sparsity in ("25%", "40%", "50%", "60%", "70%"):
+        group = [row for row in found if row["sparsity"] == sparsity]
+        assert [row["parts"].startswith("+") for row in group] == [False, True, True, True, True, True]
+        assert group[0]["KL, of the paper's"] == "1.00"
+        assert len({row["KL to dense (nats/token)"] for row in group}) > 1

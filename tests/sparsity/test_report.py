@@ -111,8 +111,9 @@ def test_adapters_of_each_rotation_level(make_model, quick_convert, rotation, ad
 def test_counts_equal_a_walk_over_the_modules(make_model, quick_convert, model_type, sparsity):
     model = quick_convert(make_model(model_type), sparsity=sparsity, rotation="block")
     block = model.config.larosa
-    total = skipped = adapters = 0
+    total = skipped = adapters = scores = 0
     for index, layer in enumerate(model.model.layers):
+        scores += sum(p.numel() for name, p in layer.named_parameters() if name.endswith("score"))
         for name, module in layer.named_modules():
             if not isinstance(module, nn.Linear):
                 continue
@@ -127,7 +128,8 @@ def test_counts_equal_a_walk_over_the_modules(make_model, quick_convert, model_t
     assert report.sparsity.weights == skipped / total
     assert report.sparsity.weights_net_of_adapters == (skipped - adapters) / total
     assert report.bytes_dense_total == 4 * total
-    assert report.bytes_sparse_total == 4 * (total - skipped + adapters)
+    assert report.score_bytes == 4 * scores > 0
+    assert report.bytes_sparse_total == 4 * (total - skipped + adapters + scores)
     assert report.head_bytes == 4 * model.lm_head.weight.numel()
     assert report.flops_dense - report.flops_sparse == 2 * (skipped - adapters)
     assert sparsity_of(model.config) == report.sparsity

@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.config import SITES, Budget, Method, PerSite, Rotation, Search
 from larosa.conversion import convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
@@ -172,10 +172,10 @@ class Context:
         Args:
             alphas: coefficients; None is the variant's own.
         """
-        if variant.method.uses_thresholds:
+        if variant.method.uses_thresholds or variant.allocated:
             return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity))
         alphas = alphas or self.alphas(variant)
-        bare = (variant.rotation, variant.covariance, variant.calibration, variant.seed)
+        bare = (variant.method, *variant.options.values(), variant.calibration, variant.seed)
         model = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
         set_keep_counts(model, self.architecture, keep_counts(sparsity, alphas, self.sizes))
         return model
@@ -197,9 +197,6 @@ class Context:
 
     def _convert(self, variant: Variant, sparsity: float) -> Any:
         model = self._load()
-        options: dict[str, Any] = {}
-        if variant.method is Method.LAROSA:
-            options = {"rotation": variant.rotation, "covariance": variant.covariance}
         return convert(
             model,
             self.tokenizer,
@@ -210,9 +207,9 @@ class Context:
             num_sequences=self.settings.num_sequences,
             sequence_length=self.sequence_length,
             seed=self.settings.seed if variant.seed is None else variant.seed,
-            search="none",
+            search=Search.SENSITIVITY if variant.allocated else Search.NONE,
             device=self.device,
-            **options,
+            **variant.options,
         )
 
     # Measurements that several experiments share.
@@ -241,7 +238,7 @@ class Context:
         """What a sparsified model follows from; labels do not matter, nor does calibration where it has none."""
         key: dict[str, Any] = {"method": variant.method, "sparsity": sparsity, "alphas": alphas.model_dump()}
         if variant.method is Method.LAROSA:
-            key |= {"rotation": variant.rotation, "covariance": variant.covariance}
+            key |= {**variant.options, "allocated": variant.allocated}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
         if variant.method.uses_thresholds or variant.rotation.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)

@@ -15,6 +15,7 @@ from larosa.reproduce import (
     figure3,
     figure5,
     gaussianity,
+    recipe,
     table1,
     table2,
     table5,
@@ -49,6 +50,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         figure3.EXPERIMENT,
         figure5.EXPERIMENT,
         gaussianity.EXPERIMENT,
+        recipe.EXPERIMENT,
     )
 }
 

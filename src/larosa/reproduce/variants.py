@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
-from larosa.config import Covariance, Method, Rotation
+from larosa.config import Covariance, Method, Rotation, RotationObjective, Score
 from larosa.sparsity import SiteSizes
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to sparsify the model; `searched` takes the coefficients from a grid, else all are 1.
+    """A way to sparsify the model; the parts of recipe `best` are off unless named.
+
+    `searched` takes the coefficients from a grid, else all are 1.
 
     `calibration` and `seed` are the run's own where they are None.
     """
@@ -23,6 +25,24 @@ class Variant:
     searched: bool = False
     calibration: str | None = None
     seed: int | None = None
+    objective: RotationObjective = RotationObjective.INPUTS
+    value_rotation: bool = False
+    score: Score = Score.MAGNITUDE
+    #: Counts for each layer and site by sensitivity, found anew at each sparsity.
+    allocated: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `larosa.convert` is told beside the method; the methods it is compared with have no options."""
+        if self.method is not Method.LAROSA:
+            return {}
+        return {
+            "rotation": self.rotation,
+            "covariance": self.covariance,
+            "rotation_objective": self.objective,
+            "value_rotation": self.value_rotation,
+            "score": self.score,
+        }
 
     def using(self, calibration: str, seed: int) -> Self:
         """The same on another calibration sample."""
