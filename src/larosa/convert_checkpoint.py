@@ -27,6 +27,9 @@ from larosa.sparsity.report import Sparsity, inspect_config
 _MEASURED_WINDOWS = 4
 _MEASURED_LENGTH = 512
 
+#: The searches that keep their points in a file.
+_LOGGED_SEARCHES = (Search.GRID, Search.SENSITIVITY)
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -78,8 +81,8 @@ def convert_checkpoint(
     check_output(output)
     # Refuse bad options before a long load.
     completed = Settings.complete(**settings)
-    if search_log is not None and completed.search is not Search.GRID:
-        raise LarosaError("--search-log is of the grid search: give --search grid with it")
+    if search_log is not None and completed.search not in _LOGGED_SEARCHES:
+        raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
     config = load_config(source, trust_remote_code=trust_remote_code)
     check_reach(completed, find_architecture(config.model_type), SiteSizes.of(config))
     target = find_device(device)
@@ -102,7 +105,7 @@ def convert_checkpoint(
     block = LarosaConfig.parse(model.config.larosa)
     inspection = inspect_config(model.config)
     save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if completed.search in (Search.GRID, Search.SENSITIVITY):
+    if completed.search in _LOGGED_SEARCHES:
         shutil.move(log, output / "search.jsonl")
     return ConversionReport(
         output=str(output),

@@ -326,6 +326,8 @@ def test_interrupt_leaves_only_the_search_log_to_go_on_from(cli, checkpoint, tmp
         [sys.executable, "-c", "from larosa.cli.main import main; main()", *command],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not log.exists() or len(log.read_text("utf-8").splitlines()) < 3:  # in the middle of the search
         assert process.poll() is None, process.stderr.read()
