@@ -63,7 +63,7 @@ def test_divergence_and_agreement_by_hand(make_model, quick_convert, tokenizer, 
     assert found.top1_agreement == agreement
     assert 0.1 < agreement < 0.9  # both outcomes occur
     reverse = larosa.evaluate(dense, tokenizer, text(120), sequence_length=30, reference=model)
-    assert reverse.kl_divergence != pytest.approx(divergence, rel=0.01)  # the direction matters
+    assert reverse.kl_divergence != pytest.approx(divergence, rel=1e-3)  # the direction matters
 
 
 def test_a_model_agrees_with_itself(make_model, tokenizer, text):
