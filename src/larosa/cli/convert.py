@@ -92,9 +92,7 @@ def convert(
 
 def _print(report: ConversionReport) -> None:
     table = Table(title=f"{report.output}", title_justify="left", show_header=False)
-    table.add_row("nominal sparsity", f"{report.sparsity.nominal:.1%}")
-    table.add_row("weights skipped", f"{report.sparsity.weights:.1%}")
-    table.add_row("  net of adapters", f"{report.sparsity.weights_net_of_adapters:.1%}")
+    options.add_sparsity(table, report.sparsity)
     if report.dense is not None and report.sparse is not None:
         table.add_row("perplexity, dense", f"{report.dense.perplexity:.3f}")
         table.add_row("perplexity, sparse", f"{report.sparse.perplexity:.3f}")

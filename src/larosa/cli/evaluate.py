@@ -54,9 +54,7 @@ def _print(model: str, data: str, result: Evaluation) -> None:
         table.add_row("KL divergence to dense", f"{result.kl_divergence:.4f} nats per token")
         table.add_row("top-1 agreement with dense", f"{result.top1_agreement:.2%}")
     table.add_row("tokens", f"{result.tokens:,} in {result.windows} windows of {result.sequence_length}")
-    table.add_row("nominal sparsity", f"{result.sparsity.nominal:.1%}")
-    table.add_row("weights skipped", f"{result.sparsity.weights:.1%}")
-    table.add_row("  net of adapters", f"{result.sparsity.weights_net_of_adapters:.1%}")
+    options.add_sparsity(table, result.sparsity)
     for site, zeros in (result.zeros or {}).items():
         table.add_row(f"zeros at {site}", f"{zeros:.2%}")
     if result.actual_sparsity is not None:

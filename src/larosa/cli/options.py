@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from larosa.errors import LarosaError
+from larosa.sparsity.report import Sparsity
 
 console = Console()
 
@@ -46,3 +48,10 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write the results where `--json` asked for them."""
     if path is not None:
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def add_sparsity(table: Table, sparsity: Sparsity) -> None:
+    """The three numbers that every report states, as rows."""
+    table.add_row("nominal sparsity", f"{sparsity.nominal:.1%}")
+    table.add_row("weights skipped", f"{sparsity.weights:.1%}")
+    table.add_row("  net of adapters", f"{sparsity.weights_net_of_adapters:.1%}")
