@@ -140,7 +140,7 @@ def convert(
     if settings.calibration is not None:
         sequences = _calibration_sequences(model, tokenizer, settings.calibration)
     where = torch.device(device) if device else architecture.embedding(model).weight.device
-    block = _block(settings, **_SELECTIONS[settings.method](model, architecture, settings, sizes, sequences, where))
+    block = _block(settings, **_selection(model, architecture, settings, sizes, sequences, where))
 
     _untie(model, architecture)
     adapters: list[Adapters] = []
@@ -169,7 +169,7 @@ def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes
         keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)
 
 
-def _counts(
+def _selection(
     model: Any,
     architecture: Architecture,
     settings: Settings,
@@ -177,17 +177,9 @@ def _counts(
     sequences: torch.Tensor | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    return {"keep": keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)}
-
-
-def _thresholds(
-    model: Any,
-    architecture: Architecture,
-    settings: Settings,
-    sizes: SiteSizes,
-    sequences: torch.Tensor | None,
-    device: torch.device,
-) -> dict[str, Any]:
+    """What decides which entries the method keeps, as a key of the configuration block."""
+    if not settings.method.uses_thresholds:
+        return {"keep": keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)}
     assert sequences is not None, "thresholds are calibrated"
     sites = settings.method.sites
     shares = uniform_shares(settings.method, settings.sparsity, sizes)
@@ -195,10 +187,6 @@ def _thresholds(
     if settings.search is SearchKind.GREEDY:
         allocate = GreedyAllocation(architecture, settings.sparsity, {site: sizes.weights(site) for site in sites})
     return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate)}
-
-
-#: What decides which entries a method keeps, as keys of the configuration block.
-_SELECTIONS = {Method.LAROSA: _counts, Method.TOPK: _counts, Method.TEAL: _thresholds, Method.CATS: _thresholds}
 
 
 def _block(settings: Settings, **selection: Any) -> LarosaConfig:
