@@ -132,6 +132,17 @@ def test_nan_is_larger_than_infinity(dtype, sign):
     assert keep_top_k(x, 1).isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize(("dtype", "patterns"), [(torch.bfloat16, (0x7F81, 0x7FFF)), (torch.float16, (0x7C01, 0x7FFF))])
+def test_all_bit_patterns_of_nan_tie(dtype, patterns):
+    x = torch.tensor([0x3C00, *patterns, *patterns], dtype=torch.int16).view(dtype)
+    assert keep_top_k(x, 1).isnan().tolist() == [False, True, False, False, False]
+
+
+def test_infinity_times_zero_ties_with_nan():
+    x = torch.tensor([0.0, math.inf, math.nan], dtype=torch.bfloat16)
+    assert keep_top_k(x, 1, torch.zeros(3, dtype=torch.bfloat16)).tolist() == [0.0, math.inf, 0.0]
+
+
 @pytest.mark.parametrize("k", [-1, 9, 100])
 def test_refuses_a_count_outside_the_row(k):
     with pytest.raises(ValueError, match=f"cannot keep {k} of 8"):

@@ -1,5 +1,7 @@
 """Exact Top-K sparsification of the last dimension (paper, equation 8)."""
 
+import math
+
 import torch
 
 _BITS = {
@@ -14,7 +16,7 @@ def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> to
     """Zero all but the `k` entries of largest magnitude, or largest magnitude times score, in each row of `x`.
 
     Exactly `k` entries are kept whatever the values: ties go to the lowest index, and NaN counts as
-    larger than infinity, so it survives into the result instead of vanishing.
+    larger than infinity, so it survives into the result instead of vanishing. All NaN count alike.
 
     Args:
         x: [..., D], float16, bfloat16, float32 or float64.
@@ -36,8 +38,10 @@ def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> to
     if k == 0:
         return torch.zeros_like(x)
     weighted = x if score is None else _wide(x, score) * score
-    # The bits of a non-negative float, read as an integer, sort like the float, with NaN on top.
-    magnitude = weighted.abs().view(_BITS[weighted.dtype])
+    # The bits of a non-negative float, read as an integer, sort like the float, with NaN on top. NaN has many
+    # bit patterns (a processor makes another one of infinity times zero than a conversion makes): one for all.
+    infinity = torch.tensor(math.inf, dtype=weighted.dtype).view(_BITS[weighted.dtype]).item()
+    magnitude = weighted.abs().view(_BITS[weighted.dtype]).clamp(max=infinity + 1)
     threshold = magnitude.kthvalue(width - k + 1, dim=-1, keepdim=True).values
     above = magnitude > threshold
     tied = magnitude == threshold
