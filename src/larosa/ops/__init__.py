@@ -1,6 +1,13 @@
-"""Operations on activations, one a file, each with a plain PyTorch form."""
+"""Operations on activations, one idea a file, each with a plain PyTorch form.
 
+`keep_top_k` and `drop_up_to` zero what is dropped, and run everywhere. The operators of a decoding step,
+`torch.ops.larosa.*`, skip it instead: their schemas stand beside their references here, their kernels in one
+folder a device.
+"""
+
+from larosa.ops import attend, linear, norm, select  # declares the operators
+from larosa.ops.linear import column_major
 from larosa.ops.threshold import drop_up_to
 from larosa.ops.top_k import keep_top_k
 
-__all__ = ["drop_up_to", "keep_top_k"]
+__all__ = ["attend", "column_major", "drop_up_to", "keep_top_k", "linear", "norm", "select"]

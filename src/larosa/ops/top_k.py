@@ -15,8 +15,24 @@ _BITS = {
 def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> torch.Tensor:
     """Zero all but the `k` entries of largest magnitude, or largest magnitude times score, in each row of `x`.
 
-    Exactly `k` entries are kept whatever the values: ties go to the lowest index, and NaN counts as
-    larger than infinity, so it survives into the result instead of vanishing. All NaN count alike.
+    Which entries those are, and the arguments, are those of `top_k_mask`.
+
+    Returns:
+        A tensor like `x`; `x` itself where k = D.
+
+    Raises:
+        ValueError: k is outside [0, D].
+    """
+    if k == x.shape[-1]:
+        return x
+    return torch.where(top_k_mask(x, k, score), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def top_k_mask(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> torch.Tensor:
+    """Mark the `k` entries of largest magnitude, or largest magnitude times score, in each row of `x`.
+
+    Exactly `k` entries are marked whatever the values: ties go to the lowest index, and NaN counts as
+    larger than infinity, so it survives into a result instead of vanishing. All NaN count alike.
 
     Args:
         x: [..., D], float16, bfloat16, float32 or float64.
@@ -25,7 +41,7 @@ def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> to
             compared, in the wider of the two dtypes and at least in float32. None counts all alike.
 
     Returns:
-        A tensor like `x`; `x` itself where k = D.
+        [..., D] bool, k of them true in each row.
 
     Raises:
         ValueError: k is outside [0, D].
@@ -33,10 +49,8 @@ def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> to
     width = x.shape[-1]
     if not 0 <= k <= width:
         raise ValueError(f"cannot keep {k} of {width} entries")
-    if k == width:
-        return x
-    if k == 0:
-        return torch.zeros_like(x)
+    if k in (0, width):
+        return torch.full_like(x, k == width, dtype=torch.bool)
     weighted = x if score is None else _wide(x, score) * score
     # The bits of a non-negative float, read as an integer, sort like the float, with NaN on top. NaN has many
     # bit patterns (a processor makes another one of infinity times zero than a conversion makes): one for all.
@@ -46,8 +60,7 @@ def keep_top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> to
     above = magnitude > threshold
     tied = magnitude == threshold
     room = k - above.sum(-1, keepdim=True, dtype=torch.int32)
-    keep = above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
-    return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def _wide(x: torch.Tensor, score: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,85 @@
+"""One position's attention over a static cache, with all that happens to queries and keys before it."""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.ops.norm import rms_norm_reference
+from larosa.ops.schema import define
+
+
+@define(
+    "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? cos, Tensor? sin, "
+    "Tensor? q_gain, Tensor? k_gain, float eps, float scale, int window) -> Tensor"
+)
+def _attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    heads, _, size = keys.shape
+    return qkv.new_empty(1, qkv.shape[1] - 2 * heads * size)
+
+
+def attend_reference(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """Norm and rotate one position's queries and keys, store keys and values, and attend up to this position.
+
+    Query heads share key heads group by group: query head h reads key head h // (H / K).
+
+    Args:
+        qkv: [1, (H + 2 K) d] float32 (float64 for a reference): H query heads, K key heads, K value heads.
+        keys: [K, T, d] in the dtype of the cache; row `position` is written.
+        values: [K, T, d], likewise.
+        position: [1] int64 in [0, T), on the device of the others.
+        cos: [T, d] float32, the rotary embedding of every position; None for a layer without one.
+        sin: [T, d] float32, likewise. Rotation is by halves: x cos + (-x_2, x_1) sin.
+        q_gain: [d], gain of an RMSNorm over each query head before the rotation; None for no norm.
+        k_gain: [d], likewise for the key heads.
+        eps: of those norms.
+        scale: multiplies the scores q k.
+        window: positions attended to, this one included; 0 for all.
+
+    Returns:
+        [1, H d] like `qkv`.
+    """
+    heads, _, size = keys.shape
+    at = int(position)
+    q, k, v = qkv[0].split([qkv.shape[1] - 2 * heads * size, heads * size, heads * size])
+    q, k, v = (part.view(-1, size) for part in (q, k, v))
+    q = q if q_gain is None else rms_norm_reference(q, q_gain, eps)
+    k = k if k_gain is None else rms_norm_reference(k, k_gain, eps)
+    if cos is not None and sin is not None:
+        q, k = (x * cos[at].to(x.dtype) + _turned(x) * sin[at].to(x.dtype) for x in (q, k))
+    keys[:, at] = k.to(keys.dtype)
+    values[:, at] = v.to(values.dtype)
+    start = max(0, at + 1 - window) if window else 0
+    seen_keys, seen_values = (
+        cache[:, start : at + 1].to(q.dtype).repeat_interleave(len(q) // heads, dim=0) for cache in (keys, values)
+    )
+    weights = torch.softmax(scale * torch.einsum("hd,htd->ht", q, seen_keys), dim=-1)
+    return torch.einsum("ht,htd->hd", weights, seen_values).reshape(1, -1)
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

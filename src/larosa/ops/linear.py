@@ -1,0 +1,88 @@
+"""Products of a vector with several weight matrices at once, dense, or sparse in the vector."""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.ops.schema import define
+
+Weights = list[torch.Tensor]
+Biases = list[torch.Tensor | None]
+
+
+@define("linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor")
+def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None) -> torch.Tensor:
+    return _outputs(x, weights)
+
+
+@define(
+    "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor"
+)
+def _sparse_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _outputs(values, weights)
+
+
+def _outputs(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    return x.new_empty(len(x), sum(len(weight) for weight in weights))
+
+
+def linear_reference(
+    x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """residual + x W^T + b, the outputs of all matrices side by side.
+
+    Args:
+        x: [B, D], float32 (float64 for a reference).
+        weights: matrices [N_i, D] of one dtype, float32, bfloat16 or float16. Kernels want them row-major.
+        biases: one [N_i] or None a matrix.
+        residual: [B, sum of N_i] like `x`, or None.
+
+    Returns:
+        [B, sum of N_i] like `x`.
+    """
+    outputs = [
+        x @ weight.to(x.dtype).T + (0 if bias is None else bias.to(x.dtype))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    result = torch.cat(outputs, dim=-1)
+    return result if residual is None else residual + result
+
+
+def sparse_linear_reference(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` of the vectors that have `values` at `indices` and are zero elsewhere.
+
+    Only the columns of the weights at `indices` are read, so a NaN in another column does not show.
+
+    Args:
+        values: [B, k], float32 (float64 for a reference).
+        indices: [B, k] int32, ascending in each row.
+        weights: matrices [N_i, D] of one dtype. Kernels want them column-major (see `column_major`).
+        biases: one [N_i] or None a matrix.
+        residual: [B, sum of N_i] like `values`, or None.
+
+    Returns:
+        [B, sum of N_i] like `values`.
+    """
+    rows = [
+        linear_reference(value[None], [weight[:, index.long()] for weight in weights], biases)
+        for value, index in zip(values, indices, strict=True)
+    ]
+    result = torch.cat(rows)
+    return result if residual is None else residual + result
+
+
+def column_major(weight: torch.Tensor) -> torch.Tensor:
+    """The same matrix [N, D] with each column in one piece in memory; `weight` itself where it is so already."""
+    return weight if weight.t().is_contiguous() else weight.t().contiguous().t()

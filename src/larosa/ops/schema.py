@@ -1,0 +1,38 @@
+"""The operators of a decoding step as PyTorch sees them: one schema each, one kernel a device.
+
+A kernel takes part by `implement("name", "CPU")`; the operator is then `torch.ops.larosa.name`. Activations are
+float32 on every device, whatever the weights are, so that a step rounds nowhere but in its sums. There is
+no default implementation: a device without kernels is an error, never a quiet detour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+_LIBRARY = torch.library.Library("larosa", "DEF")
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def define(schema: str) -> Callable[[_Function], _Function]:
+    """Declare an operator; the decorated function gives shapes and dtypes of its results ("fake")."""
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+
+    def register(fake: _Function) -> _Function:
+        torch.library.register_fake(f"larosa::{name}", fake, lib=_LIBRARY)
+        return fake
+
+    return register
+
+
+def implement(name: str, device: str) -> Callable[[_Function], _Function]:
+    """Make the decorated function the kernel of an operator on a device, "CPU" or "CUDA"."""
+
+    def register(kernel: _Function) -> _Function:
+        _LIBRARY.impl(name, kernel, device)
+        return kernel
+
+    return register
