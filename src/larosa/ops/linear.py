@@ -79,7 +79,7 @@ def sparse_linear_reference(
         linear_reference(value[None], [weight[:, index.long()] for weight in weights], biases)
         for value, index in zip(values, indices, strict=True)
     ]
-    result = torch.cat(rows)
+    result = torch.cat([_outputs(values[:0], weights), *rows])  # cat of nothing is an error
     return result if residual is None else residual + result
 
 
