@@ -1,8 +1,9 @@
-# Every target sets up its own environment first; nothing but Python 3.11 and a C compiler is needed.
+# Every target sets up its own environment first; nothing but Python 3.11 and a C++ compiler is needed.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS := $(shell find src/larosa/ops/cpu/csrc -type f)
 
 .PHONY: demo test lint types format clean
 
@@ -24,7 +25,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # The torch version is pinned for development alone: a bare `torch` can pull gigabytes of CUDA packages.
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -1,0 +1,209 @@
+// The C interface: checks what could lead outside of memory, and cuts the work into tasks for the threads.
+#include <cstddef>
+#include <vector>
+
+#include "dispatch.h"
+#include "larosa_cpu.h"
+#include "threads.h"
+
+namespace larosa {
+namespace {
+
+// Bytes of weights that are worth waking another thread for.
+constexpr int64_t kWorthSharing = 128 << 10;
+
+int64_t element_size(int64_t dtype) { return dtype == LAROSA_FLOAT32 ? 4 : 2; }
+
+bool misaligned(const void *pointer, int64_t size) { return reinterpret_cast<uintptr_t>(pointer) % size != 0; }
+
+bool misaligned(const larosa_vector &vector) { return misaligned(vector.data, element_size(vector.dtype)); }
+
+bool misaligned(const larosa_matrix *matrices, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        if (misaligned(matrices[i].weight, element_size(matrices[i].dtype)) || misaligned(matrices[i].bias)) return true;
+    return false;
+}
+
+// The caller's thread keeps its scratch memory from call to call.
+template <class T>
+T *scratch(int64_t count) {
+    static thread_local std::vector<T> memory;
+    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+    return memory.data();
+}
+
+// A piece of one row of a product's output.
+struct Block {
+    int64_t row;
+    const larosa_matrix *matrix;
+    int64_t offset;  // of the matrix's outputs in the row
+    int64_t first;
+    int64_t count;
+};
+
+// The outputs of several matrices, cut into blocks of up to `size` that do not cross from one matrix to the next.
+class Blocks {
+  public:
+    Blocks(const larosa_matrix *matrices, int64_t count, int64_t size)
+        : matrices_(matrices), count_(count), size_(size) {
+        for (int64_t i = 0; i < count; ++i) {
+            outputs += matrices[i].outputs;
+            of_row += blocks(matrices[i]);
+        }
+    }
+
+    Block at(int64_t index) const {
+        Block block{index / of_row, matrices_, 0, 0, 0};
+        int64_t left = index % of_row;
+        for (; left >= blocks(*block.matrix); ++block.matrix) {
+            left -= blocks(*block.matrix);
+            block.offset += block.matrix->outputs;
+        }
+        block.first = left * size_;
+        const int64_t rest = block.matrix->outputs - block.first;
+        block.count = rest < size_ ? rest : size_;
+        return block;
+    }
+
+    int64_t outputs = 0;  // of all matrices
+    int64_t of_row = 0;   // blocks
+
+  private:
+    int64_t blocks(const larosa_matrix &matrix) const { return (matrix.outputs + size_ - 1) / size_; }
+
+    const larosa_matrix *matrices_;
+    int64_t count_;
+    int64_t size_;
+};
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+}  // namespace
+}  // namespace larosa
+
+using namespace larosa;
+
+void larosa_rms_norm(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width, float *out) {
+    for (int64_t row = 0; row < rows; ++row) kernels().rms_norm(x + row * width, *gain, eps, width, out + row * width);
+}
+
+void larosa_silu_mul(const float *gate_up, int64_t rows, int64_t width, float *out) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * width;
+        kernels().silu_mul(gate, gate + width, width, out + row * width);
+    }
+}
+
+void larosa_top_k(const float *x, int64_t rows, int64_t width, int64_t k, const larosa_vector *score, float *values,
+                  int32_t *indices) {
+    uint32_t *magnitudes = scratch<uint32_t>(width);
+    for (int64_t row = 0; row < rows; ++row)
+        kernels().top_k(x + row * width, *score, width, k, magnitudes, values + row * k, indices + row * k);
+}
+
+void larosa_rms_norm_top_k(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width,
+                           int64_t k, const larosa_vector *score, float *values, int32_t *indices) {
+    float *normed = scratch<float>(width);
+    for (int64_t row = 0; row < rows; ++row) {
+        kernels().rms_norm(x + row * width, *gain, eps, width, normed);
+        larosa_top_k(normed, 1, width, k, score, values + row * k, indices + row * k);
+    }
+}
+
+void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k, const larosa_vector *score,
+                           float *values, int32_t *indices) {
+    float *product = scratch<float>(width);
+    for (int64_t row = 0; row < rows; ++row) {
+        larosa_silu_mul(gate_up + row * 2 * width, 1, width, product);
+        larosa_top_k(product, 1, width, k, score, values + row * k, indices + row * k);
+    }
+}
+
+int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices) {
+    float *kept = scratch<float>(width + 1);  // one more: an entry is written before it is known to be kept
+    int32_t *where = scratch<int32_t>(width + 1);
+    const int64_t count = kernels().above(x, width, threshold, kept, where);
+    for (int64_t i = 0; i < count; ++i) {
+        values[i] = kept[i];
+        indices[i] = where[i];
+    }
+    return count;
+}
+
+int larosa_linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
+                  const float *residual, float *out, int64_t threads) {
+    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    const int64_t row_bytes = clamp(depth, 1, depth) * element_size(matrices->dtype);
+    // At least 16 rows, or 64 KiB, which the second-level cache holds for all rows of x.
+    const Blocks blocks(matrices, count, 16 * clamp((4 << 10) / row_bytes, 1, 64));
+    if (blocks.outputs * row_bytes < 2 * kWorthSharing) threads = 1;
+    parallel(blocks.of_row, threads, [&](int64_t task) {
+        const Block block = blocks.at(task);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t offset = row * blocks.outputs + block.offset;
+            kernels().dense_rows(x + row * depth, depth, *block.matrix, block.first, block.count,
+                                 residual ? residual + offset : nullptr, out + offset);
+        }
+    });
+    return LAROSA_OK;
+}
+
+int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
+                         const larosa_matrix *matrices, int64_t count, const float *residual, float *out,
+                         int64_t threads) {
+    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (!kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
+    const Blocks blocks(matrices, count, 512);
+    if (rows * blocks.outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
+    parallel(rows * blocks.of_row, threads, [&](int64_t task) {
+        const Block block = blocks.at(task);
+        const int64_t offset = block.row * blocks.outputs + block.offset;
+        kernels().sparse_columns(values + block.row * k, indices + block.row * k, k, *block.matrix, block.first,
+                                 block.count, residual ? residual + offset : nullptr, out + offset);
+    });
+    return LAROSA_OK;
+}
+
+int larosa_attend(const larosa_attention *attention, float *out, int64_t threads) {
+    const larosa_attention &a = *attention;
+    const int64_t bytes = element_size(a.dtype);
+    if (misaligned(a.keys, bytes) || misaligned(a.values, bytes) || misaligned(a.q_gain) || misaligned(a.k_gain))
+        return LAROSA_MISALIGNED;
+    const int64_t position = *a.position;
+    if (position < 0 || position >= a.capacity) return LAROSA_BAD_POSITION;
+
+    const int64_t start = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+    const int64_t seen = position + 1 - start;
+    const int64_t chunks = (seen + kChunk - 1) / kChunk;
+    const int64_t sharing = a.key_heads ? a.heads / a.key_heads : 0;  // query heads that read one key head
+    const int64_t part_size = a.size + 2;
+    float *queries = scratch<float>(a.heads * a.size + a.size + a.heads * chunks * part_size);
+    float *key = queries + a.heads * a.size;
+    float *parts = key + a.size;
+    const float *cos = a.cos ? a.cos + position * a.size : nullptr;
+    const float *sin = a.sin ? a.sin + position * a.size : nullptr;
+    const auto row = [&](void *cache, int64_t head, int64_t at) {
+        return static_cast<char *>(cache) + (head * a.capacity + at) * a.size * bytes;
+    };
+
+    for (int64_t head = 0; head < a.heads; ++head)
+        kernels().prepare_head(a.qkv + head * a.size, a.size, a.q_gain, a.eps, cos, sin, queries + head * a.size);
+    for (int64_t head = 0; head < a.key_heads; ++head) {
+        const float *raw = a.qkv + (a.heads + head) * a.size;
+        kernels().prepare_head(raw, a.size, a.k_gain, a.eps, cos, sin, key);
+        kernels().store_head(key, a.size, a.dtype, row(a.keys, head, position));
+        kernels().store_head(raw + a.key_heads * a.size, a.size, a.dtype, row(a.values, head, position));
+    }
+    if (2 * seen * a.key_heads * a.size * bytes < 2 * kWorthSharing) threads = 1;
+    parallel(a.key_heads * chunks, threads, [&](int64_t task) {
+        const int64_t key_head = task / chunks, chunk = task % chunks;
+        const int64_t from = start + chunk * kChunk;
+        const int64_t count = clamp(position + 1 - from, 0, kChunk);
+        for (int64_t head = key_head * sharing; head < (key_head + 1) * sharing; ++head)
+            kernels().attend_chunk(queries + head * a.size, row(a.keys, key_head, from), row(a.values, key_head, from),
+                                   count, a.size, a.dtype, float(a.scale), parts + (head * chunks + chunk) * part_size);
+    });
+    for (int64_t head = 0; head < a.heads; ++head)
+        kernels().merge_chunks(parts + head * chunks * part_size, chunks, a.size, out + head * a.size);
+    return LAROSA_OK;
+}

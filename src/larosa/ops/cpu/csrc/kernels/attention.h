@@ -1,0 +1,108 @@
+// One position's attention over a cache, in chunks of positions that are merged afterwards.
+#pragma once
+
+#include "activations.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace larosa {
+namespace LAROSA_ISA {
+
+inline void prepare_head(const float *head, int64_t size, const larosa_vector &gain, double eps, const float *cos,
+                         const float *sin, float *out) {
+    if (gain.data) {
+        rms_norm(head, gain, eps, size, out);
+    } else {
+        __builtin_memcpy(out, head, size_t(size) * sizeof *out);
+    }
+    if (!cos) return;
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = out[i], second = out[half + i];
+        out[i] = first * cos[i] - second * sin[i];
+        out[half + i] = second * cos[half + i] + first * sin[half + i];
+    }
+}
+
+// To the nearest, ties to even.
+inline uint16_t round_to_bfloat16(float x) {
+    if (x != x) return 0x7fc0;
+    const uint32_t word = bits<uint32_t>(x);
+    return uint16_t((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
+}
+
+inline void store_head(const float *head, int64_t size, int64_t dtype, void *cache) {
+    if (dtype == LAROSA_FLOAT32) {
+        __builtin_memcpy(cache, head, size_t(size) * sizeof *head);
+        return;
+    }
+    uint16_t *to = static_cast<uint16_t *>(cache);
+    for (int64_t i = 0; i < size; ++i) to[i] = round_to_bfloat16(head[i]);
+}
+
+template <class Type>
+inline Floats load_at(const typename Type::Element *from, int64_t at, int64_t count) {
+    return count == kLanes ? load<Type>(from + at) : load_some<Type>(from + at, count);
+}
+
+template <class Type>
+inline void attend_typed(const float *query, const typename Type::Element *keys, const typename Type::Element *values,
+                         int64_t count, int64_t size, float scale, float *part) {
+    float weights[kChunk];
+    float largest = -__builtin_inff();
+    for (int64_t t = 0; t < count; ++t) {
+        Floats products = {};
+        for_vectors(size, [&](int64_t at, int64_t some) {
+            products += load_at(query, at, some) * load_at<Type>(keys + t * size, at, some);
+        });
+        weights[t] = scale * sum(products);
+        largest = weights[t] > largest ? weights[t] : largest;
+    }
+    // Where all scores are minus infinity or NaN, or one is infinite, the weights come out as softmax has them.
+    const float base = largest == -__builtin_inff() ? 0 : largest;
+    Floats total = {};
+    for_vectors(count, [&](int64_t at, int64_t some) {
+        Floats weight = exp(load_at(weights, at, some) - base);
+        for (int64_t i = some; i < kLanes; ++i) weight[i] = 0;
+        store_at(weights, at, weight, some);
+        total += weight;
+    });
+    part[0] = largest;
+    part[1] = sum(total);
+    for_vectors(size, [&](int64_t at, int64_t some) {
+        Floats mixed = {};
+        for (int64_t t = 0; t < count; ++t) mixed += weights[t] * load_at<Type>(values + t * size, at, some);
+        store_at(part + 2, at, mixed, some);
+    });
+}
+
+inline void attend_chunk(const float *query, const void *keys, const void *values, int64_t count, int64_t size,
+                         int64_t dtype, float scale, float *part) {
+    with_type(dtype, [&](auto type) {
+        using Type = decltype(type);
+        using Element = typename Type::Element;
+        attend_typed<Type>(query, static_cast<const Element *>(keys), static_cast<const Element *>(values), count, size,
+                           scale, part);
+    });
+}
+
+inline void merge_chunks(const float *parts, int64_t count, int64_t size, float *out) {
+    const int64_t stride = size + 2;
+    float largest = -__builtin_inff();
+    for (int64_t i = 0; i < count; ++i) largest = parts[i * stride] > largest ? parts[i * stride] : largest;
+    const float base = largest == -__builtin_inff() ? 0 : largest;
+    float total = 0;
+    for (int64_t at = 0; at < size; ++at) out[at] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float *part = parts + i * stride;
+        // A chunk's weights are relative to its largest score, or to 0 where that is minus infinity.
+        const float own = part[0] == -__builtin_inff() ? 0 : part[0];
+        const float factor = own == base ? 1 : exp(own - base);
+        total += factor * part[1];
+        for (int64_t at = 0; at < size; ++at) out[at] += factor * part[2 + at];
+    }
+    for (int64_t at = 0; at < size; ++at) out[at] /= total;
+}
+
+}  // namespace LAROSA_ISA
+}  // namespace larosa

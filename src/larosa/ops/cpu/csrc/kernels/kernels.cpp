@@ -1,0 +1,31 @@
+// Compiled once for each instruction set, with LAROSA_ISA its name and LAROSA_LANES its floats a vector.
+#include "kernels.h"
+
+#include "activations.h"
+#include "attention.h"
+#include "products.h"
+#include "selection.h"
+
+#define LAROSA_TEXT(name) #name
+#define LAROSA_NAME(name) LAROSA_TEXT(name)
+
+namespace larosa {
+namespace LAROSA_ISA {
+
+extern const Kernels kernels = {
+    LAROSA_NAME(LAROSA_ISA),
+    rms_norm,
+    silu_mul,
+    top_k,
+    above,
+    all_below,
+    sparse_columns,
+    dense_rows,
+    prepare_head,
+    store_head,
+    attend_chunk,
+    merge_chunks,
+};
+
+}  // namespace LAROSA_ISA
+}  // namespace larosa

@@ -1,0 +1,53 @@
+// What each instruction set's copy of the kernels offers. None of these starts threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "../larosa_cpu.h"
+
+namespace larosa {
+
+struct Kernels {
+    const char *isa;
+
+    void (*rms_norm)(const float *x, const larosa_vector &gain, double eps, int64_t width, float *out);
+    void (*silu_mul)(const float *gate, const float *up, int64_t width, float *out);
+
+    // `magnitudes` has room for `width` words.
+    void (*top_k)(const float *x, const larosa_vector &score, int64_t width, int64_t k, uint32_t *magnitudes,
+                  float *values, int32_t *indices);
+    int64_t (*above)(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
+
+    bool (*all_below)(const int32_t *indices, int64_t count, int64_t bound);
+    // Outputs [first, first + count) of one matrix; residual and out are those of output 0.
+    void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
+                           int64_t first, int64_t count, const float *residual, float *out);
+    void (*dense_rows)(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
+                       const float *residual, float *out);
+
+    // Norm and rotation of one head of queries or keys; cos and sin are those of the position, or null.
+    void (*prepare_head)(const float *head, int64_t size, const larosa_vector &gain, double eps, const float *cos,
+                         const float *sin, float *out);
+    void (*store_head)(const float *head, int64_t size, int64_t dtype, void *cache);
+    // One head's attention over `count` <= kChunk cached positions: part[0] is the largest score, part[1] the sum of
+    // the weights relative to it, and the rest the sum of the values so weighted.
+    void (*attend_chunk)(const float *query, const void *keys, const void *values, int64_t count, int64_t size,
+                         int64_t dtype, float scale, float *part);
+    void (*merge_chunks)(const float *parts, int64_t count, int64_t size, float *out);
+};
+
+constexpr int64_t kChunk = 128;
+
+namespace portable {
+extern const Kernels kernels;
+}
+#ifdef LAROSA_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace larosa

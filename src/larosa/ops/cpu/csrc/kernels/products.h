@@ -1,0 +1,139 @@
+// Products of a vector with a matrix: dense by rows, sparse by columns. Both are bound by the reading of weights.
+#pragma once
+
+#include "vector.h"
+
+namespace larosa {
+namespace LAROSA_ISA {
+
+constexpr int64_t kCacheLine = 64;
+constexpr int kGroup = 8;             // columns of the weights added up together
+constexpr int64_t kStrip = 512;       // outputs whose sums stay in the first-level cache
+
+inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
+    const uint32_t limit = uint32_t(bound);
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= uint32_t(indices[i]) >= limit;
+    return bad == 0;
+}
+
+// residual + (sum + bias), the same for both products.
+inline void finish(const float *sums, const larosa_matrix &matrix, int64_t first, int64_t count,
+                   const float *residual, float *out) {
+    for_vectors(count, [&](int64_t at, int64_t some) {
+        Floats result = load_at(sums, at, some);
+        if (matrix.bias.data) result += load_vector(matrix.bias, first + at, some);
+        if (residual) result += load_at(residual + first, at, some);
+        store_at(out + first, at, result, some);
+    });
+}
+
+// sums[0 : count] += the group's columns times their values. The next group's columns are fetched meanwhile: each lies
+// elsewhere, in too short a piece for the processor to foresee.
+template <class Type, int group>
+inline void add_columns(const typename Type::Element *const *columns, const typename Type::Element *const *next,
+                        const float *values, int64_t count, float *sums) {
+    using Element = typename Type::Element;
+    constexpr int64_t line = kCacheLine / int64_t(sizeof(Element));
+    constexpr int64_t vectors = line > kLanes ? line / kLanes : 1;
+    constexpr int64_t step = vectors * kLanes;
+    int64_t at = 0;
+    for (; at + step <= count; at += step) {
+        Floats total[vectors];
+        for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < group; ++i) {
+            __builtin_prefetch(next[i] + at, 0, 2);
+            for (int64_t v = 0; v < vectors; ++v) total[v] += values[i] * load<Type>(columns[i] + at + v * kLanes);
+        }
+        for (int64_t v = 0; v < vectors; ++v) store(sums + at + v * kLanes, total[v]);
+    }
+    for (; at < count; at += kLanes) {
+        const int64_t some = count - at < kLanes ? count - at : kLanes;
+        Floats total = load(sums + at);
+        for (int i = 0; i < group; ++i) {
+            const Element *column = columns[i] + at;
+            total += values[i] * (some == kLanes ? load<Type>(column) : load_some<Type>(column, some));
+        }
+        store(sums + at, total);
+    }
+}
+
+template <class Type>
+inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
+                         int64_t first, int64_t count, float *sums) {
+    using Element = typename Type::Element;
+    const Element *weight = static_cast<const Element *>(matrix.weight) + first;
+    const auto column = [&](int64_t i) { return weight + int64_t(indices[i]) * matrix.outputs; };
+    int64_t at = 0;
+    for (; at + kGroup <= k; at += kGroup) {
+        const Element *columns[kGroup], *next[kGroup];
+        for (int64_t i = 0; i < kGroup; ++i) {
+            columns[i] = column(at + i);
+            next[i] = column(at + kGroup + i < k ? at + kGroup + i : at + i);
+        }
+        add_columns<Type, kGroup>(columns, next, values + at, count, sums);
+    }
+    for (; at < k; ++at) {
+        const Element *single = column(at);
+        add_columns<Type, 1>(&single, &single, values + at, count, sums);
+    }
+}
+
+inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
+                           int64_t first, int64_t count, const float *residual, float *out) {
+    for (int64_t strip = first; strip < first + count; strip += kStrip) {
+        const int64_t some = first + count - strip < kStrip ? first + count - strip : kStrip;
+        float sums[kStrip + kLanes] = {};
+        with_type(matrix.dtype, [&](auto type) {
+            sparse_strip<decltype(type)>(values, indices, k, matrix, strip, some, sums);
+        });
+        finish(sums, matrix, strip, some, residual, out);
+    }
+}
+
+// The dot products of x with `group` rows that follow each other.
+template <class Type, int group>
+inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t depth, float *sums) {
+    constexpr int chains = 4;  // independent sums hide the latency of an addition
+    constexpr int64_t ahead = 1024 / int64_t(sizeof(typename Type::Element));
+    Floats total[group][chains] = {};
+    int64_t at = 0;
+    for (; at + chains * kLanes <= depth; at += chains * kLanes)
+        for (int i = 0; i < group; ++i)
+            for (int c = 0; c < chains; ++c) {
+                const int64_t from = at + c * kLanes;
+                __builtin_prefetch(rows + i * depth + from + ahead, 0, 2);
+                total[i][c] += load(x + from) * load<Type>(rows + i * depth + from);
+            }
+    for (; at < depth; at += kLanes) {
+        const int64_t some = depth - at < kLanes ? depth - at : kLanes;
+        for (int i = 0; i < group; ++i) {
+            const auto *row = rows + i * depth + at;
+            total[i][0] += load_at(x, at, some) * (some == kLanes ? load<Type>(row) : load_some<Type>(row, some));
+        }
+    }
+    for (int i = 0; i < group; ++i) {
+        for (int c = 1; c < chains; ++c) total[i][0] += total[i][c];
+        sums[i] = sum(total[i][0]);
+    }
+}
+
+inline void dense_rows(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
+                       const float *residual, float *out) {
+    with_type(matrix.dtype, [&](auto type) {
+        using Type = decltype(type);
+        const auto *weight = static_cast<const typename Type::Element *>(matrix.weight);
+        for (int64_t done = 0; done < count; done += kLanes) {
+            const int64_t some = count - done < kLanes ? count - done : kLanes;
+            float sums[kLanes] = {};
+            int64_t i = 0;
+            for (; i + 2 <= some; i += 2) dot_rows<Type, 2>(x, weight + (first + done + i) * depth, depth, sums + i);
+            for (; i < some; ++i) dot_rows<Type, 1>(x, weight + (first + done + i) * depth, depth, sums + i);
+            finish(sums, matrix, first + done, some, residual, out);
+        }
+    });
+}
+
+}  // namespace LAROSA_ISA
+}  // namespace larosa

@@ -1,0 +1,158 @@
+// Vectors of LAROSA_LANES floats, and how weights of each dtype become such vectors.
+//
+// These are the compiler's own vector types (g++ and clang), so one source serves every instruction set. Everything
+// is in a namespace of the instruction set's name, and nothing of the standard library's is called: an inline function
+// that two copies share would be kept once, perhaps with instructions that the processor lacks.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../larosa_cpu.h"
+
+namespace larosa {
+namespace LAROSA_ISA {
+
+constexpr int64_t kLanes = LAROSA_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * LAROSA_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LAROSA_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LAROSA_LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LAROSA_LANES)));
+
+template <class To, class From>
+inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+// How an element is stored, and a vector of them as floats.
+struct Float32 {
+    using Element = float;
+    using Stored = Floats;
+    static Floats widen(Stored x) { return x; }
+};
+
+struct BFloat16 {
+    using Element = uint16_t;
+    using Stored = Halves;
+    static Floats widen(Stored x) { return bits<Floats>(__builtin_convertvector(x, Words) << 16); }
+};
+
+struct Float16 {
+    using Element = uint16_t;
+    using Stored = Halves;
+    // Moved to where a float has them, exponent and mantissa are too small by 2^112, subnormals included.
+    static Floats widen(Stored x) {
+        const Words word = __builtin_convertvector(x, Words);
+        const Floats scaled = bits<Floats>((word & 0x7fffu) << 13) * 0x1p112f;
+        const Words special = bits<Words>(scaled >= 65536.0f) & 0x7f800000u;  // infinity and NaN
+        return bits<Floats>(bits<Words>(scaled) | special | ((word & 0x8000u) << 16));
+    }
+};
+
+template <class Type>
+inline Floats load(const typename Type::Element *from) {
+    typename Type::Stored stored;
+    __builtin_memcpy(&stored, from, sizeof stored);
+    return Type::widen(stored);
+}
+
+// The first `count` < kLanes elements, and zeros.
+template <class Type>
+inline Floats load_some(const typename Type::Element *from, int64_t count) {
+    typename Type::Stored stored = {};
+    for (int64_t i = 0; i < count; ++i) stored[i] = from[i];
+    return Type::widen(stored);
+}
+
+inline Floats load(const float *from) { return load<Float32>(from); }
+inline Floats load_some(const float *from, int64_t count) { return load_some<Float32>(from, count); }
+inline void store(float *to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
+inline void store_some(float *to, Floats x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = x[i];
+}
+
+// Calls f.template operator()<Type>() for the dtype.
+template <class Function>
+inline auto with_type(int64_t dtype, Function f) {
+    if (dtype == LAROSA_BFLOAT16) return f(BFloat16{});
+    if (dtype == LAROSA_FLOAT16) return f(Float16{});
+    return f(Float32{});
+}
+
+// `count` <= kLanes elements of a vector of any dtype from element `at` on, the rest zeros.
+inline Floats load_vector(const larosa_vector &from, int64_t at, int64_t count) {
+    return with_type(from.dtype, [&](auto type) {
+        using Type = decltype(type);
+        const auto *data = static_cast<const typename Type::Element *>(from.data) + at;
+        return count == kLanes ? load<Type>(data) : load_some<Type>(data, count);
+    });
+}
+
+// Calls f(at, count) for each vector of `width` elements: count is kLanes but perhaps the last time.
+template <class Function>
+inline void for_vectors(int64_t width, Function f) {
+    int64_t at = 0;
+    for (; at + kLanes <= width; at += kLanes) f(at, kLanes);
+    if (at < width) f(at, width - at);
+}
+
+inline Floats load_at(const float *from, int64_t at, int64_t count) {
+    return count == kLanes ? load(from + at) : load_some(from + at, count);
+}
+
+inline void store_at(float *to, int64_t at, Floats x, int64_t count) {
+    if (count == kLanes) {
+        store(to + at, x);
+    } else {
+        store_some(to + at, x, count);
+    }
+}
+
+// The lanes' sum, by halves.
+inline float sum(Floats x) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline double sum(const Doubles &x) {
+    double total = 0;
+    for (int64_t i = 0; i < kLanes; ++i) total += x[i];
+    return total;
+}
+
+// e^x to 2 units in the last place; NaN, infinities and subnormal results included.
+inline Floats exp(Floats x) {
+    x = x > 89.0f ? splat(89.0f) : x;     // overflows
+    x = x < -104.0f ? splat(-104.0f) : x; // vanishes
+    // x = n ln 2 + r, n rounded by adding a number so large that no fraction has room.
+    const Floats large = x * 1.44269504088896341f + 12582912.0f;
+    const Floats n = large - 12582912.0f;
+    const Floats r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    Floats power = splat(1.0f / 5040);
+    power = power * r + 1.0f / 720;
+    power = power * r + 1.0f / 120;
+    power = power * r + 1.0f / 24;
+    power = power * r + 1.0f / 6;
+    power = power * r + 0.5f;
+    power = power * r + 1.0f;
+    power = power * r + 1.0f;
+    // 2^n in two factors, for one alone can be too small or too large for a float. n + 256 > 0.
+    const Words biased = bits<Words>(large) - 0x4b400000u + 256u;
+    const Words first = biased >> 1;
+    const Words second = biased - first;
+    return power * bits<Floats>((first - 1u) << 23) * bits<Floats>((second - 1u) << 23);
+}
+
+inline float exp(float x) { return exp(splat(x))[0]; }
+
+}  // namespace LAROSA_ISA
+}  // namespace larosa

@@ -1,0 +1,100 @@
+/* The CPU kernels' C interface.
+ *
+ * Activations are float32 and contiguous. Tensors of weights come in the dtypes below. No pointer needs more alignment
+ * than its elements. Every sum is taken in an order that depends on the shapes and on the instruction set alone, so
+ * results have the same bits whatever the number of threads. Functions that can fail return a larosa_status.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+enum larosa_dtype { LAROSA_FLOAT32 = 0, LAROSA_BFLOAT16 = 1, LAROSA_FLOAT16 = 2 };
+
+enum larosa_status {
+    LAROSA_OK = 0,
+    LAROSA_BAD_INDEX = 1,    /* an index is outside [0, depth) */
+    LAROSA_BAD_POSITION = 2, /* the position is outside [0, capacity) */
+    LAROSA_MISALIGNED = 3    /* a pointer is not a multiple of its element size */
+};
+
+/* A vector of some dtype; data is null where there is none. */
+struct larosa_vector {
+    const void *data;
+    int64_t dtype;
+};
+
+/* A weight [outputs, depth], row-major for larosa_linear and column-major for larosa_sparse_linear, and its bias. */
+struct larosa_matrix {
+    const void *weight;
+    int64_t dtype;
+    int64_t outputs;
+    struct larosa_vector bias;
+};
+
+/* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the processor has. */
+const char *larosa_isa(void);
+/* Use another one. 0, or 1: not known, or 2: known, but not to this processor or this build. */
+int larosa_set_isa(const char *name);
+
+/* Share the threads of an OpenMP run-time library that is loaded already: the address of its GOMP_parallel.
+ * Null: threads of the library's own. */
+void larosa_share_openmp(void *gomp_parallel);
+
+/* out[rows, width] = x / sqrt(mean(x^2) + eps) * gain. */
+void larosa_rms_norm(const float *x, const struct larosa_vector *gain, double eps, int64_t rows, int64_t width,
+                     float *out);
+/* out[rows, width] = silu(gate) * up, with gate_up[rows, 2 width]. */
+void larosa_silu_mul(const float *gate_up, int64_t rows, int64_t width, float *out);
+
+/* The k entries of largest |x| score in each row: values and indices [rows, k], indices ascending. Exactly k: ties go
+ * to the lowest index, NaN is larger than infinity. */
+void larosa_top_k(const float *x, int64_t rows, int64_t width, int64_t k, const struct larosa_vector *score,
+                  float *values, int32_t *indices);
+/* The same of rms_norm and of silu_mul, whose results are not kept. */
+void larosa_rms_norm_top_k(const float *x, const struct larosa_vector *gain, double eps, int64_t rows, int64_t width,
+                           int64_t k, const struct larosa_vector *score, float *values, int32_t *indices);
+void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k,
+                           const struct larosa_vector *score, float *values, int32_t *indices);
+/* The entries of x[width] that are not of a magnitude up to the threshold; returns how many. Room for width. */
+int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
+
+/* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
+int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
+                  const float *residual, float *out, int64_t threads);
+/* The same of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. */
+int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
+                         const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
+                         int64_t threads);
+
+/* One position's attention over a cache [key_heads, capacity, size] of float32 or bfloat16. qkv holds `heads` query
+ * heads, then key_heads key heads, then as many value heads, of `size` each. */
+struct larosa_attention {
+    const float *qkv;
+    void *keys;
+    void *values;
+    const int64_t *position;
+    const float *cos; /* [capacity, size], or null */
+    const float *sin;
+    struct larosa_vector q_gain;
+    struct larosa_vector k_gain;
+    int64_t heads;
+    int64_t key_heads;
+    int64_t capacity;
+    int64_t size;
+    int64_t dtype; /* of the cache */
+    int64_t window; /* positions attended to, this one included; 0 for all */
+    double eps;
+    double scale;
+};
+/* Writes row `position` of the cache and out[heads, size]. */
+int larosa_attend(const struct larosa_attention *attention, float *out, int64_t threads);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
