@@ -1,0 +1,127 @@
+"""What an operator may be given on the CPU: checked, and packed as larosa_cpu.h has it.
+
+The kernels follow bare pointers, so whatever could lead them astray is refused here. This runs a hundred times a token
+and more: each check is one cheap call.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from larosa.ops.linear import Biases, Weights
+
+#: `larosa_dtype`.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_VECTOR = struct.Struct("=2q")
+_MATRIX = struct.Struct("=5q")
+_NO_VECTOR = _VECTOR.pack(0, 0)
+
+
+def activations(name: str, x: torch.Tensor) -> torch.Tensor:
+    """`x` [B, D] float32, in one piece."""
+    if x.dtype != torch.float32 or x.dim() != 2 or not x.is_cpu:
+        raise ValueError(f"{name} must be float32 [B, D] on the CPU, not {_of(x)}")
+    return x.contiguous()
+
+
+def selection(indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The indices of `values`, in one piece."""
+    if indices.dtype != torch.int32 or indices.shape != values.shape or not indices.is_cpu:
+        raise ValueError(f"indices must be int32 {list(values.shape)} like the values, not {_of(indices)}")
+    return indices.contiguous()
+
+
+def room(x: torch.Tensor, k: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices [B, k] to be written."""
+    if not 0 <= k <= width:
+        raise ValueError(f"cannot keep {k} of {width} entries")
+    return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
+
+
+def vector(name: str, values: torch.Tensor | None, width: int) -> bytes:
+    """`larosa_vector` of `values` [width], or of none."""
+    if values is None:
+        return _NO_VECTOR
+    if values.dtype not in DTYPES or values.shape != (width,) or not values.is_contiguous() or not values.is_cpu:
+        raise ValueError(f"{name} must be contiguous [{width}] of {_names()}, not {_of(values)}")
+    return _VECTOR.pack(values.data_ptr(), DTYPES[values.dtype])
+
+
+def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool) -> tuple[bytes, int]:
+    """`larosa_matrix` of each weight [N_i, depth], and the sum of N_i."""
+    packed = []
+    total = 0
+    dtype = weights[0].dtype if weights else None
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.dtype is not dtype or dtype not in DTYPES or not weight.is_cpu:
+            raise ValueError(f"weights must be all of one dtype of {_names()} on the CPU, not {_of(weight)}")
+        outputs, width = weight.shape
+        if width != depth:
+            raise ValueError(f"weight {list(weight.shape)} does not take vectors of {depth} entries")
+        if not (weight.t() if column_major else weight).is_contiguous():
+            raise ValueError(
+                f"sparse_linear reads weights column by column: convert {_of(weight)} by larosa.ops.column_major"
+                if column_major
+                else f"linear reads weights row by row: make {_of(weight)} contiguous"
+            )
+        packed.append(_MATRIX.pack(weight.data_ptr(), DTYPES[dtype], outputs, *_bias(bias, outputs)))
+        total += outputs
+    if not packed:
+        raise ValueError("no weights")
+    return b"".join(packed), total
+
+
+def residual(values: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor | None:
+    """What is added to `out`, in one piece."""
+    if values is None:
+        return None
+    if values.shape != out.shape:
+        raise ValueError(f"residual {list(values.shape)} is not like the result {list(out.shape)}")
+    return activations("residual", values)
+
+
+def cache(keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Keys and values [K, T, d] of one dtype, float32 or bfloat16, written in place."""
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.dtype != keys.dtype or not tensor.is_cpu:
+            raise ValueError(f"{name} must be all float32 or all bfloat16 on the CPU, not {_of(tensor)}")
+        if tensor.dim() != 3 or tensor.shape != keys.shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [K, T, d], keys and values alike, not {_of(tensor)}")
+
+
+def query_heads(qkv: torch.Tensor, keys: torch.Tensor) -> int:
+    """H of `qkv` [1, (H + 2 K) d]."""
+    shared, _, size = keys.shape
+    heads, rest = divmod(qkv.shape[1] - 2 * shared * size, size) if shared and size else (-1, 0)
+    if len(qkv) != 1 or heads < 0 or rest or heads % shared:
+        raise ValueError(f"qkv {list(qkv.shape)} is not [1, (H + 2 K) d] of keys [K, T, d] = {list(keys.shape)}")
+    return heads
+
+
+def rotary(name: str, values: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor | None:
+    """`cos` or `sin` [T, d] float32 of a cache, in one piece."""
+    if values is None:
+        return None
+    _, capacity, size = keys.shape
+    if values.shape != (capacity, size) or size % 2:
+        raise ValueError(f"{name} must be [{capacity}, {size}] and of even width, not {_of(values)}")
+    return activations(name, values)
+
+
+def _bias(bias: torch.Tensor | None, outputs: int) -> tuple[int, int]:
+    if bias is None:
+        return 0, 0
+    data, dtype = _VECTOR.unpack(vector("bias", bias, outputs))
+    return data, dtype
+
+
+def _names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def _of(x: torch.Tensor) -> str:
+    order = "" if x.is_contiguous() else f" of strides {list(x.stride())}"
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{order} on {x.device}"

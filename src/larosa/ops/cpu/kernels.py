@@ -1,0 +1,192 @@
+"""The operators of a decoding step on the CPU, each one call into the library."""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+
+from larosa.ops.cpu import arguments
+from larosa.ops.cpu.library import Attention, Vector, load
+from larosa.ops.linear import Biases, Weights
+from larosa.ops.schema import implement
+from larosa.ops.select import Selection
+
+# `larosa_status`.
+_BAD_INDEX = 1
+_BAD_POSITION = 2
+
+
+@implement("rms_norm", "CPU")
+def _rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
+    x = arguments.activations("x", x)
+    rows, width = x.shape
+    out = torch.empty_like(x)
+    load().rms_norm(x.data_ptr(), arguments.vector("gain", gain, width), eps, rows, width, out.data_ptr())
+    return out
+
+
+@implement("silu_mul", "CPU")
+def _silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate_up, width = _gate_up(gate_up)
+    out = gate_up.new_empty(len(gate_up), width)
+    load().silu_mul(gate_up.data_ptr(), len(gate_up), width, out.data_ptr())
+    return out
+
+
+@implement("top_k", "CPU")
+def _top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    x = arguments.activations("x", x)
+    rows, width = x.shape
+    values, indices = arguments.room(x, k, width)
+    packed = arguments.vector("score", score, width)
+    load().top_k(x.data_ptr(), rows, width, k, packed, values.data_ptr(), indices.data_ptr())
+    return values, indices
+
+
+@implement("rms_norm_top_k", "CPU")
+def _rms_norm_top_k(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None = None
+) -> Selection:
+    x = arguments.activations("x", x)
+    rows, width = x.shape
+    values, indices = arguments.room(x, k, width)
+    gains, scores = arguments.vector("gain", gain, width), arguments.vector("score", score, width)
+    load().rms_norm_top_k(x.data_ptr(), gains, eps, rows, width, k, scores, values.data_ptr(), indices.data_ptr())
+    return values, indices
+
+
+@implement("silu_mul_top_k", "CPU")
+def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    gate_up, width = _gate_up(gate_up)
+    rows = len(gate_up)
+    values, indices = arguments.room(gate_up, k, width)
+    packed = arguments.vector("score", score, width)
+    load().silu_mul_top_k(gate_up.data_ptr(), rows, width, k, packed, values.data_ptr(), indices.data_ptr())
+    return values, indices
+
+
+@implement("above", "CPU")
+def _above(x: torch.Tensor, threshold: float) -> Selection:
+    x = arguments.activations("x", x)
+    rows, width = x.shape
+    if rows != 1:
+        raise ValueError(f"above selects from one row, not {rows}")
+    values, indices = arguments.room(x, width, width)
+    count = load().above(x.data_ptr(), width, threshold, values.data_ptr(), indices.data_ptr())
+    return values.resize_(1, count), indices.resize_(1, count)
+
+
+@implement("linear", "CPU")
+def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None) -> torch.Tensor:
+    x = arguments.activations("x", x)
+    rows, depth = x.shape
+    matrices, outputs = arguments.matrices(weights, biases, depth, column_major=False)
+    out = x.new_empty(rows, outputs)
+    added = arguments.residual(residual, out)
+    status = load().linear(
+        x.data_ptr(),
+        rows,
+        depth,
+        matrices,
+        len(weights),
+        None if added is None else added.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return out
+
+
+@implement("sparse_linear", "CPU")
+def _sparse_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    values = arguments.activations("values", values)
+    indices = arguments.selection(indices, values)
+    rows, k = values.shape
+    depth = weights[0].shape[1] if weights else 0
+    matrices, outputs = arguments.matrices(weights, biases, depth, column_major=True)
+    out = values.new_empty(rows, outputs)
+    added = arguments.residual(residual, out)
+    status = load().sparse_linear(
+        values.data_ptr(),
+        indices.data_ptr(),
+        rows,
+        k,
+        depth,
+        matrices,
+        len(weights),
+        None if added is None else added.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return out
+
+
+@implement("attend", "CPU")
+def _attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    qkv = arguments.activations("qkv", qkv)
+    arguments.cache(keys, values)
+    key_heads, capacity, size = keys.shape
+    heads = arguments.query_heads(qkv, keys)
+    if position.dtype != torch.int64 or position.shape != (1,) or not position.is_cpu:
+        raise ValueError(f"position must be int64 [1] on the CPU, not {position.dtype} {list(position.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError("give both cos and sin, or neither")
+    cos, sin = arguments.rotary("cos", cos, keys), arguments.rotary("sin", sin, keys)
+    out = qkv.new_empty(1, heads * size)
+    attention = Attention(
+        qkv.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        position.data_ptr(),
+        None if cos is None else cos.data_ptr(),
+        None if sin is None else sin.data_ptr(),
+        Vector.from_buffer_copy(arguments.vector("q_gain", q_gain, size)),
+        Vector.from_buffer_copy(arguments.vector("k_gain", k_gain, size)),
+        heads,
+        key_heads,
+        capacity,
+        size,
+        arguments.DTYPES[keys.dtype],
+        window,
+        eps,
+        scale,
+    )
+    _check(load().attend(byref(attention), out.data_ptr(), torch.get_num_threads()))
+    return out
+
+
+def _gate_up(gate_up: torch.Tensor) -> tuple[torch.Tensor, int]:
+    gate_up = arguments.activations("gate_up", gate_up)
+    width, odd = divmod(gate_up.shape[1], 2)
+    if odd:
+        raise ValueError(f"gate_up {list(gate_up.shape)} is not two vectors side by side")
+    return gate_up, width
+
+
+def _check(status: int) -> None:
+    if status == _BAD_INDEX:
+        raise IndexError("an index is not that of a column of the weights")
+    if status == _BAD_POSITION:
+        raise IndexError("position is not that of a row of the cache")
+    if status:
+        raise ValueError("a tensor begins in the middle of an element: clone it")
