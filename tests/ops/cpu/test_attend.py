@@ -1,0 +1,94 @@
+"""`attend` against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops.attend import attend_reference
+
+from .cases import DTYPES, chances, doubled
+
+ops = torch.ops.larosa
+
+
+@st.composite
+def problems(draw):
+    chance = draw(chances("normal"))
+    key_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    size = draw(st.sampled_from([2, 8, 10, 16, 22, 64, 80]))
+    capacity = draw(st.one_of(st.integers(1, 20), st.sampled_from([127, 128, 129, 300])))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    qkv = chance.tensor(1, (shared + 2) * key_heads * size)
+    cache = [chance.tensor(key_heads, capacity, size, dtype=dtype) for _ in range(2)]
+    rotary = [chance.tensor(capacity, size) for _ in range(2)] if draw(st.booleans()) else [None, None]
+    gains = [chance.maybe(size, dtype=draw(st.sampled_from(DTYPES))) for _ in range(2)]
+    position = draw(st.one_of(st.just(capacity - 1), st.integers(0, capacity - 1)))
+    window = draw(st.sampled_from([0, 0, 1, 5, capacity, 1000]))
+    return qkv, cache, position, rotary, gains, window
+
+
+@settings(deadline=None, max_examples=600)
+@given(problems())
+def test_is_the_reference(problem):
+    qkv, (keys, values), position, rotary, gains, window = problem
+    scale = keys.shape[2] ** -0.5
+    before = keys.clone(), values.clone()
+    result = ops.attend(qkv, keys, values, torch.tensor([position]), *rotary, *gains, 1e-6, scale, window)
+    exact_keys, exact_values = (cache.double() for cache in before)
+    exact = attend_reference(
+        qkv.double(),
+        exact_keys,
+        exact_values,
+        torch.tensor([position]),
+        *(doubled(table) for table in rotary),
+        *(doubled(gain) for gain in gains),
+        1e-6,
+        scale,
+        window,
+    )
+    if keys.dtype == torch.float32:
+        torch.testing.assert_close(keys.double(), exact_keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values.double(), exact_values, rtol=0, atol=0)
+    else:  # rounded to the nearest of two neighbours
+        torch.testing.assert_close(keys.double(), exact_keys, rtol=2**-8, atol=1e-5)
+        assert torch.equal(values, exact_values.to(torch.bfloat16))
+    for cache, old in zip((keys, values), before, strict=True):
+        others = torch.arange(keys.shape[1]) != position
+        assert torch.equal(cache[:, others], old[:, others])
+    if keys.dtype == torch.float32:
+        tolerance = 2e-4
+    else:  # the row just written is rounded in the one and not in the other: compare with what was written
+        exact_keys, exact_values = keys.double(), values.double()
+        tolerance = 3e-2
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_row_just_written_is_read_as_it_was_rounded():
+    """With one position the result is the value itself, as the cache has it."""
+    qkv = torch.randn(1, 4 * 16)
+    keys, values = torch.zeros(1, 3, 16, dtype=torch.bfloat16), torch.zeros(1, 3, 16, dtype=torch.bfloat16)
+    result = ops.attend(qkv, keys, values, torch.tensor([2]), None, None, None, None, 0.0, 1.0, 1)
+    assert torch.equal(result.view(2, 16), qkv[:, 48:].to(torch.bfloat16).float().expand(2, 16))
+    assert torch.equal(values[0, 2], qkv[0, 48:].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_give_what_softmax_gives(bad):
+    for position in (0, 5, 200):
+        qkv = torch.ones(1, 3 * 8)
+        keys, values = torch.ones(1, 300, 8), torch.randn(1, 300, 8)
+        keys[0, min(position, 3), 2] = bad
+        qkv[0, 0] = 1.0
+        expected = attend_reference(
+            qkv.double(), keys.double(), values.double(), torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0
+        )
+        result = ops.attend(qkv, keys, values, torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("position", [-1, 4])
+def test_a_position_outside_the_cache(position):
+    keys, values = torch.zeros(2, 1, 4, 8)
+    with pytest.raises(IndexError, match="position"):
+        ops.attend(torch.zeros(1, 24), keys, values, torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0)

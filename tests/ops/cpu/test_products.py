@@ -1,0 +1,71 @@
+"""`linear` and `sparse_linear` against float64."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops import column_major
+from larosa.ops.linear import linear_reference, sparse_linear_reference
+
+from .cases import DTYPES, WIDTHS, Chance, chances, doubled
+
+ops = torch.ops.larosa
+EPS = torch.finfo(torch.float32).eps
+
+
+@st.composite
+def problems(draw):
+    chance = draw(chances())
+    rows, depth = draw(st.integers(0, 4)), draw(WIDTHS)
+    outputs = draw(st.lists(WIDTHS, min_size=1, max_size=3))
+    dtype = draw(st.sampled_from(DTYPES))
+    weights = [chance.tensor(n, depth, dtype=dtype) for n in outputs]
+    biases = [chance.maybe(n, dtype=draw(st.sampled_from(DTYPES))) for n in outputs]
+    return chance, rows, depth, weights, biases, chance.maybe(rows, sum(outputs))
+
+
+def selection(chance: Chance, rows: int, depth: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.stack(
+        [torch.randperm(depth, generator=chance.generator)[:k] for _ in range(rows)] or [torch.empty(0)]
+    )
+    return chance.tensor(rows, k), order[:rows].view(rows, k).sort(dim=1).values.int()
+
+
+def check(chance: Chance, result: torch.Tensor, terms: int, reference, operands, biases, residual) -> None:
+    """Exact where sums of integers are; within the bound of any order of summation elsewhere."""
+    assert result.dtype == torch.float32
+    exact = reference(*operands, [doubled(b) for b in biases], doubled(residual))
+    if chance.kind == "integer":
+        assert torch.equal(result.double(), exact)
+    elif chance.kind == "special":  # subnormal numbers get lost beside others in an order that is not said
+        torch.testing.assert_close(result.double(), exact, rtol=0, atol=1e-35, equal_nan=True)
+    else:
+        *arguments, weights = operands
+        bound = reference(
+            *(a.abs() if a.is_floating_point() else a for a in arguments),
+            [w.abs() for w in weights],
+            [None if b is None else b.double().abs() for b in biases],
+            None if residual is None else residual.double().abs(),
+        )
+        assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
+
+
+@settings(deadline=None, max_examples=1500)
+@given(problems(), st.data())
+def test_sparse_linear_is_the_sum_of_the_columns_at_the_indices(problem, data):
+    chance, rows, depth, weights, biases, residual = problem
+    k = data.draw(st.one_of(st.sampled_from([0, depth]), st.integers(0, depth)))
+    values, indices = selection(chance, rows, depth, k)
+    result = ops.sparse_linear(values, indices, [column_major(w) for w in weights], biases, residual)
+    operands = (values.double(), indices, [w.double() for w in weights])
+    check(chance, result, k, sparse_linear_reference, operands, biases, residual)
+
+
+@settings(deadline=None, max_examples=1500)
+@given(problems())
+def test_linear_is_the_product_with_every_row(problem):
+    chance, rows, depth, weights, biases, residual = problem
+    x = chance.tensor(rows, depth)
+    result = ops.linear(x, weights, biases, residual)
+    operands = (x.double(), [w.double() for w in weights])
+    check(chance, result, depth, linear_reference, operands, biases, residual)
