@@ -58,6 +58,12 @@ class Architecture:
     down_name: str = "down_proj"
     #: What the gate goes through before it multiplies `up`; None where the MLP has no gate.
     gate_activation_name: str | None = "act_fn"
+    #: RMSNorms over each query and each key head, before the rotary embedding; None where there are none.
+    query_key_norm_names: tuple[str, str] | None = None
+    #: What an attention says whether it uses the rotary embedding by; None where every layer does.
+    rotary_flag_name: str | None = None
+    #: Of (config, layer): how many positions it attends to, the own one included; None for all.
+    window: Callable[[Any, int], int | None] = lambda config, layer: None
 
     @property
     def converted_model_type(self) -> str:
@@ -111,6 +117,26 @@ class Architecture:
         value: nn.Linear = getattr(self.attention(layer), self.value_name)
         return value
 
+    def query_key_norms(self, layer: nn.Module) -> tuple[Any, Any] | None:
+        """The RMSNorms over each query and each key head; None where there are none."""
+        if self.query_key_norm_names is None:
+            return None
+        query, key = (self.attention(layer).get_submodule(name) for name in self.query_key_norm_names)
+        return query, key
+
+    def score_scale(self, layer: nn.Module) -> float:
+        """What the attention multiplies the products of queries and keys by."""
+        attention: Any = self.attention(layer)
+        return float(attention.scaling)
+
+    def rotary(self, model: nn.Module) -> Any:
+        """The module that gives the cosines and sines of positions."""
+        return _base(model).rotary_emb
+
+    def uses_rotary(self, layer: nn.Module) -> bool:
+        """Whether a layer turns its queries and keys by position."""
+        return self.rotary_flag_name is None or bool(getattr(self.attention(layer), self.rotary_flag_name))
+
     def check_site(self, site: str) -> None:
         """Make sure that the family has a site.
 
@@ -151,6 +177,12 @@ class Architecture:
         """RMSNorm of `hidden` [..., D] without its gain, in float32 or wider."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def window_by_layer_type(config: Any, layer: int) -> int | None:
+    """The sliding window of the layers that the configuration calls so."""
+    window: int | None = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
+    return window
 
 
 def _base(model: nn.Module) -> Any:

@@ -10,4 +10,5 @@ MISTRAL = Architecture(
     config_class=MistralConfig,
     model_class=MistralModel,
     causal_lm_class=MistralForCausalLM,
+    window=lambda config, layer: config.sliding_window,
 )
