@@ -78,8 +78,15 @@ def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, toke
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("conversion", ["dense", "larosa-layer", "teal"])
+@pytest.mark.parametrize(
+    ("dtype", "conversion"),
+    [
+        (torch.float16, "dense"),
+        (torch.bfloat16, "dense"),
+        (torch.bfloat16, "larosa-layer"),
+        (torch.bfloat16, "teal"),
+    ],
+)
 def test_narrow_weights(make, token_ids, step_logits, family, dtype, conversion):
     # The same weights in float32 are the reference: the engine rounds less than the forward in the narrow type does.
     model, ids = make(family, conversion, dtype), token_ids(1, LENGTH)
@@ -236,21 +243,26 @@ class TestRefusals:
 
     def test_cats(self, make_model, quick_convert):
         model = quick_convert(make_model("llama"), method="cats", sparsity=0.3)
-        with pytest.raises(LarosaError, match="method cats; use --engine transformers"):
+        with pytest.raises(LarosaError, match="method cats: use --engine transformers"):
             Engine(model, 16)
 
     def test_another_activation(self, make_model):
-        with pytest.raises(LarosaError, match="'gelu'; use --engine transformers"):
+        with pytest.raises(LarosaError, match="'gelu': use --engine transformers"):
             Engine(make_model("llama", hidden_act="gelu"), 16)
 
     def test_float64(self, make_model):
-        with pytest.raises(LarosaError, match="float64; use --engine transformers"):
+        with pytest.raises(LarosaError, match="float64: use --engine transformers"):
             Engine(make_model("llama", torch.float64), 16)
+
+    def test_sparse_float16(self, make_model, quick_convert):
+        model = quick_convert(make_model("llama", torch.float16))
+        with pytest.raises(LarosaError, match="float16 on the CPU.*--dtype bfloat16, or use --engine transformers"):
+            Engine(model, 16)
 
     def test_a_spread_model(self, make_model):
         model = make_model("llama")
         model.model.layers[1].to("meta")
-        with pytest.raises(LarosaError, match="spread over cpu, meta; use --engine transformers"):
+        with pytest.raises(LarosaError, match="spread over cpu, meta: use --engine transformers"):
             Engine(model, 16)
 
     def test_a_cache_beyond_memory(self, make_model):

@@ -202,7 +202,7 @@ def test_unknown_engine(make_model, tokenizer, engine):
 
 def test_what_the_engine_does_not_run_the_other_does(make_model, quick_convert, tokenizer):
     model = quick_convert(make_model("llama"), method="cats", sparsity=0.3)
-    with pytest.raises(LarosaError, match="method cats; use --engine transformers"):
+    with pytest.raises(LarosaError, match="method cats: use --engine transformers"):
         larosa.generate(model, tokenizer, "w9", max_new_tokens=4)
     result = larosa.generate(model, tokenizer, "w9", max_new_tokens=4, engine="transformers")
     expected = greedy(model, torch.tensor([tokenizer("w9")["input_ids"]]), 4)

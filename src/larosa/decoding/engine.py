@@ -13,6 +13,7 @@ from larosa.decoding.cache import KeyValueCache
 from larosa.decoding.layers import norm, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.ops.schema import has_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SILU = ("silu", "swish")
@@ -100,9 +101,9 @@ def _check(model: Any, architecture: Architecture) -> None:
     """
     config = model.config
     block = None if getattr(config, "larosa", None) is None else LarosaConfig.parse(config.larosa)
-    devices = {str(weight.device) for weight in model.parameters()}
-    dtype = architecture.embedding(model).weight.dtype
-    reason = None
+    weight = architecture.embedding(model).weight
+    devices, dtype = {str(parameter.device) for parameter in model.parameters()}, weight.dtype
+    reason, mend = None, ""
     if block is not None and block.method is Method.CATS:
         reason = "method cats"
     elif config.hidden_act not in _SILU or architecture.gate_activation_name is None:
@@ -111,5 +112,10 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason = f"a model spread over {', '.join(sorted(devices))}"
     elif dtype not in _DTYPES:
         reason = f"weights in {dtype}"
+    elif not has_kernels(weight.device.type):
+        reason = f"on {weight.device}, for which it has no kernels"
+    elif block is not None and dtype is torch.float16 and weight.device.type == "cpu":
+        # PyTorch takes a hundred times as long for a prompt with such weights laid out by columns.
+        reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
-        raise LarosaError(f"the larosa engine does not run {reason}; use --engine transformers")
+        raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
