@@ -9,10 +9,12 @@ from rich.table import Table
 
 from larosa.benchmarks.kernels import KernelBenchmark, measure_kernels
 from larosa.cli import options
+from larosa.cli.bench_decode import decode
 from larosa.cli.options import console
 from larosa.errors import LarosaError
 
 bench = typer.Typer(help="Measure speed beside dense PyTorch in the same run.", no_args_is_help=True)
+bench.command()(decode)
 
 
 @bench.command()
@@ -27,17 +29,9 @@ def kernels(
         raise LarosaError(f"--device {device}: only the kernels for the cpu are measured yet")
     options.check_json_file(json)
     result = measure_kernels(rounds=rounds, seed=seed)
-    console.print(_heading(result))
+    console.print(options.machine_line(result.machine, result.bandwidth))
     console.print(_table(result))
     options.write_json(json, result.to_dict())
-
-
-def _heading(result: KernelBenchmark) -> str:
-    machine = result.machine
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}; "
-        f"reads {result.bandwidth / 1e9:.1f} GB/s"
-    )
 
 
 def _table(result: KernelBenchmark) -> Table:
