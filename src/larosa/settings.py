@@ -41,7 +41,7 @@ class Defaults:
     sequence_length: int = 2048
 
 
-#: `paper` is section 5.1 of the paper; `best` is what measured better at no cost at run time.
+#: `paper` is section 5.1 of the paper; `best` is what measured better at next to no cost at run time.
 RECIPES = {
     Recipe.PAPER: Defaults(
         budget=Budget.PAPER,
@@ -55,11 +55,11 @@ RECIPES = {
     Recipe.BEST: Defaults(
         budget=Budget.WEIGHTS,
         covariance=Covariance.JOINT,
-        search=Search.NONE,
+        search=Search.FISHER,
         calibration="self",
-        rotation_objective=RotationObjective.OUTPUTS,
+        rotation_objective=RotationObjective.FISHER,
         value_rotation=True,
-        score=Score.WEIGHTS,
+        score=Score.FISHER,
     ),
 }
 
@@ -143,14 +143,21 @@ class Settings:
         defaults = _defaults(chosen_recipe, applicable)
         chosen_rotation = _choose(Rotation, rotation or defaults.rotation, "rotation")
         chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
-        chosen_search = _choose(Search, search or (Search.NONE if alphas else defaults.search), "search")
         chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
         chosen_objective = _choose(
             RotationObjective, rotation_objective or defaults.rotation_objective, "rotation objective"
         )
-        if value_rotation is None:  # the controls without a calibrated rotation are to be free of all of it
-            value_rotation = defaults.value_rotation and chosen_rotation.is_calibrated
+        if not chosen_rotation.is_calibrated:  # the controls are to be free of calibration, unless a part is asked for
+            defaults = replace(defaults, value_rotation=False, score=_uncalibrated(defaults.score))
+        if value_rotation is None:
+            value_rotation = defaults.value_rotation
         chosen_score = _choose(Score, score or defaults.score, "score")
+        if alphas is not None or (
+            defaults.search is Search.FISHER
+            and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
+        ):
+            defaults = replace(defaults, search=Search.NONE)
+        chosen_search = _choose(Search, search or defaults.search, "search")
         _check_applicable(
             chosen_method,
             {
@@ -213,6 +220,10 @@ def _defaults(recipe: Recipe, applicable: Applicable) -> Defaults:
         value_rotation=defaults.value_rotation and applicable.rotation,
         score=defaults.score if applicable.rotation else Score.MAGNITUDE,
     )
+
+
+def _uncalibrated(score: Score) -> Score:
+    return Score.WEIGHTS if score is Score.FISHER else score
 
 
 def _check_applicable(method: Method, options: dict[str, bool]) -> None:

@@ -172,7 +172,7 @@ class Context:
         Args:
             alphas: coefficients; None is the variant's own.
         """
-        if variant.method.uses_thresholds or variant.allocated:
+        if variant.method.uses_thresholds or variant.allocation is not Search.NONE:
             return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity))
         alphas = alphas or self.alphas(variant)
         bare = (variant.method, *variant.options.values(), variant.calibration, variant.seed)
@@ -207,7 +207,7 @@ class Context:
             num_sequences=self.settings.num_sequences,
             sequence_length=self.sequence_length,
             seed=self.settings.seed if variant.seed is None else variant.seed,
-            search=Search.SENSITIVITY if variant.allocated else Search.NONE,
+            search=variant.allocation,
             device=self.device,
             **variant.options,
         )
@@ -238,7 +238,7 @@ class Context:
         """What a sparsified model follows from; labels do not matter, nor does calibration where it has none."""
         key: dict[str, Any] = {"method": variant.method, "sparsity": sparsity, "alphas": alphas.model_dump()}
         if variant.method is Method.LAROSA:
-            key |= {**variant.options, "allocated": variant.allocated}
+            key |= {**variant.options, "allocation": variant.allocation}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
         if variant.method.uses_thresholds or variant.rotation.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from larosa.config import Covariance, Method, Rotation, RotationObjective, Score
+from larosa.config import Covariance, Method, Rotation, RotationObjective, Score, Search
 from larosa.sparsity import SiteSizes
 
 
@@ -28,8 +28,8 @@ class Variant:
     objective: RotationObjective = RotationObjective.INPUTS
     value_rotation: bool = False
     score: Score = Score.MAGNITUDE
-    #: Counts for each layer and site by sensitivity, found anew at each sparsity.
-    allocated: bool = False
+    #: A search for counts of each layer and site, run anew at each sparsity.
+    allocation: Search = Search.NONE
 
     @property
     def options(self) -> dict[str, Any]:
