@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from larosa.config import (
     Budget,
     CalibrationRecord,
+    Compensation,
     Covariance,
     Method,
     PerSite,
@@ -99,6 +100,7 @@ class Settings:
     value_rotation: bool
     score: Score
     search: Search
+    compensation: Compensation
     prefill: Prefill
     alphas: PerSite | None
     seed: int
@@ -128,6 +130,7 @@ class Settings:
         value_rotation: bool | None = None,
         score: str | None = None,
         search: str | None = None,
+        compensation: str = Compensation.NONE,
         prefill: str = Prefill.SPARSE,
         alphas: PerSite | None = None,
     ) -> Self:
@@ -168,6 +171,7 @@ class Settings:
                 f"--score {score}": applicable.coefficients or chosen_score is Score.MAGNITUDE,
                 f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
                 f"--search {search}": chosen_search in applicable.searches,
+                f"--compensation {compensation}": applicable.coefficients or compensation == Compensation.NONE,
                 "alphas": applicable.coefficients or alphas is None,
             },
         )
@@ -179,8 +183,13 @@ class Settings:
             )
         if chosen_search is Search.FISHER and chosen_score is not Score.FISHER:
             raise LarosaError("--search fisher goes by the scores' estimates: add --score fisher")
+        chosen_prefill = _choose(Prefill, prefill, "prefill")
+        chosen_compensation = _choose(Compensation, compensation, "compensation")
+        compensates = chosen_compensation is not Compensation.NONE
+        if compensates and chosen_prefill is Prefill.DENSE:
+            raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
         record = None
-        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER
+        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
         if calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
@@ -201,7 +210,8 @@ class Settings:
             value_rotation=value_rotation,
             score=chosen_score,
             search=chosen_search,
-            prefill=_choose(Prefill, prefill, "prefill"),
+            compensation=chosen_compensation,
+            prefill=chosen_prefill,
             alphas=(alphas or PerSite()) if applicable.coefficients else None,
             seed=seed,
             calibration=record,
