@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation, Search
+from larosa.config import SITES, Budget, Method, PerSite, Rotation
 from larosa.conversion import convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
@@ -172,7 +172,7 @@ class Context:
         Args:
             alphas: coefficients; None is the variant's own.
         """
-        if variant.method.uses_thresholds or variant.allocation is not Search.NONE:
+        if variant.of_one_sparsity:
             return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity))
         alphas = alphas or self.alphas(variant)
         bare = (variant.method, *variant.options.values(), variant.calibration, variant.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from larosa.config import Covariance, Method, Rotation, RotationObjective, Score, Search
+from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
 from larosa.reproduce.results import Cell, Column, Results, Table
@@ -21,8 +21,9 @@ SENSITIVE = replace(OUTPUTS, label="  with search by sensitivity", allocation=Se
 FISHER_SCORED = replace(OUTPUTS, label="+ Fisher score", score=Score.FISHER)
 FISHER_ROTATED = replace(FISHER_SCORED, label="+ Fisher rotation", objective=RotationObjective.FISHER)
 BEST = replace(FISHER_ROTATED, label="+ Fisher search = best", allocation=Search.FISHER)
+COMPENSATED = replace(BEST, label="  with compensation", compensation=Compensation.LINEAR)
 
-VARIANTS = (PAPER, GRID, JOINT, SCORED, VALUES, OUTPUTS, SENSITIVE, FISHER_SCORED, FISHER_ROTATED, BEST)
+VARIANTS = (PAPER, GRID, JOINT, SCORED, VALUES, OUTPUTS, SENSITIVE, FISHER_SCORED, FISHER_ROTATED, BEST, COMPENSATED)
 
 
 def run(context: Context) -> Results:
