@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in an order that fails early: tests, sanitizers, benchmarks. About 20 minutes.
+#   benchmarks/gpu.sh FOLDER     results go there, as JSON and logs
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:?name a folder for the results}
+mkdir -p "$results"
+python=${PYTHON:-python3}
+
+say() { printf '\n== %s\n' "$*"; }
+tests() { "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu "$@"; }
+bench() { "$python" -c 'from larosa.cli.main import main; main()' bench "$@"; }
+
+say "Kernels in CUDA C++"
+tests -x -k "not triton" tests/ops/gpu
+say "Graphs"
+tests -x tests/decoding/test_cuda_graph.py
+say "Everything else"
+tests --ignore tests/ops/gpu --ignore tests/decoding/test_cuda_graph.py tests | tee "$results/tests.log"
+
+say "Memory and races"
+chosen="not triton and (long_vectors or large_sizes or parts_of or test_heads or test_positions or rms_norm or silu_mul) and not fused"
+for tool in memcheck racecheck; do
+    compute-sanitizer --error-exitcode 9 --target-processes all --tool $tool \
+        "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu -k "$chosen" tests/ops/gpu | tee "$results/$tool.log"
+done
+
+say "Benchmarks"
+bench kernels --device cuda --shape llama-2-7b --json "$results/kernels-llama-2-7b.json"
+bench decode --device cuda --shape llama-2-7b --sparsity 0,0.25,0.5,0.75 --tokens 256 --json "$results/decode-llama-2-7b.json"
+bench decode --device cuda --shape llama-3-8b --dtype bfloat16 --sparsity 0,0.25,0.5,0.75 --tokens 256 \
+    --json "$results/decode-llama-3-8b.json"
+for tokens in 128 512 2048; do
+    bench decode --device cuda --shape llama-2-7b --sparsity 0.5 --tokens $tokens --json "$results/decode-$tokens-tokens.json"
+done
+for shape in mistral-7b qwen2.5-7b; do
+    bench decode --device cuda --shape $shape --sparsity 0.5 --tokens 256 --json "$results/decode-$shape.json"
+done
+bench decode --device cuda --shape llama-3-70b --layers 4 --sparsity 0.5 --tokens 128 --json "$results/decode-llama-3-70b-4-layers.json"
+
+say "Kernels in Triton"
+tests -k "triton and not longest" tests/ops/gpu
