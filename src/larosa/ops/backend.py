@@ -24,7 +24,7 @@ _OPERATORS = (
 
 
 def chosen_kernels() -> str:
-    """"cuda" or "triton", as `LAROSA_CUDA_KERNELS` says.
+    """ "cuda" or "triton", as `LAROSA_CUDA_KERNELS` says.
 
     Raises:
         LarosaError: it says something else.
