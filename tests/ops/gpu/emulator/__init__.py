@@ -54,7 +54,19 @@ def _library(folder: Path, source: str, kernel: str, macros: tuple[tuple[str, st
     path = folder / (hashlib.sha256(repr((source, kernel, macros)).encode()).hexdigest() + ".so")
     defines = [f"-D{name}={text}" for name, text in (*macros, ("SOURCE_FILE", f'"{source}"'), ("ENTRY", kernel))]
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{_SOURCES}", *defines, "-o", path, _HERE / "main.cpp"],
+        [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-I{_SOURCES}",
+            *defines,
+            "-o",
+            path,
+            _HERE / "main.cpp",
+        ],
         check=True,
     )
     library = ctypes.CDLL(str(path))
