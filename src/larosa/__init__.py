@@ -7,7 +7,7 @@ Importing the package registers the sparsified model types with transformers, so
 from larosa.checkpoint import load, save
 from larosa.config import LarosaConfig, PerSite
 from larosa.conversion import convert
-from larosa.decoding import Generation, generate
+from larosa.decoding import Engine, Generation, generate
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, evaluate
 from larosa.inspection import inspect
@@ -15,6 +15,7 @@ from larosa.sparsity.report import Inspection
 from larosa.version import __version__
 
 __all__ = [
+    "Engine",
     "Evaluation",
     "Generation",
     "Inspection",

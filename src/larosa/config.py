@@ -62,17 +62,32 @@ class Covariance(StrEnum):
 
 
 class RotationObjective(StrEnum):
-    """What a rotation concentrates on few entries: the activations, or what the weights make of them too."""
+    """What a rotation concentrates on few entries.
+
+    The activations (`inputs`), or with equal regard what the weights make of them (`outputs`) or what the
+    model's predictions make of them (`fisher`).
+    """
 
     INPUTS = "inputs"
     OUTPUTS = "outputs"
+    FISHER = "fisher"
 
 
 class Score(StrEnum):
-    """What Top-K ranks entries by: their magnitude, or that times the norm of the weights that read them."""
+    """What Top-K ranks entries by.
+
+    Their magnitude, or that times the norm of the weights that read them (`weights`), or times the root of
+    their Fisher information, by which the model's predictions move (`fisher`).
+    """
 
     MAGNITUDE = "magnitude"
     WEIGHTS = "weights"
+    FISHER = "fisher"
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether every site has a vector of scores."""
+        return self is not Score.MAGNITUDE
 
 
 class Budget(StrEnum):
@@ -83,12 +98,22 @@ class Budget(StrEnum):
 
 
 class Search(StrEnum):
-    """How sparsity is shared out among the sites: evenly, by the paper's Algorithm 1, by TEAL's, or by sensitivity."""
+    """How sparsity is shared out among the sites.
+
+    Evenly, by the paper's Algorithm 1 (`grid`), by TEAL's (`greedy`), by the divergence measured with one site
+    sparsified after the other (`sensitivity`), or by that which Fisher scores estimate (`fisher`).
+    """
 
     NONE = "none"
     GRID = "grid"
     GREEDY = "greedy"
     SENSITIVITY = "sensitivity"
+    FISHER = "fisher"
+
+    @property
+    def keeps_log(self) -> bool:
+        """Whether it measures point after point, which a log keeps."""
+        return self in (Search.GRID, Search.SENSITIVITY)
 
 
 class Recipe(StrEnum):
@@ -184,7 +209,7 @@ class LarosaConfig(_Block):
 
     `keep` (methods that count) or `thresholds` (methods that compare) is what the model runs by; the
     other keys say how it came about. `alphas`, `covariance` and `rotation_objective` are null where the
-    method has none. With `score` weights, every site has a vector in the checkpoint.
+    method has none. With a `score` other than magnitude every site has a vector in the checkpoint.
     """
 
     format_version: int = FORMAT_VERSION

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from larosa.architectures import Architecture, find_architecture
-from larosa.calibration import LayerMoments, calibration_sequences, layer_statistics
+from larosa.architectures import Architecture, Heads, find_architecture
+from larosa.calibration import LayerMoments, calibration_sequences, layer_fisher, layer_statistics
 from larosa.config import (
     CalibrationRecord,
     Covariance,
@@ -24,6 +24,7 @@ from larosa.config import (
     Recipe,
     Rotation,
     RotationObjective,
+    Score,
 )
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
@@ -33,6 +34,7 @@ from larosa.progress import track
 from larosa.rotation import (
     Adapters,
     LayerBases,
+    UnitFisher,
     merge_bases,
     output_aware,
     principal_basis,
@@ -93,12 +95,13 @@ def convert(
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
         rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
-            make of it (`outputs`).
+            make of it (`outputs`) or to what it does to the model's predictions (`fisher`).
         value_rotation: rotate each value head into the principal basis of its queries' outputs, at h2.
-        score: rank entries by `magnitude`, or by magnitude times the norm of the `weights` that read them.
-        search: `none`; `grid` for Algorithm 1 and `sensitivity` for counts of each layer and
-            site by what they cost (larosa, topk); `greedy` for TEAL's allocation within each
-            layer (teal).
+        score: rank entries by `magnitude`, or by magnitude times the norm of the `weights` that read them or
+            times the root of their `fisher` information.
+        search: `none`; `grid` for Algorithm 1 and, for counts of each layer and site by what they cost,
+            `sensitivity` (measured) or `fisher` (estimated from the scores; all three larosa, topk);
+            `greedy` for TEAL's allocation within each layer (teal).
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
         device: where layers are calibrated and merged, one at a time; None is where the embedding is.
@@ -143,12 +146,15 @@ def convert(
     block = _block(settings, **_selection(model, architecture, settings, sizes, sequences, where))
 
     _untie(model, architecture)
-    adapters: list[Adapters] = []
-    if settings.rotates:
-        bases = _bases(model, architecture, settings, sequences, where)
-        layers = len(architecture.layers(model))
-        adapters = merge_bases(model, architecture, track(bases, "Rotating layers", total=layers))
-    _adopt(model, family_of(architecture), block, adapters)
+    fisher = _fisher(model, architecture, settings, sequences, where)
+    bases = _bases(model, architecture, settings, sequences, where, fisher)
+    scores: list[dict[str, torch.Tensor]] | None = None
+    if settings.score is Score.FISHER:
+        scores = []
+        bases = _scored(bases, fisher, scores)
+    layers = len(architecture.layers(model))
+    adapters = merge_bases(model, architecture, track(bases, "Merging bases", total=layers))
+    _adopt(model, family_of(architecture), block, adapters, scores)
     if settings.search in _SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
         _SEARCHES[settings.search](model, architecture, block, sequences, search_log)
@@ -243,12 +249,37 @@ def _untie(model: Any, architecture: Architecture) -> None:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
 
 
+def _fisher(
+    model: Any, architecture: Architecture, settings: Settings, sequences: torch.Tensor | None, device: torch.device
+) -> list[UnitFisher]:
+    """Each layer's Fisher information where the settings need it, else an empty list."""
+    if not settings.needs_fisher:
+        return []
+    assert sequences is not None, "gradients have sequences"
+    heads = Heads.of(model.config)
+    found = layer_fisher(model, architecture, sequences, device, settings.seed)
+    return [
+        UnitFisher(layer, architecture, of_layer, heads, device)
+        for layer, of_layer in zip(architecture.layers(model), found, strict=True)
+    ]
+
+
+def _scored(
+    bases: Iterable[LayerBases], fisher: list[UnitFisher], scores: list[dict[str, torch.Tensor]]
+) -> Iterator[LayerBases]:
+    """Pass the bases on, and note the scores of the sites in them."""
+    for basis, found in zip(bases, fisher, strict=True):
+        scores.append(found.scores(basis))
+        yield basis
+
+
 def _bases(
     model: Any,
     architecture: Architecture,
     settings: Settings,
     sequences: torch.Tensor | None,
     device: torch.device,
+    fisher: list[UnitFisher],
 ) -> Iterator[LayerBases]:
     """Each layer's bases, first layer first; a layer may be merged as soon as its bases are out."""
     rotation = settings.rotation
@@ -258,11 +289,13 @@ def _bases(
         assert sequences is not None, "calibrated rotations have sequences"
         statistics = layer_statistics(model, architecture, sequences, device)
         for index, (layer, found) in enumerate(zip(architecture.layers(model), statistics, strict=True)):
+            of_layer = fisher[index] if settings.rotation_objective is RotationObjective.FISHER else None
             if settings.value_rotation:
-                values[index] = principal_basis(found.values)
+                C = found.values
+                values[index] = principal_basis(C if of_layer is None else output_aware(C, of_layer.values))
             if not rotation.is_calibrated:
                 continue
-            h1, h3 = _concentrated(layer, architecture, settings, found.moments)
+            h1, h3 = _concentrated(layer, architecture, settings, found.moments, of_layer)
             if rotation is Rotation.MODEL:
                 total = h1 if total is None else total + h1
                 continue
@@ -275,11 +308,15 @@ def _bases(
         Q = random_basis(model.config.hidden_size, settings.seed).to(device)
     elif total is not None:
         Q = principal_basis(total)
-    yield from (LayerBases(Q, Q, of_layer) for of_layer in values)
+    yield from (LayerBases(Q, Q, of_heads) for of_heads in values)
 
 
 def _concentrated(
-    layer: nn.Module, architecture: Architecture, settings: Settings, moments: LayerMoments
+    layer: nn.Module,
+    architecture: Architecture,
+    settings: Settings,
+    moments: LayerMoments,
+    fisher: UnitFisher | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The matrices whose principal bases a layer works in at h1 and h3; the same object unless at level `block`."""
     C = (moments.h1, moments.h3)
@@ -293,6 +330,8 @@ def _concentrated(
         reader_gram(
             [linear.weight for linear in architecture.linears(layer, site)], architecture.norm(layer, site).weight
         )
+        if fisher is None
+        else fisher.unit(site)
         for site in ("h1", "h3")
     ]
     if settings.rotation is Rotation.BLOCK:
@@ -301,15 +340,21 @@ def _concentrated(
 
 
 @torch.no_grad()
-def _adopt(model: Any, family: Family, block: LarosaConfig, adapters: list[Adapters]) -> None:
+def _adopt(
+    model: Any,
+    family: Family,
+    block: LarosaConfig,
+    adapters: list[Adapters],
+    scores: list[dict[str, torch.Tensor]] | None,
+) -> None:
     """Give the rotated model its sparsified class, its adapters and its scores."""
     family.adopt(model, block)
-    for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=bool(adapters)):
+    for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=True):
         for name in ("attention", "residual"):
             matrix = getattr(layer_adapters, name)
             if matrix is not None:
                 getattr(layer, f"{name}_adapter").weight.copy_(matrix.T)
-    set_scores(model, family.architecture)
+    set_scores(model, family.architecture, scores)
     model.eval().requires_grad_(False)
 
 
@@ -353,7 +398,21 @@ def _sensitivity_search(
     _settle(model, architecture, block, None, keep)
 
 
-_SEARCHES = {SearchKind.GRID: _grid_search, SearchKind.SENSITIVITY: _sensitivity_search}
+def _fisher_search(
+    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
+) -> None:
+    """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
+    sizes = SiteSizes.of(model.config)
+    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+    costs = sensitivity.sorted_entries(model, architecture, lambda: evaluate_windows(model, sequences, None))
+    _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
+
+
+_SEARCHES = {
+    SearchKind.GRID: _grid_search,
+    SearchKind.SENSITIVITY: _sensitivity_search,
+    SearchKind.FISHER: _fisher_search,
+}
 
 
 def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:

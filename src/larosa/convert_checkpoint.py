@@ -13,7 +13,7 @@ import torch
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import check_output, find_device, load, load_config, save
-from larosa.config import LarosaConfig, Score, Search
+from larosa.config import LarosaConfig
 from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
@@ -28,7 +28,6 @@ _MEASURED_WINDOWS = 4
 _MEASURED_LENGTH = 512
 
 #: The searches that keep their points in a file.
-_LOGGED_SEARCHES = (Search.GRID, Search.SENSITIVITY)
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def convert_checkpoint(
     check_output(output)
     # Refuse bad options before a long load.
     completed = Settings.complete(**settings)
-    if search_log is not None and completed.search not in _LOGGED_SEARCHES:
+    if search_log is not None and not completed.search.keeps_log:
         raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
     config = load_config(source, trust_remote_code=trust_remote_code)
     check_reach(completed, find_architecture(config.model_type), SiteSizes.of(config))
@@ -105,7 +104,7 @@ def convert_checkpoint(
     block = LarosaConfig.parse(model.config.larosa)
     inspection = inspect_config(model.config)
     save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if completed.search in _LOGGED_SEARCHES:
+    if completed.search.keeps_log:
         shutil.move(log, output / "search.jsonl")
     return ConversionReport(
         output=str(output),
@@ -128,7 +127,7 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> Non
         needed += head.numel() * head.element_size()
     sizes = SiteSizes.of(config)
     added = sizes.adapter_weights(settings.rotation)
-    if settings.score is Score.WEIGHTS:
+    if settings.score.has_vectors:
         added += sizes.score_entries
     needed += added * head.element_size()
     free = shutil.disk_usage(output.absolute().parent).free

@@ -1,8 +1,9 @@
-"""How much memory the process has needed."""
+"""How much memory the process has needed, and how much there is."""
 
 import resource
 import sys
 
+import psutil
 import torch
 
 
@@ -14,3 +15,10 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -73,7 +73,7 @@ class Applicable:
     searches: tuple[Search, ...]
 
 
-_COUNTING = (Search.NONE, Search.GRID, Search.SENSITIVITY)
+_COUNTING = (Search.NONE, Search.GRID, Search.SENSITIVITY, Search.FISHER)
 
 #: Coefficients are what a budget and alphas are about: they share out counts among the sites. What counts
 #: can also rank by a score.
@@ -105,9 +105,10 @@ class Settings:
     calibration: CalibrationRecord | None
 
     @property
-    def rotates(self) -> bool:
-        """Whether any rotation is merged into the weights."""
-        return self.rotation is not Rotation.NONE or self.value_rotation
+    def needs_fisher(self) -> bool:
+        """Whether calibration goes backwards through the model too."""
+        calibrated = self.rotation.is_calibrated or self.value_rotation
+        return self.score is Score.FISHER or (calibrated and self.rotation_objective is RotationObjective.FISHER)
 
     @classmethod
     def complete(
@@ -165,18 +166,22 @@ class Settings:
         )
         if alphas is not None and chosen_search is not Search.NONE:
             raise LarosaError("give either alphas or a search, not both")
-        if chosen_search is Search.SENSITIVITY and chosen_budget is Budget.PAPER:
-            raise LarosaError("--search sensitivity shares out weights, not the paper's budget: add --budget weights")
+        if chosen_search in (Search.SENSITIVITY, Search.FISHER) and chosen_budget is Budget.PAPER:
+            raise LarosaError(
+                f"--search {chosen_search} shares out weights, not the paper's budget: add --budget weights"
+            )
+        if chosen_search is Search.FISHER and chosen_score is not Score.FISHER:
+            raise LarosaError("--search fisher goes by the scores' estimates: add --score fisher")
         record = None
-        rotates = chosen_rotation.is_calibrated or value_rotation
-        if rotates or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
+        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER
+        if calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
                 num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
                 sequence_length=_positive(sequence_length, defaults.sequence_length, "sequence-length"),
                 seed=seed,
             )
-            if chosen_search in (Search.GRID, Search.SENSITIVITY) and record.sequence_length < 2:
+            if chosen_search in (Search.GRID, Search.SENSITIVITY, Search.FISHER) and record.sequence_length < 2:
                 raise LarosaError("--sequence-length must be at least 2 for a search: it predicts tokens")
         return cls(
             sparsity=check_sparsity(sparsity),
@@ -217,8 +222,8 @@ def _check_applicable(method: Method, options: dict[str, bool]) -> None:
 
 
 _WHAT_APPLIES = {
-    Method.LAROSA: "its searches are none, grid and sensitivity",
-    Method.TOPK: "it rotates nothing, and its searches are none, grid and sensitivity",
+    Method.LAROSA: "its searches are none, grid, sensitivity and fisher",
+    Method.TOPK: "it rotates nothing, and its searches are none, grid, sensitivity and fisher",
     Method.TEAL: "it rotates nothing, compares magnitudes, budgets by weights, and its searches are none and greedy",
     Method.CATS: "it rotates nothing, compares magnitudes, budgets by weights, and has no search",
 }

@@ -274,6 +274,13 @@ def test_bad_sampling_options(refused, checkpoint, option):
     assert option[0] in refused("generate", checkpoint, "--prompt", "w5", *option)
 
 
+def test_a_method_that_the_engine_does_not_run(refused, cli, checkpoint, tmp_path, text_file):
+    options = ("--method", "cats", "--sparsity", 0.3, "--calibration", text_file, *QUICK, "--no-measure")
+    assert cli("convert", checkpoint, tmp_path / "out", *options).code == 0
+    message = refused("generate", tmp_path / "out", "--prompt", "w5", "--device", "cpu", "--max-new-tokens", 4)
+    assert "method cats: use --engine transformers" in message
+
+
 def test_search_log_without_a_search(convert_refused, tmp_path):
     assert "--search grid" in convert_refused("--search-log", tmp_path / "points.jsonl")
 

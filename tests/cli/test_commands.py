@@ -138,8 +138,10 @@ def test_inspect_of_a_dense_model_skips_nothing(cli, checkpoint, tmp_path):
     assert report["bytes_sparse_total"] == report["bytes_dense_total"]
 
 
-def test_generate_streams_what_greedy_decoding_gives(cli, converted, tmp_path):
-    outcome = cli("generate", converted, "--prompt", "w10 w20", "--max-new-tokens", 8, "--json", tmp_path / "g.json")
+@pytest.mark.parametrize("engine", ["larosa", "transformers"])
+def test_generate_streams_what_greedy_decoding_gives(cli, converted, tmp_path, engine):
+    options = ("--max-new-tokens", 8, "--engine", engine, "--device", "cpu", "--json", tmp_path / "g.json")
+    outcome = cli("generate", converted, "--prompt", "w10 w20", *options)
     assert outcome.code == 0, outcome.err
     report = read(tmp_path / "g.json")
     model, _ = larosa.load(str(converted), device="cpu")
@@ -153,7 +155,8 @@ def test_generate_streams_what_greedy_decoding_gives(cli, converted, tmp_path):
     assert "w10 w20" + report["text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
     assert report["tokens"] == ids.shape[1] - 2
     assert outcome.out == "w10 w20" + report["text"] + "\n"
-    assert "tokens/s" in outcome.err
+    assert f"tokens/s, {engine} engine" in outcome.err
+    assert report["engine"] == engine
 
 
 def test_generate_samples_by_seed(cli, converted):
@@ -223,7 +226,8 @@ def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, meth
     row = read(tmp_path / "i.json")["sites"][-1]
     assert (row["k"] is None, row["threshold"] is None) == (bool(block["thresholds"]), not block["thresholds"])
 
-    outcome = cli("generate", output, "--prompt", "w10 w20", "--max-new-tokens", 4)
+    engine = ("--engine", "transformers") if method == "cats" else ()
+    outcome = cli("generate", output, "--prompt", "w10 w20", "--max-new-tokens", 4, *engine)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("w10 w20")
 

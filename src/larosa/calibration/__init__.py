@@ -1,11 +1,13 @@
 """What the model is calibrated on, and the statistics taken of its activations."""
 
+from larosa.calibration.fisher import LayerFisher, layer_fisher
 from larosa.calibration.layers import LayerVisit, visit_layers
 from larosa.calibration.moments import LayerMoments, LayerStatistics, layer_second_moments, layer_statistics
 from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached
 from larosa.calibration.sources import TextSplit, calibration_sequences, read_text
 
 __all__ = [
+    "LayerFisher",
     "LayerMoments",
     "LayerStatistics",
     "LayerVisit",
@@ -14,6 +16,7 @@ __all__ = [
     "TextSplit",
     "attached",
     "calibration_sequences",
+    "layer_fisher",
     "layer_second_moments",
     "layer_statistics",
     "read_text",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ class LayerVisit:
         self.layer = layer
         #: One [1, length, hidden] for each sequence.
         self.inputs = inputs
-        self._kwargs = kwargs
+        self.kwargs = kwargs
         self._outputs: list[torch.Tensor] | None = None
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as it is now, over one sequence [1, length, hidden]."""
-        output: torch.Tensor = self.layer(hidden, **self._kwargs)
+        output: torch.Tensor = self.layer(hidden, **self.kwargs)
         return output
 
     def outputs(self) -> list[torch.Tensor]:
@@ -59,6 +59,61 @@ def visit_layers(
         try:
             yield visit
             hidden = visit.outputs()
+        finally:
+            layer.to(home)
+
+
+class BackwardVisit(LayerVisit):
+    """One decoder layer on the device, with the gradients of a loss with respect to its outputs."""
+
+    def __init__(self, *visit: Any, gradients: list[torch.Tensor]) -> None:
+        super().__init__(*visit)
+        self._gradients = gradients
+
+    def outputs(self) -> list[torch.Tensor]:
+        """The gradients with respect to `inputs`; computed at the first call, under the hooks of that moment."""
+        if self._outputs is None:
+            self._outputs = [self._back(*pair) for pair in zip(self.inputs, self._gradients, strict=True)]
+        return self._outputs
+
+    def _back(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden = hidden.detach().to(gradient.device).requires_grad_()
+            output = self.run(hidden)
+        return torch.autograd.grad(output, hidden, gradient)[0]
+
+
+@torch.no_grad()
+def visit_layers_backwards(
+    model: nn.Module,
+    architecture: Architecture,
+    sequences: torch.Tensor,
+    device: torch.device,
+    loss_gradient: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[BackwardVisit]:
+    """Run `sequences` through the dense model, then back from its last layer to the first, stopping at each.
+
+    The residual stream before every layer is kept on the CPU in the model's dtype, and each layer runs again
+    to go back through it, so that only one layer's other activations are ever held.
+
+    Args:
+        loss_gradient: from the last layer's output for a sequence, [1, length, hidden], to the gradient of a
+            loss with respect to it, on the same device. Other arguments are as for `visit_layers`.
+    """
+    passed = []
+    gradients: list[torch.Tensor] = []
+    for visit in visit_layers(model, architecture, sequences, device):
+        passed.append((visit.index, visit.layer, [hidden.cpu() for hidden in visit.inputs], visit.kwargs))
+        if len(passed) == len(architecture.layers(model)):
+            gradients = [loss_gradient(hidden) for hidden in visit.outputs()]
+    while passed:
+        index, layer, inputs, kwargs = passed.pop()
+        home = next(layer.parameters()).device
+        layer.to(device)
+        back = BackwardVisit(index, layer, inputs, kwargs, gradients=gradients)
+        try:
+            yield back
+            gradients = back.outputs()
         finally:
             layer.to(home)
 

@@ -74,6 +74,32 @@ class HeadMoments:
         return torch.stack([moment.finish() for moment in self._moment])
 
 
+class MeanSquare:
+    """mean(x^2) of each entry of the activations seen, in float64: the diagonal of their second moment."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._sum: torch.Tensor | float = 0.0
+        self._tokens = 0
+
+    def see(self, x: torch.Tensor) -> None:
+        """Add the tokens of x [..., D]."""
+        x = x.flatten(0, -2).double()
+        self._sum = self._sum + x.square().sum(0)
+        self._tokens += len(x)
+
+    def finish(self) -> torch.Tensor:
+        """The mean, [D] float64.
+
+        Raises:
+            LarosaError: an activation was NaN or Inf.
+        """
+        assert isinstance(self._sum, torch.Tensor), "the layer has run"
+        if not self._sum.isfinite().all():
+            raise _not_finite(self._where)
+        return self._sum / self._tokens
+
+
 class Magnitudes:
     """The magnitudes of all activations seen at one site of one layer, for exact quantiles of them."""
 

@@ -33,16 +33,16 @@ def convert(
     rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
     covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
     rotation_objective: Annotated[
-        RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what they make of it.")
+        RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what it does.")
     ] = None,
     value_rotation: Annotated[
         bool | None, typer.Option("--value-rotation/--no-value-rotation", help="Rotate the value heads too.")
     ] = None,
     score: Annotated[
-        Score | None, typer.Option(help="Rank entries by magnitude, or by magnitude times weight norm.")
+        Score | None, typer.Option(help="Rank entries by magnitude, alone or times weight norm or Fisher information.")
     ] = None,
     search: Annotated[
-        Search | None, typer.Option(help="Share out sparsity among sites: grid (larosa, topk), greedy (teal).")
+        Search | None, typer.Option(help="Share out sparsity: grid, sensitivity, fisher (larosa, topk), greedy (teal).")
     ] = None,
     search_log: Annotated[
         Path | None, typer.Option(help="Where the search keeps its points to resume from; default OUT.search.jsonl.")

@@ -9,6 +9,7 @@ import typer
 from larosa.checkpoint import load
 from larosa.cli import options
 from larosa.cli.options import console
+from larosa.decoding import EngineName
 from larosa.decoding import generate as generate_text
 from larosa.progress import stderr
 
@@ -20,6 +21,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens this probable.")] = 1.0,
     seed: options.Seed = 0,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(help="What runs the model; larosa's own engine where the device has kernels for it."),
+    ] = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -37,9 +42,10 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        engine=engine,
         on_text=lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True),
     )
     console.print()
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
-    stderr.print(f"{result.tokens} tokens{speed}", highlight=False)
+    stderr.print(f"{result.tokens} tokens{speed}, {result.engine} engine", highlight=False)
     options.write_json(json, {"model": model, "prompt": prompt, **result.to_dict()})

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from larosa.cli.bench import bench
 from larosa.cli.convert import convert
 from larosa.cli.demo import demo
 from larosa.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(demo)
 app.command()(reproduce)
+app.add_typer(bench, name="bench")
 
 
 def _version(asked: bool) -> None:

@@ -55,3 +55,11 @@ def add_sparsity(table: Table, sparsity: Sparsity) -> None:
     table.add_row("nominal sparsity", f"{sparsity.nominal:.1%}")
     table.add_row("weights skipped", f"{sparsity.weights:.1%}")
     table.add_row("  net of adapters", f"{sparsity.weights_net_of_adapters:.1%}")
+
+
+def machine_line(machine: dict[str, str | int], bandwidth: float) -> str:
+    """What a benchmark ran on, in one line."""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}; "
+        f"reads {bandwidth / 1e9:.1f} GB/s"
+    )

@@ -1,5 +1,7 @@
-"""Text generation."""
+"""Text generation: engines that run one token after the other, the loop around them, sampling and streaming."""
 
-from larosa.decoding.generation import Generation, generate
+from larosa.decoding.engine import Engine
+from larosa.decoding.forward import ForwardEngine
+from larosa.decoding.generation import EngineName, Generation, generate
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Engine", "EngineName", "ForwardEngine", "Generation", "generate"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,16 +164,22 @@ def _adapter(layer: nn.Module, architecture: Architecture) -> nn.Linear:
 
 
 @torch.no_grad()
-def set_scores(model: Any, architecture: Architecture) -> None:
-    """Fill the scores of a sparsified model that has them, from its weights as they are.
+def set_scores(
+    model: Any, architecture: Architecture, scores: Sequence[Mapping[str, torch.Tensor]] | None = None
+) -> None:
+    """Fill the scores of a sparsified model that has them, with those given or from its weights as they are.
 
-    The score of an entry is the norm, over all linears that read the site, of the weights that multiply it:
+    By weights, the score of an entry is the norm, over all linears that read the site, of what multiplies it:
     how far an entry of magnitude 1 moves their outputs together. It is computed in float64 and rounded once.
+
+    Args:
+        scores: for each layer those of its sites; None takes them from the weights.
     """
     for site, site_selectors in selectors(model, architecture).items():
-        for layer, selector in zip(architecture.layers(model), site_selectors, strict=True):
+        for index, (layer, selector) in enumerate(zip(architecture.layers(model), site_selectors, strict=True)):
             if isinstance(selector, TopK) and selector.score is not None:
-                selector.score.copy_(column_norms([linear.weight for linear in architecture.linears(layer, site)]))
+                readers = [linear.weight for linear in architecture.linears(layer, site)]
+                selector.score.copy_(column_norms(readers) if scores is None else scores[index][site])
 
 
 #: Rows converted to float64 at a time, so that no matrix needs a whole float64 copy.

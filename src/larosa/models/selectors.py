@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from larosa.config import LarosaConfig, Prefill, Score
+from larosa.config import LarosaConfig, Prefill
 from larosa.ops import drop_up_to, keep_top_k
 
 
@@ -49,7 +49,7 @@ class TopK(Selector):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"k={self.k}" + ("" if self.score is None else ", score=weights")
+        return f"k={self.k}" + ("" if self.score is None else ", scored")
 
 
 class Threshold(Selector):
@@ -79,5 +79,5 @@ def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Ten
     if config.thresholds is not None:
         return Threshold(config.thresholds[site][layer], dense_prefill)
     assert config.keep is not None, "validated"
-    score = weight.new_empty(weight.shape[1]) if config.score is Score.WEIGHTS else None
+    score = weight.new_empty(weight.shape[1]) if config.score.has_vectors else None
     return TopK(config.keep[site][layer], dense_prefill, score)

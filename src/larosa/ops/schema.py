@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 _LIBRARY = torch.library.Library("larosa", "DEF")
+_devices: set[str] = set()
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
@@ -33,6 +34,12 @@ def implement(name: str, device: str) -> Callable[[_Function], _Function]:
 
     def register(kernel: _Function) -> _Function:
         _LIBRARY.impl(name, kernel, device)
+        _devices.add(device.lower())
         return kernel
 
     return register
+
+
+def has_kernels(device: str) -> bool:
+    """Whether operators have kernels on a type of device, "cpu" or "cuda"."""
+    return device in _devices

@@ -1,11 +1,13 @@
 """Orthogonal bases for the residual stream, and their merge into the weights."""
 
 from larosa.rotation.bases import LayerBases, output_aware, principal_basis, random_basis, reader_gram
+from larosa.rotation.fisher import UnitFisher
 from larosa.rotation.merge import Adapters, merge_bases
 
 __all__ = [
     "Adapters",
     "LayerBases",
+    "UnitFisher",
     "merge_bases",
     "output_aware",
     "principal_basis",

@@ -43,14 +43,16 @@ def output_aware(second_moment: torch.Tensor, gram: torch.Tensor) -> torch.Tenso
     """C / tr C + G / tr G: what to take the principal basis of where outputs count beside inputs.
 
     Args:
-        second_moment: C of the activations, [D, D].
-        gram: G = sum of W^T W over the linears that read them, [D, D]; see `reader_gram`.
+        second_moment: C of the activations, [..., D, D].
+        gram: what a change of them does, [..., D, D]: G = sum of W^T W over the linears that read them (see
+            `reader_gram`), or their Fisher information.
     """
     return _unit_trace(second_moment) + _unit_trace(gram)
 
 
 def _unit_trace(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix / matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return matrix / trace.clamp_min(torch.finfo(matrix.dtype).tiny)[..., None, None]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from larosa.config import SITES, LarosaConfig, Score
+from larosa.config import SITES, LarosaConfig
 from larosa.sparsity.sites import SiteSizes
 
 #: The paper's Table 19 counts a sequence of this many tokens.
@@ -127,7 +127,7 @@ def inspect_config(config: Any) -> Inspection:
                 )
             )
     adapters = 0 if block is None else sizes.adapter_weights(block.rotation)
-    scores = sizes.score_entries if block is not None and block.score is Score.WEIGHTS else 0
+    scores = sizes.score_entries if block is not None and block.score.has_vectors else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     skipped = (bytes_dense - bytes_sparse) // item
     head = sizes.vocabulary * sizes.hidden

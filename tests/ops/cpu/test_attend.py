@@ -18,7 +18,7 @@ def problems(draw):
     key_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     size = draw(st.sampled_from([2, 8, 10, 16, 22, 64, 80]))
     capacity = draw(st.one_of(st.integers(1, 20), st.sampled_from([127, 128, 129, 300])))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from(DTYPES))
     qkv = chance.tensor(1, (shared + 2) * key_heads * size)
     cache = [chance.tensor(key_heads, capacity, size, dtype=dtype) for _ in range(2)]
     rotary = [chance.tensor(capacity, size) for _ in range(2)] if draw(st.booleans()) else [None, None]
@@ -52,7 +52,7 @@ def test_is_the_reference(problem):
         torch.testing.assert_close(values.double(), exact_values, rtol=0, atol=0)
     else:  # rounded to the nearest of two neighbours
         torch.testing.assert_close(keys.double(), exact_keys, rtol=2**-8, atol=1e-5)
-        assert torch.equal(values, exact_values.to(torch.bfloat16))
+        assert torch.equal(values, exact_values.to(keys.dtype))
     for cache, old in zip((keys, values), before, strict=True):
         others = torch.arange(keys.shape[1]) != position
         assert torch.equal(cache[:, others], old[:, others])
@@ -64,13 +64,27 @@ def test_is_the_reference(problem):
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_the_row_just_written_is_read_as_it_was_rounded():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_row_just_written_is_read_as_it_was_rounded(dtype):
     """With one position the result is the value itself, as the cache has it."""
     qkv = torch.randn(1, 4 * 16)
-    keys, values = torch.zeros(1, 3, 16, dtype=torch.bfloat16), torch.zeros(1, 3, 16, dtype=torch.bfloat16)
+    keys, values = torch.zeros(2, 1, 3, 16, dtype=dtype)
     result = ops.attend(qkv, keys, values, torch.tensor([2]), None, None, None, None, 0.0, 1.0, 1)
-    assert torch.equal(result.view(2, 16), qkv[:, 48:].to(torch.bfloat16).float().expand(2, 16))
-    assert torch.equal(values[0, 2], qkv[0, 48:].to(torch.bfloat16))
+    assert torch.equal(result.view(2, 16), qkv[:, 48:].to(dtype).float().expand(2, 16))
+    assert torch.equal(values[0, 2], qkv[0, 48:].to(dtype))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.lists(st.floats(width=32, allow_nan=True) | st.floats(-(2.0**-13), 2.0**-13, width=32), min_size=8, max_size=8),
+)
+def test_any_number_is_rounded_as_pytorch_rounds_it(dtype, numbers):
+    qkv = torch.zeros(1, 3 * 8)
+    qkv[0, 16:] = torch.tensor(numbers)
+    keys, values = torch.zeros(2, 1, 1, 8, dtype=dtype)
+    ops.attend(qkv, keys, values, torch.tensor([0]), None, None, None, None, 0.0, 1.0, 0)
+    torch.testing.assert_close(values[0], qkv[:, 16:].to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -84,10 +84,10 @@ def residual(values: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor | N
 
 
 def cache(keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Keys and values [K, T, d] of one dtype, float32 or bfloat16, written in place."""
+    """Keys and values [K, T, d] of one dtype, written in place."""
     for name, tensor in (("keys", keys), ("values", values)):
-        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.dtype != keys.dtype or not tensor.is_cpu:
-            raise ValueError(f"{name} must be all float32 or all bfloat16 on the CPU, not {_of(tensor)}")
+        if tensor.dtype not in DTYPES or tensor.dtype is not keys.dtype or not tensor.is_cpu:
+            raise ValueError(f"{name} must be all of one dtype of {_names()} on the CPU, not {_of(tensor)}")
         if tensor.dim() != 3 or tensor.shape != keys.shape or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous [K, T, d], keys and values alike, not {_of(tensor)}")
 

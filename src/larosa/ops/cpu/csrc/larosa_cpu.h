@@ -71,8 +71,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          int64_t threads);
 
-/* One position's attention over a cache [key_heads, capacity, size] of float32 or bfloat16. qkv holds `heads` query
- * heads, then key_heads key heads, then as many value heads, of `size` each. */
+/* One position's attention over a cache [key_heads, capacity, size]. qkv holds `heads` query heads, then key_heads
+ * key heads, then as many value heads, of `size` each. */
 struct larosa_attention {
     const float *qkv;
     void *keys;

@@ -31,13 +31,24 @@ inline uint16_t round_to_bfloat16(float x) {
     return uint16_t((word + 0x7fffu + ((word >> 16) & 1)) >> 16);
 }
 
+inline uint16_t round_to_float16(float x) {
+    const uint32_t word = bits<uint32_t>(x), sign = word >> 16 & 0x8000u, magnitude = word & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
+    if (magnitude < 0x38800000u) {  // subnormal: a multiple of 2^-24, the last place of a half
+        return uint16_t(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u));
+    }
+    return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
+}
+
 inline void store_head(const float *head, int64_t size, int64_t dtype, void *cache) {
     if (dtype == LAROSA_FLOAT32) {
         __builtin_memcpy(cache, head, size_t(size) * sizeof *head);
         return;
     }
     uint16_t *to = static_cast<uint16_t *>(cache);
-    for (int64_t i = 0; i < size; ++i) to[i] = round_to_bfloat16(head[i]);
+    const auto round = dtype == LAROSA_BFLOAT16 ? round_to_bfloat16 : round_to_float16;
+    for (int64_t i = 0; i < size; ++i) to[i] = round(head[i]);
 }
 
 template <class Type>

@@ -1,0 +1,248 @@
+"""Decoding with whole models, row beside row: transformers dense, the engine dense, the engine sparse."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from larosa.architectures import Heads
+from larosa.benchmarks.bandwidth import read_bandwidth
+from larosa.benchmarks.machine import machine
+from larosa.benchmarks.shapes import (
+    check_room,
+    random_model,
+    random_sparse_model,
+    set_sparsity,
+    shape_config,
+    weight_bytes,
+)
+from larosa.checkpoint import load
+from larosa.config import check_sparsity
+from larosa.decoding import Engine, ForwardEngine
+from larosa.decoding.loop import StepEngine, checked
+from larosa.decoding.sampling import Sampler
+from larosa.errors import LarosaError
+from larosa.progress import advance
+from larosa.sparsity.report import inspect_config
+
+TRANSFORMERS, DENSE = "transformers dense", "engine dense"
+
+#: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
+_ROUND = 8
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One model in one engine; times in milliseconds per token, `tokens_per_second` by their median.
+
+    `bytes_per_token` is what a token has to read: weights, scores, adapters, head, keys and values. The floor is
+    the time of that at the read bandwidth of the same run, `floor_fraction` how much of the median it makes up.
+    """
+
+    shape: str
+    dtype: str
+    threads: int
+    row: str
+    sparsity: float
+    prompt_tokens: int
+    tokens: int
+    ms_per_token: float
+    ms_per_token_p95: float
+    tokens_per_second: float
+    speedup: float
+    speedup_over_transformers: float
+    bytes_per_token: int
+    floor_ms: float
+    floor_fraction: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DecodeBenchmark:
+    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
+
+    machine: dict[str, str | int]
+    bandwidth: float
+    rows: list[DecodeRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "machine": self.machine,
+            "bandwidth": self.bandwidth,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+
+def measure_shape(
+    shape: str,
+    *,
+    sparsities: tuple[float, ...] = (0.25, 0.5),
+    dtype: torch.dtype = torch.bfloat16,
+    layers: int | None = None,
+    vocab_size: int | None = None,
+    prompt_tokens: int = 128,
+    tokens: int = 64,
+) -> DecodeBenchmark:
+    """Measure a shape with random weights: dense, and LaRoSA with adapters and scores at each sparsity.
+
+    Args:
+        shape: one of `larosa.benchmarks.shapes.SHAPES`.
+        sparsities: fractions of the weights to skip.
+        dtype: of the weights.
+        layers: a cut of so many layers; None for all.
+        vocab_size: another vocabulary than the shape's; None for its own.
+        prompt_tokens: random tokens before the first measured one.
+        tokens: measured for each row.
+
+    Raises:
+        LarosaError: unknown shape, bad option, or too little memory.
+    """
+    device = torch.device("cpu")
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    config = shape_config(shape, layers=layers, vocab_size=vocab_size)
+    # Beside the models one matrix is held twice for a moment while it is laid out by columns: a tenth covers it.
+    needed = sum(weight_bytes(config, dtype, sparse=sparse) for sparse in ([False, True] if sparsities else [False]))
+    check_room(round(1.1 * needed), device)
+    name = shape if layers is None else f"{shape}, {layers} layers"
+    subjects = _Subjects(name, prompt_tokens, tokens)
+    dense = random_model(config, dtype, device)
+    subjects.add_dense(dense)
+    if sparsities:
+        sparse = random_sparse_model(config, dtype, device)
+        for sparsity in sparsities:
+            set_sparsity(sparse, sparsity)
+            subjects.add("LaRoSA", sparse)
+    return subjects.measure()
+
+
+def measure_checkpoints(
+    checkpoints: list[str], *, dtype: str = "auto", prompt_tokens: int = 128, tokens: int = 64
+) -> DecodeBenchmark:
+    """Measure checkpoints, one of them dense; rows are called by their names.
+
+    Args:
+        checkpoints: folders or hub names.
+        dtype: number format to load them in; `auto` is each checkpoint's own.
+        prompt_tokens: random tokens before the first measured one.
+        tokens: measured for each row.
+
+    Raises:
+        LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, or too little memory.
+    """
+    models = [(path, load(path, dtype=dtype, device="cpu").model) for path in checkpoints]
+    dense = [(path, model) for path, model in models if getattr(model.config, "larosa", None) is None]
+    if len(dense) != 1:
+        raise LarosaError(f"{len(dense)} of the checkpoints are dense: give the one that speedups are over")
+    subjects = _Subjects(dense[0][0], prompt_tokens, tokens)
+    subjects.add_dense(dense[0][1])
+    for path, model in models:
+        if model is not dense[0][1]:
+            subjects.add(path, model)
+    return subjects.measure()
+
+
+class _Subject:
+    """One row as it is measured: an engine in the middle of a text."""
+
+    def __init__(self, name: str, model: Any, engine: StepEngine, prompt: torch.Tensor, tokens: int) -> None:
+        report = inspect_config(model.config)
+        self.name = name
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.sparsity = report.sparsity.nominal
+        self.bytes = report.bytes_sparse_total + report.head_bytes + _cache_bytes(model, prompt.shape[1] + tokens // 2)
+        self.seconds: list[float] = []
+        self._engine = engine
+        self._sampler = Sampler()
+        self._logits = engine.prefill(prompt)
+        self._position = torch.tensor([prompt.shape[1]])
+
+    def run(self, tokens: int) -> None:
+        """Draw and run so many tokens, and one before them that is not counted."""
+        for counted in [False, *[True] * tokens]:
+            start = time.perf_counter()
+            token = self._sampler(self._logits)
+            checked(token)
+            self._logits = self._engine.step(token, self._position)
+            if counted:
+                self.seconds.append(time.perf_counter() - start)
+            self._position += 1
+
+
+class _Subjects:
+    """The rows of a benchmark, which take turns."""
+
+    def __init__(self, shape: str, prompt_tokens: int, tokens: int) -> None:
+        if prompt_tokens < 1 or tokens < 2:
+            raise LarosaError("--prompt-tokens must be at least 1 and --tokens at least 2")
+        self._shape = shape
+        self._prompt_tokens = prompt_tokens
+        self._tokens = tokens
+        self._subjects: list[_Subject] = []
+
+    def add_dense(self, model: Any) -> None:
+        """Two rows of one dense model: transformers' forward, and the engine on the same weights."""
+        self._add(TRANSFORMERS, model, ForwardEngine(model))
+        self.add(DENSE, model)
+
+    def add(self, name: str, model: Any) -> None:
+        """A row of the engine."""
+        rounds = -(-self._tokens // _ROUND)
+        self._add(name, model, Engine(model, self._prompt_tokens + self._tokens + rounds))
+
+    def _add(self, name: str, model: Any, engine: StepEngine) -> None:
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator)
+        self._subjects.append(_Subject(name, model, engine, prompt, self._tokens))
+
+    def measure(self) -> DecodeBenchmark:
+        """Run all rows in turns of a few tokens, so that a busy moment of the machine hits all alike."""
+        before = read_bandwidth()
+        with advance("Decoding", total=len(self._subjects) * self._tokens) as tick:
+            for first in range(0, self._tokens, _ROUND):
+                for subject in self._subjects:
+                    count = min(_ROUND, self._tokens - first)
+                    subject.run(count)
+                    for _ in range(count):
+                        tick()
+        # The faster of the two: a floor is not to look nearer than it is.
+        bandwidth = max(before, read_bandwidth())
+        return DecodeBenchmark(machine(), bandwidth, list(self._rows(bandwidth)))
+
+    def _rows(self, bandwidth: float) -> Iterator[DecodeRow]:
+        medians = {subject.name: statistics.median(subject.seconds) for subject in self._subjects[:2]}
+        for subject in self._subjects:
+            median = statistics.median(subject.seconds)
+            floor = subject.bytes / bandwidth
+            yield DecodeRow(
+                shape=self._shape,
+                dtype=subject.dtype,
+                threads=torch.get_num_threads(),
+                row=subject.name,
+                sparsity=subject.sparsity,
+                prompt_tokens=self._prompt_tokens,
+                tokens=self._tokens,
+                ms_per_token=1e3 * median,
+                ms_per_token_p95=1e3 * statistics.quantiles(subject.seconds, n=20, method="inclusive")[-1],
+                tokens_per_second=1 / median,
+                speedup=medians[DENSE] / median,
+                speedup_over_transformers=medians[TRANSFORMERS] / median,
+                bytes_per_token=subject.bytes,
+                floor_ms=1e3 * floor,
+                floor_fraction=floor / median,
+            )
+
+
+def _cache_bytes(model: Any, position: int) -> int:
+    """Keys and values that a token reads after so many positions, windows aside."""
+    heads = Heads.of(model.config)
+    return int(2 * model.config.num_hidden_layers * heads.keys * heads.size * position * model.dtype.itemsize)

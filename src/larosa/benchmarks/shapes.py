@@ -1,0 +1,174 @@
+"""Models of known shapes with random weights: what they compute is noise, what they read is real."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.initialization import no_init_weights
+
+from larosa.architectures import find_architecture
+from larosa.config import Budget, LarosaConfig, PerSite, Recipe, Rotation, Score, Search
+from larosa.demo import bundled_model
+from larosa.errors import LarosaError
+from larosa.memory import available_memory
+from larosa.models import family_of, set_keep_counts
+from larosa.sparsity import SiteSizes, keep_counts
+from larosa.version import __version__
+
+
+def _shape(
+    config_class: type[Any],
+    sizes: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    vocabulary: int,
+    **other: Any,
+) -> Callable[[], Any]:
+    (hidden, intermediate, layers), (queries, keys, size) = sizes, heads
+    return lambda: config_class(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=queries,
+        num_key_value_heads=keys,
+        head_dim=size,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **{"tie_word_embeddings": False, **other},
+    )
+
+
+_TIED = {"tie_word_embeddings": True}
+
+#: Configurations by name: (hidden, intermediate, layers), (query heads, key heads, head size), vocabulary.
+SHAPES: dict[str, Callable[[], Any]] = {
+    "llama-2-7b": _shape(LlamaConfig, (4096, 11008, 32), (32, 32, 128), 32000),
+    "llama-3-8b": _shape(LlamaConfig, (4096, 14336, 32), (32, 8, 128), 128256),
+    "llama-3-70b": _shape(LlamaConfig, (8192, 28672, 80), (64, 8, 128), 128256),
+    "llama-3.2-1b": _shape(LlamaConfig, (2048, 8192, 16), (32, 8, 64), 128256, **_TIED),
+    "llama-3.2-3b": _shape(LlamaConfig, (3072, 8192, 28), (24, 8, 128), 128256, **_TIED),
+    "mistral-7b": _shape(MistralConfig, (4096, 14336, 32), (32, 8, 128), 32768, sliding_window=None),
+    "qwen2.5-0.5b": _shape(Qwen2Config, (896, 4864, 24), (14, 2, 64), 151936, **_TIED),
+    "qwen2.5-1.5b": _shape(Qwen2Config, (1536, 8960, 28), (12, 2, 128), 151936, **_TIED),
+    "qwen2.5-7b": _shape(Qwen2Config, (3584, 18944, 28), (28, 4, 128), 152064),
+    "qwen3-0.6b": _shape(Qwen3Config, (1024, 3072, 28), (16, 8, 128), 151936, **_TIED),
+    "qwen3-1.7b": _shape(Qwen3Config, (2048, 6144, 28), (16, 8, 128), 151936, **_TIED),
+    "qwen3-8b": _shape(Qwen3Config, (4096, 12288, 36), (32, 8, 128), 151936),
+    "smollm3-3b": _shape(SmolLM3Config, (2048, 11008, 36), (16, 4, 128), 128256, **_TIED),
+    "larosa-tiny": lambda: AutoConfig.from_pretrained(bundled_model()),
+}
+
+#: Elements of random numbers that fill all weights, over and over. A prime: rows of a matrix begin at different places.
+_BLOCK = 1_000_003
+
+
+def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None = None) -> Any:
+    """The configuration of a shape in `SHAPES`, or of a cut of it.
+
+    Raises:
+        LarosaError: there is no such shape, or it has no such cut.
+    """
+    if name not in SHAPES:
+        raise LarosaError(f"unknown shape '{name}': one of {', '.join(SHAPES)}")
+    config = SHAPES[name]()
+    if layers is not None:
+        if not 0 < layers <= config.num_hidden_layers:
+            raise LarosaError(f"--layers {layers}: {name} has {config.num_hidden_layers}")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:layers]
+    if vocab_size is not None:
+        if vocab_size < 1:
+            raise LarosaError(f"--vocab-size must be at least 1, not {vocab_size}")
+        config.vocab_size = vocab_size
+    return config
+
+
+def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool) -> int:
+    """What the weights of a dense or sparsified model of this configuration take."""
+    sizes = SiteSizes.of(config)
+    tables = 1 if config.tie_word_embeddings and not sparse else 2
+    elements = sizes.linear_weights + tables * sizes.vocabulary * sizes.hidden
+    return (elements + (sizes.adapter_weights(Rotation.LAYER) if sparse else 0)) * dtype.itemsize
+
+
+def check_room(needed: int, device: torch.device) -> None:
+    """Refuse models that do not fit.
+
+    Raises:
+        LarosaError: there is less memory; the message says how much is needed.
+    """
+    free = available_memory(device)
+    if needed > free:
+        raise LarosaError(
+            f"the models need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: "
+            "take fewer --layers or a smaller shape"
+        )
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """A dense model of a configuration, its weights random numbers of the usual size."""
+    with no_init_weights(), device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def random_sparse_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """The same as LaRoSA converts it: an adapter between each two layers, a score at each site. Keeps everything."""
+    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    with no_init_weights(), device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0))
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def set_sparsity(model: Any, sparsity: float) -> None:
+    """Let a sparsified random model skip another fraction of its weights."""
+    block = _block(model.config, sparsity)
+    assert block.keep is not None, "method larosa counts"
+    set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
+    model.config.larosa = block.model_dump(mode="json")
+
+
+def _block(config: Any, sparsity: float) -> LarosaConfig:
+    return LarosaConfig(
+        larosa_version=__version__,
+        recipe=Recipe.BEST,
+        sparsity=sparsity,
+        budget=Budget.WEIGHTS,
+        keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
+        rotation=Rotation.LAYER,
+        score=Score.WEIGHTS,
+        search=Search.NONE,
+    )
+
+
+@torch.no_grad()
+def _fill(model: Any, seed: int) -> None:
+    """Fill every parameter: norm gains and scores with numbers near 1, the rest with columns of length about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(_BLOCK, generator=generator)
+    for weight in model.parameters():
+        matrix = weight.dim() > 1
+        numbers = block / math.sqrt(weight.shape[1]) if matrix else 1 + 0.1 * block
+        numbers = numbers.to(weight)
+        for piece in weight.view(-1).split(_BLOCK):
+            piece.copy_(numbers[: len(piece)])

@@ -1,0 +1,92 @@
+"""How far a model's predictions move with its activations: second moments of gradients, one layer at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from larosa.architectures import Architecture, Heads
+from larosa.calibration.layers import visit_layers_backwards
+from larosa.calibration.observers import HeadMoments, MeanSquare, SecondMoment, attached
+
+#: Positions whose logits are held at a time, to bound memory on large vocabularies.
+_POSITIONS = 512
+
+
+class LayerFisher(NamedTuple):
+    """mean(g^T g) over all calibration tokens, g being the gradient of the loss at what a site's linears read.
+
+    The loss is -log p(y), summed over the tokens, of tokens y drawn from the model's own predictions p. For a
+    small change d of an activation, d H d^T / 2 is then the divergence of the predictions of this and all
+    later tokens. `h1` and `h3` [D, D] have the norm's gain on the activation's side; `h2` has one [size, size]
+    for each query head; of `h4` there is the diagonal, [intermediate]. All are float64, on the CPU.
+    """
+
+    h1: torch.Tensor
+    h2: torch.Tensor
+    h3: torch.Tensor
+    h4: torch.Tensor
+
+
+def layer_fisher(
+    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, seed: int
+) -> list[LayerFisher]:
+    """Every layer's Fisher information, first layer first, from one pass forwards and one backwards.
+
+    Arguments are as for `visit_layers`; `seed` is of the tokens drawn.
+
+    Raises:
+        LarosaError: a gradient is NaN or Inf; the message names layer and site.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    heads = Heads.of(model.config)
+    queries = Heads(keys=heads.keys * heads.group, group=1, size=heads.size)
+    found = []
+    for visit in visit_layers_backwards(
+        model, architecture, sequences, device, lambda hidden: loss_gradient(model, architecture, hidden, generator)
+    ):
+        where = {site: f"layer {visit.index}, site {site}, gradients" for site in LayerFisher._fields}
+        observers: dict[str, SecondMoment | HeadMoments | MeanSquare] = {
+            "h1": SecondMoment(where["h1"]),
+            "h2": HeadMoments(where["h2"], queries),
+            "h3": SecondMoment(where["h3"]),
+            "h4": MeanSquare(where["h4"]),
+        }
+        with attached(*(_tap_gradient(architecture, visit.layer, site, o) for site, o in observers.items())):
+            visit.outputs()
+        found.append(LayerFisher(**{site: observer.finish().cpu() for site, observer in observers.items()}))
+    return found[::-1]
+
+
+def _tap_gradient(architecture: Architecture, layer: Any, site: str, observer: Any) -> Any:
+    def tap(x: torch.Tensor) -> None:
+        x.register_hook(observer.see)
+
+    return architecture.tap(layer, site, tap)
+
+
+def loss_gradient(
+    model: Any, architecture: Architecture, hidden: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The gradient of -log p(y) of tokens y drawn from p, with respect to the last layer's output [1, T, D]."""
+    norm, head = architecture.final_norm(model), architecture.head(model)
+    parts = []
+    for part in hidden.split(_POSITIONS, dim=1):
+        with torch.enable_grad():
+            part = part.detach().to(norm.weight.device).requires_grad_()
+            logits = head(norm(part).to(head.weight.device))
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            loss = -log_p.gather(-1, _draw(log_p.detach(), generator)).sum()
+        (gradient,) = torch.autograd.grad(loss, part)
+        parts.append(gradient.to(hidden))
+    return torch.cat(parts, dim=1)
+
+
+def _draw(log_p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token of each distribution log_p [..., vocabulary], [..., 1], by chances drawn on the CPU."""
+    total = log_p.exp().cumsum(-1)
+    chance = torch.rand(*log_p.shape[:-1], 1, generator=generator, dtype=torch.float64).to(total)
+    # The sum is 1 but for rounding. Right of equals, so that no token of probability 0 is drawn.
+    drawn = torch.searchsorted(total, chance * total[..., -1:], right=True)
+    return drawn.clamp_max(log_p.shape[-1] - 1)

@@ -1,0 +1,64 @@
+"""`larosa bench`: speed, beside dense PyTorch and the time that reading alone takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from larosa.benchmarks.kernels import KernelBenchmark, measure_kernels
+from larosa.cli import options
+from larosa.cli.bench_decode import decode
+from larosa.cli.options import console
+from larosa.errors import LarosaError
+
+bench = typer.Typer(help="Measure speed beside dense PyTorch in the same run.", no_args_is_help=True)
+bench.command()(decode)
+
+
+@bench.command()
+def kernels(
+    device: options.Device = "auto",
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each row; the median is shown.")] = 20,
+    seed: options.Seed = 0,
+    json: options.JsonFile = None,
+) -> None:
+    """Time each operator of a decoding step on its own."""
+    if device not in ("auto", "cpu"):
+        raise LarosaError(f"--device {device}: only the kernels for the cpu are measured yet")
+    options.check_json_file(json)
+    result = measure_kernels(rounds=rounds, seed=seed)
+    console.print(options.machine_line(result.machine, result.bandwidth))
+    console.print(_table(result))
+    options.write_json(json, result.to_dict())
+
+
+def _table(result: KernelBenchmark) -> Table:
+    table = Table(title="Median time of one call", title_justify="left")
+    for column in ("kernel", "shape", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("sparsity", "time", "p10-p90", "floor", "of bandwidth", "PyTorch", "speedup"):
+        table.add_column(column, justify="right")
+    previous = result.rows[0]
+    for row in result.rows:
+        if (row.shape, row.dtype) != (previous.shape, previous.dtype):
+            table.add_section()
+        previous = row
+        table.add_row(
+            row.kernel,
+            row.shape,
+            row.dtype,
+            f"{row.sparsity:.0%}",
+            _milliseconds(row.time.median),
+            f"{_milliseconds(row.time.low)}-{_milliseconds(row.time.high)}",
+            _milliseconds(row.floor),
+            f"{row.bandwidth_fraction:.0%}",
+            _milliseconds(row.dense.median),
+            f"{row.speedup:.2f}x",
+        )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}"

@@ -1,0 +1,89 @@
+"""`larosa bench decode`: tokens per second of whole models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
+from larosa.cli import options
+from larosa.cli.options import console
+from larosa.errors import LarosaError
+
+
+def decode(
+    checkpoints: Annotated[
+        list[str] | None, typer.Argument(help="A dense model and converted ones, folders or Hugging Face names.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead: a known shape with random weights, such as llama-3.2-1b.")
+    ] = None,
+    sparsity: Annotated[str, typer.Option(help="Sparsities of --shape, separated by commas.")] = "0.25,0.5",
+    layers: Annotated[int | None, typer.Option(help="Only so many layers of --shape.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
+    device: options.Device = "auto",
+    json: options.JsonFile = None,
+) -> None:
+    """Time decoding: transformers dense, the engine dense, and the engine sparse, in turns."""
+    if (shape is None) == (not checkpoints):
+        raise LarosaError("give either checkpoints or --shape")
+    if shape is None and (layers is not None or vocab_size is not None):
+        raise LarosaError("--layers and --vocab-size are for --shape")
+    if device not in ("auto", "cpu"):
+        raise LarosaError(f"--device {device}: only the cpu is measured yet")
+    options.check_json_file(json)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if shape is None:
+        result = measure_checkpoints(checkpoints or [], dtype=dtype, prompt_tokens=prompt_tokens, tokens=tokens)
+    else:
+        result = measure_shape(
+            shape,
+            sparsities=_fractions(sparsity),
+            dtype=torch.bfloat16 if dtype is options.Dtype.AUTO else getattr(torch, dtype),
+            layers=layers,
+            vocab_size=vocab_size,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+        )
+    console.print(options.machine_line(result.machine, result.bandwidth))
+    console.print(_table(result))
+    options.write_json(json, result.to_dict())
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise LarosaError(f"--sparsity '{text}': give fractions separated by commas, 0.25,0.5") from None
+
+
+def _table(result: DecodeBenchmark) -> Table:
+    first = result.rows[0]
+    table = Table(
+        title=f"{first.shape}, {first.dtype}, after {first.prompt_tokens} tokens, time of one token in ms",
+        title_justify="left",
+    )
+    table.add_column("row", no_wrap=True)
+    for column in ("sparsity", "tokens/s", "median", "p95", "floor", "of floor", "speedup", "over transformers"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.row,
+            f"{row.sparsity:.0%}",
+            f"{row.tokens_per_second:.1f}",
+            f"{row.ms_per_token:.2f}",
+            f"{row.ms_per_token_p95:.2f}",
+            f"{row.floor_ms:.2f}",
+            f"{row.floor_fraction:.0%}",
+            f"{row.speedup:.2f}x",
+            f"{row.speedup_over_transformers:.2f}x",
+        )
+    return table

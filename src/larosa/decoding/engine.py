@@ -1,0 +1,121 @@
+"""The decode engine: one token after the other from a model's own weights, reading only what each token needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from larosa.architectures import Architecture, find_architecture
+from larosa.config import LarosaConfig, Method
+from larosa.decoding.cache import KeyValueCache
+from larosa.decoding.layers import norm, read_layers
+from larosa.decoding.rope import rotary_tables
+from larosa.errors import LarosaError
+from larosa.ops.schema import has_kernels
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SILU = ("silu", "swish")
+
+
+class Engine:
+    """Decodes one sequence at a time with a dense or converted model.
+
+    Prompts run through the model's own forward; each further token is one step over `torch.ops.larosa`,
+    in which a site that keeps k of its entries reads k columns of its weights. No weight is copied: the
+    linears that are read sparsely are laid out by columns in place. The model goes on working as before,
+    and several engines can share it.
+
+    Args:
+        model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
+        max_length: tokens there is room for, prompt included.
+
+    Raises:
+        LarosaError: a model that the engine cannot run, or too little memory for the cache.
+    """
+
+    def __init__(self, model: Any, max_length: int) -> None:
+        architecture = find_architecture(model.config.model_type)
+        weight = architecture.embedding(model).weight
+        _check(model, architecture)
+        self.max_length = max_length
+        self.device = weight.device
+        self._model = model
+        self._cache = KeyValueCache(model.config, max_length, weight.dtype, weight.device)
+        tables = rotary_tables(model, architecture, max_length)
+        self._layers = read_layers(model, architecture, self._cache, tables)
+        self._embedding = weight
+        self._final_norm = norm(architecture.final_norm(model))
+        self._head = architecture.head(model)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Run a prompt and keep its keys and values, in place of all that was kept before.
+
+        Args:
+            prompt: [1, length] int64, at least one token.
+
+        Returns:
+            [1, vocabulary] float32, the logits of the token that follows.
+
+        Raises:
+            LarosaError: the prompt does not fit the cache.
+        """
+        length = prompt.shape[1]
+        if not 0 < length <= self.max_length:
+            raise LarosaError(f"a prompt of {length} tokens does not fit a cache of {self.max_length}")
+        past = DynamicCache()
+        output = self._model(prompt.to(self.device), past_key_values=past, use_cache=True, logits_to_keep=1)
+        self._cache.fill(past)
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    @torch.inference_mode()
+    def step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Run one token and keep its keys and values.
+
+        Nothing in it waits for the device or looks at the arguments' values.
+
+        Args:
+            token: [1] int64.
+            position: [1] int64, how many tokens came before; less than `max_length`.
+
+        Returns:
+            [1, vocabulary] float32, the logits of the token that follows.
+        """
+        x = torch.nn.functional.embedding(token, self._embedding).float()
+        for layer in self._layers:
+            x = layer(x, position)
+        logits: torch.Tensor = torch.ops.larosa.linear(
+            self._final_norm.every(x), [self._head.weight], [self._head.bias]
+        )
+        return logits
+
+
+def _check(model: Any, architecture: Architecture) -> None:
+    """Refuse what the engine cannot run.
+
+    Raises:
+        LarosaError: the message says what it is.
+    """
+    config = model.config
+    block = None if getattr(config, "larosa", None) is None else LarosaConfig.parse(config.larosa)
+    weight = architecture.embedding(model).weight
+    devices, dtype = {str(parameter.device) for parameter in model.parameters()}, weight.dtype
+    reason, mend = None, ""
+    if block is not None and block.method is Method.CATS:
+        reason = "method cats"
+    elif config.hidden_act not in _SILU or architecture.gate_activation_name is None:
+        reason = f"an MLP with activation '{config.hidden_act}'"
+    elif len(devices) > 1 or "meta" in devices:
+        reason = f"a model spread over {', '.join(sorted(devices))}"
+    elif dtype not in _DTYPES:
+        reason = f"weights in {dtype}"
+    elif not has_kernels(weight.device.type):
+        reason = f"on {weight.device}, for which it has no kernels"
+    elif block is not None and dtype is torch.float16 and weight.device.type == "cpu":
+        # PyTorch takes a hundred times as long for a prompt with such weights laid out by columns.
+        reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
+    if reason is not None:
+        raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")

@@ -1,0 +1,233 @@
+"""What one decoding step reads of a decoder layer: its weights, and which of their columns.
+
+Sites are the paper's: h1 is read by q/k/v, h2 by the attention's output projection, h3 by gate/up, h4 by down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from larosa.architectures import Architecture
+from larosa.decoding.cache import KeyValueCache
+from larosa.models import Selector, Threshold, TopK, selectors
+from larosa.ops import column_major
+from larosa.ops.select import Selection
+
+_ops: Any = torch.ops.larosa
+
+
+class _Source(Protocol):
+    """What makes a site's activation: all of it, or, fused with the selection, its k largest entries."""
+
+    def every(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection: ...
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm, before h1 and h3."""
+
+    gain: torch.Tensor
+    eps: float
+
+    def every(self, x: torch.Tensor) -> torch.Tensor:
+        """The normed x [1, D]."""
+        normed: torch.Tensor = _ops.rms_norm(x, self.gain, self.eps)
+        return normed
+
+    def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
+        """The k entries of the normed x [1, D] with the largest scores."""
+        selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
+        return selection
+
+
+class _AsItIs:
+    """Nothing, before h2."""
+
+    def every(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
+        selection: Selection = _ops.top_k(x, k, score)
+        return selection
+
+
+class _Gated:
+    """The MLP's silu(gate) * up, before h4."""
+
+    def every(self, x: torch.Tensor) -> torch.Tensor:
+        activation: torch.Tensor = _ops.silu_mul(x)
+        return activation
+
+    def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
+        selection: Selection = _ops.silu_mul_top_k(x, k, score)
+        return selection
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
+
+    With neither `k` nor `threshold` everything is kept, and the linears are read whole.
+    """
+
+    source: _Source
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor | None]
+    k: int | None = None
+    score: torch.Tensor | None = None
+    threshold: float | None = None
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from."""
+        if self.k is not None:
+            values, indices = self.source.largest(x, self.k, self.score)
+        elif self.threshold is not None:
+            values, indices = _ops.above(self.source.every(x), self.threshold)
+        else:
+            dense: torch.Tensor = _ops.linear(self.source.every(x), self.weights, self.biases, residual)
+            return dense
+        sparse: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual)
+        return sparse
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention and its part of the cache; the fields are the arguments of `torch.ops.larosa.attend`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    q_gain: torch.Tensor | None
+    k_gain: torch.Tensor | None
+    eps: float
+    scale: float
+    window: int
+
+    def __call__(self, qkv: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Store one position's keys and values, and attend from it: [1, (H + 2 K) d] to [1, H d]."""
+        output: torch.Tensor = _ops.attend(
+            qkv,
+            self.keys,
+            self.values,
+            position,
+            self.cos,
+            self.sin,
+            self.q_gain,
+            self.k_gain,
+            self.eps,
+            self.scale,
+            self.window,
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class DecodeLayer:
+    """One decoder layer of one token."""
+
+    h1: Site
+    attention: Attention
+    h2: Site
+    attention_adapter: torch.Tensor | None
+    h3: Site
+    h4: Site
+    residual_adapter: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The residual stream [1, D] float32 after this layer."""
+        x = self.h2(self.attention(self.h1(x), position), residual=x)
+        if self.attention_adapter is not None:
+            x = _ops.linear(x, [self.attention_adapter], [None])
+        x = self.h4(self.h3(x), residual=x)
+        if self.residual_adapter is not None:
+            x = _ops.linear(x, [self.residual_adapter], [None])
+        return x
+
+
+def read_layers(
+    model: Any, architecture: Architecture, cache: KeyValueCache, tables: tuple[torch.Tensor, torch.Tensor]
+) -> list[DecodeLayer]:
+    """The layers of a dense or sparsified model, over its own weights.
+
+    Linears that are read sparsely are laid out by columns in place, the others by rows: their values, and
+    whatever else uses them, stay as they are.
+    """
+    layers = architecture.layers(model)
+    chosen: dict[str, list[Selector]] = {}
+    if getattr(model.config, "larosa", None) is not None:
+        chosen = selectors(model, architecture)
+    return [
+        DecodeLayer(
+            h1=_site(architecture, layer, "h1", index, chosen, norm(architecture.norm(layer, "h1"))),
+            attention=_attention(model, architecture, layer, index, cache, tables),
+            h2=_site(architecture, layer, "h2", index, chosen, _AsItIs()),
+            attention_adapter=_adapter(layer, "attention_adapter"),
+            h3=_site(architecture, layer, "h3", index, chosen, norm(architecture.norm(layer, "h3"))),
+            h4=_site(architecture, layer, "h4", index, chosen, _Gated()),
+            residual_adapter=_adapter(layer, "residual_adapter"),
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+def norm(module: Any) -> Norm:
+    """An RMSNorm of the model."""
+    return Norm(module.weight, module.variance_epsilon)
+
+
+def _site(
+    architecture: Architecture,
+    layer: nn.Module,
+    site: str,
+    index: int,
+    chosen: dict[str, list[Selector]],
+    source: _Source,
+) -> Site:
+    linears = architecture.linears(layer, site)
+    kept = _kept(chosen[site][index], linears[0].in_features) if site in chosen else {}
+    for linear in linears:
+        linear.weight.data = column_major(linear.weight.data) if kept else linear.weight.data.contiguous()
+    return Site(source, [linear.weight for linear in linears], [linear.bias for linear in linears], **kept)
+
+
+def _kept(selector: Selector, width: int) -> dict[str, Any]:
+    """What a selector keeps, as fields of a `Site`; none where it keeps everything."""
+    if isinstance(selector, TopK):
+        return {} if selector.k == width else {"k": selector.k, "score": selector.score}
+    assert isinstance(selector, Threshold), "there are no other selectors"
+    return {} if selector.threshold == 0 else {"threshold": selector.threshold}
+
+
+def _attention(
+    model: Any,
+    architecture: Architecture,
+    layer: nn.Module,
+    index: int,
+    cache: KeyValueCache,
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> Attention:
+    cos, sin = tables if architecture.uses_rotary(layer) else (None, None)
+    norms = architecture.query_key_norms(layer)
+    return Attention(
+        keys=cache.keys[index],
+        values=cache.values[index],
+        cos=cos,
+        sin=sin,
+        q_gain=None if norms is None else norms[0].weight,
+        k_gain=None if norms is None else norms[1].weight,
+        eps=0.0 if norms is None else norms[0].variance_epsilon,
+        scale=architecture.score_scale(layer),
+        window=architecture.window(model.config, index) or 0,
+    )
+
+
+def _adapter(layer: nn.Module, name: str) -> torch.Tensor | None:
+    adapter = getattr(layer, name, None)
+    return None if adapter is None else adapter.weight

@@ -1,0 +1,66 @@
+"""From the logits of a step to its token."""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.errors import LarosaError
+
+#: Stands for a token where the logits have NaN or Inf, so that nothing has to look at them on the way.
+NO_TOKEN = -1
+
+
+class Sampler:
+    """Draws tokens: greedily at temperature 0, else from the smallest set of tokens with `top_p` probability.
+
+    Its own generator makes it follow its seed alone.
+
+    Args:
+        temperature: divides the logits.
+        top_p: in (0, 1].
+        seed: of the generator; the same seed and logits give the same tokens on the same device.
+        banned: token ids that are never drawn.
+        device: of the logits.
+
+    Raises:
+        LarosaError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        banned: tuple[int, ...] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise LarosaError(f"--temperature must be at least 0, not {temperature:g}")
+        if not 0 < top_p <= 1:
+            raise LarosaError(f"--top-p must be in (0, 1], not {top_p:g}")
+        self._temperature = temperature
+        self._top_p = top_p
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
+        # Of a row with NaN, the maximum is NaN.
+        highest, best = logits.max(dim=-1)
+        usable = highest.isfinite()
+        if self._banned is not None:
+            logits = logits.index_fill(-1, self._banned, -torch.inf)
+            best = logits.argmax(dim=-1)
+        if self._temperature > 0:
+            logits = torch.where(usable[:, None], logits, 0)
+            best = self._draw(torch.softmax(logits / self._temperature, dim=-1))
+        return torch.where(usable, best, NO_TOKEN)
+
+    def _draw(self, probabilities: torch.Tensor) -> torch.Tensor:
+        if self._top_p == 1:
+            return torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
+        ranked, tokens = probabilities.sort(dim=-1, descending=True)
+        # A token belongs to the set if those before it do not reach top_p.
+        before = ranked.cumsum(dim=-1) - ranked
+        chosen = torch.multinomial(torch.where(before < self._top_p, ranked, 0), 1, generator=self._generator)
+        return tokens.gather(-1, chosen)[:, 0]

@@ -1,0 +1,77 @@
+"""Text from tokens as they come, and how fast they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+#: What a tokenizer shows for the bytes of an incomplete character.
+_INCOMPLETE = "\ufffd"
+
+#: Tokens of the prompt to decode the first new ones with.
+_OVERLAP = 8
+
+
+class TextStream:
+    """Collects the text of a continuation, hands on each piece that is complete, and times the tokens.
+
+    Only the last complete piece and what came after it are decoded, so that a token's cost does not grow
+    with the text.
+
+    Args:
+        prompt: token ids that the text goes on from: many tokenizers drop the space before a first token.
+        on_text: called with each piece of text as soon as it is complete.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None] | None) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._pieces: list[str] = []
+        self._times: list[float] = []
+        self._last = prompt[-_OVERLAP:]
+        self._pending: list[int] = []
+
+    @property
+    def text(self) -> str:
+        """All text after the prompt."""
+        return "".join(self._pieces)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens came."""
+        return len(self._times)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token; None for fewer than two."""
+        if len(self._times) < 2:
+            return None
+        return (len(self._times) - 1) / (self._times[-1] - self._times[0])
+
+    def put(self, token: int) -> None:
+        """Take the next token."""
+        self._times.append(time.perf_counter())
+        self._pending.append(token)
+        piece = self._pending_text()
+        if piece and not piece.endswith(_INCOMPLETE):
+            self._hand_on(piece)
+
+    def end(self) -> None:
+        """Hand on what never became complete."""
+        piece = self._pending_text()
+        if piece:
+            self._hand_on(piece)
+
+    def _pending_text(self) -> str:
+        return self._decode(self._last + self._pending)[len(self._decode(self._last)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _hand_on(self, piece: str) -> None:
+        self._last, self._pending = self._pending, []
+        self._pieces.append(piece)
+        if self._on_text is not None:
+            self._on_text(piece)

@@ -1,0 +1,63 @@
+"""What the Fisher information of a layer's activations says in the basis that the layer works in."""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.architectures import Architecture, Heads
+from larosa.calibration import LayerFisher
+from larosa.rotation.bases import LayerBases
+
+
+class UnitFisher:
+    """A layer's Fisher information, at h1 and h3 of the norm's output before its gain: what gets rotated."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        architecture: Architecture,
+        found: LayerFisher,
+        heads: Heads,
+        device: torch.device,
+    ) -> None:
+        """Take the gains of a dense layer's norms; `device` is where results are wanted."""
+        self._read = found
+        self._heads = heads
+        self._device = device
+        # Copies, as the norms lose their gains when the layer is rotated.
+        gains = {site: architecture.norm(layer, site).weight.detach() for site in ("h1", "h3")}
+        self._gains = {site: gain.to(device, torch.float64, copy=True) for site, gain in gains.items()}
+
+    def unit(self, site: str) -> torch.Tensor:
+        """H of site h1 or h3, [D, D] float64 where the layer is."""
+        gain = self._gains[site]
+        H: torch.Tensor = getattr(self._read, site)
+        return gain[:, None] * H.to(self._device) * gain
+
+    @property
+    def values(self) -> torch.Tensor:
+        """H of what the query heads of each key-value head give, [keys, size, size]."""
+        heads = self._heads
+        return self._read.h2.to(self._device).unflatten(0, (heads.keys, heads.group)).mean(1)
+
+    def scores(self, bases: LayerBases) -> dict[str, torch.Tensor]:
+        """For each site the square root of H's diagonal in `bases`, [width] float64.
+
+        An entry's square times its score's square is, but for a factor of 2, the divergence that its loss causes.
+        """
+        squares = {"h4": self._read.h4}
+        for site, Q in (("h1", bases.attention), ("h3", bases.mlp)):
+            # Without a rotation the norm's gain stays where it is, on the activation's side.
+            squares[site] = getattr(self._read, site).diagonal() if Q is None else _diagonal(self.unit(site), Q)
+        h2 = self._read.h2.to(self._device)
+        if bases.values is None:
+            squares["h2"] = h2.diagonal(dim1=-2, dim2=-1).flatten()
+        else:
+            squares["h2"] = _diagonal(h2, bases.values.repeat_interleave(self._heads.group, 0)).flatten()
+        return {site: square.clamp_min(0).sqrt() for site, square in squares.items()}
+
+
+def _diagonal(H: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """The diagonal of Q^T H Q, [..., D]."""
+    Q = Q.to(H)
+    return (Q * (H @ Q)).sum(-2)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from larosa.decoding.text import TextStream
+from larosa.demo import bundled_model
+
+TEXT = "The river — Ærø, naïve; 河は流れる 🙂🙂\n\nflows  on.\n"
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """The bundled model's: byte pairs, so that one character can take several tokens."""
+    return AutoTokenizer.from_pretrained(bundled_model())
+
+
+def stream(tokenizer, prompt, tokens):
+    pieces = []
+    output = TextStream(tokenizer, prompt, pieces.append)
+    for token in tokens:
+        output.put(token)
+    output.end()
+    assert "".join(pieces) == output.text
+    assert output.tokens == len(tokens)
+    return output.text, pieces
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 20])
+def test_the_pieces_are_the_text(bytes_tokenizer, cut):
+    ids = bytes_tokenizer(TEXT)["input_ids"]
+    text, pieces = stream(bytes_tokenizer, ids[:cut], ids[cut:])
+    assert bytes_tokenizer.decode(ids[:cut]) + text == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 10
+
+
+@given(text=st.text(max_size=80), cut=st.integers(0, 20))
+def test_any_text(bytes_tokenizer, text, cut):
+    ids = bytes_tokenizer(text)["input_ids"]
+    # Only where the prompt ends within a character does the text begin within one.
+    before = bytes_tokenizer.decode(ids[:cut], skip_special_tokens=True)
+    if not before.endswith("\ufffd"):
+        whole = bytes_tokenizer.decode(ids, skip_special_tokens=True)
+        assert before + stream(bytes_tokenizer, ids[:cut], ids[cut:])[0] == whole
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_such(bytes_tokenizer):
+    ids = bytes_tokenizer("flows 🙂")["input_ids"]
+    assert stream(bytes_tokenizer, ids[:1], ids[1:-1])[0].endswith("\ufffd")
+
+
+def test_special_tokens_are_left_out(tokenizer):
+    assert stream(tokenizer, [5], [6, 2, 7, 2])[0] == " w6 w7"
+
+
+def test_the_work_of_a_token_does_not_grow_with_the_text(tokenizer, monkeypatch):
+    lengths = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or decode(ids, **options))
+    stream(tokenizer, list(range(4, 100)), list(range(4, 100)))
+    assert max(lengths) <= 9
+
+
+def test_speed_is_of_the_tokens_after_the_first(tokenizer, monkeypatch):
+    times = iter([10.0, 10.5, 11.0, 11.5])
+    monkeypatch.setattr("larosa.decoding.text.time.perf_counter", lambda: next(times))
+    output = TextStream(tokenizer, [], None)
+    assert output.tokens_per_second is None
+    output.put(5)
+    assert output.tokens_per_second is None
+    for token in (6, 7, 8):
+        output.put(token)
+    assert output.tokens_per_second == 2.0

@@ -1,0 +1,158 @@
+"""What the Fisher information decides in a conversion, against an own decoder and its own gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import larosa
+from larosa import LarosaError
+from larosa.architectures import find_architecture
+from larosa.config import SITES, PerSite
+from larosa.models import selectors, set_keep_counts
+from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity.sensitivity import cheapest, sorted_entries
+
+from .test_conversion import PLAIN, ROTATIONS, VARIANTS, Reference, calibration_ids, plain, relative_error
+
+FISHER = {"score": "fisher", "value_rotation": True, "rotation_objective": "fisher"}
+
+
+class FisherReference(Reference):
+    """The reference of the equations, with scores and bases from the gradients of a loss that it draws itself."""
+
+    def observe(self, sequences, seed):
+        """mean(x^T x) and mean(g^T g) at each site, of inputs and gradients of -log p of tokens drawn from p."""
+        generator = torch.Generator().manual_seed(seed)
+        embedding = self.weights["model.embed_tokens.weight"].requires_grad_()
+        self.C, self.H = {}, {}
+        for ids in sequences:
+            self.moments = {}
+            logits = self(ids)
+            chances = torch.rand(len(ids), 1, generator=generator, dtype=torch.float64)
+            drawn = (logits.softmax(-1).cumsum(-1) <= chances).sum(-1)
+            loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            rows = [x for (x,) in self.moments.values()]
+            for at, x, g in zip(self.moments, rows, torch.autograd.grad(loss, rows), strict=True):
+                x = x.detach()
+                self.C[at] = self.C.get(at, 0) + x.T @ x / sequences.numel()
+                self.H[at] = self.H.get(at, 0) + g.T @ g / sequences.numel()
+        embedding.requires_grad_(False)
+
+    def rotate(self, rotation):
+        """Eigenvectors of C / tr C + H / tr H, on the residual stream and of each value head."""
+
+        def basis(C, H):
+            return torch.linalg.eigh(C / C.trace() + H / H.trace())[1]
+
+        size = self.config.hidden_size // self.config.num_attention_heads
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        for i in self.layers:
+            for site in ("h1", "h3"):
+                sources = {"block": [(i, site)], "layer": [(i, "h1"), (i, "h3")]}[rotation]
+                self.bases[i, site] = basis(sum(self.C[at] for at in sources), sum(self.H[at] for at in sources))
+            blocks = []
+            for first in range(0, self.config.num_attention_heads, group):
+                heads = [slice(n * size, (n + 1) * size) for n in range(first, first + group)]
+                shared = (sum(M[i, "h2"][head, head] for head in heads) for M in (self.C, self.H))
+                blocks += [basis(*shared)] * group
+            self.bases[i, "h2"] = torch.block_diag(*blocks)
+
+    def moved(self, i, site, direction):
+        """How far the predictions move with a step in a direction of a site's input."""
+        return (direction @ self.H[i, site] @ direction).sqrt()
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("keys", [2, 4], ids=["gqa", "mha"])
+@pytest.mark.parametrize("rotation", ["layer", "block"])
+def test_equals_the_equations(make_model, quick_convert, token_ids, text_file, tokenizer, family, keys, rotation):
+    model = make_model(family, torch.float64, num_key_value_heads=keys, **plain(family))
+    reference, ids = FisherReference(model, scored=True), token_ids(20, seed=5)
+    reference.observe(calibration_ids(text_file, tokenizer)[calibration_order(4, 2)], 2)
+    reference.rotate(rotation)
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, rotation=rotation, seed=2, search="none", **FISHER)
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+def calibration_order(count, seed):
+    """The order in which calibration takes windows, which decides which token is drawn where."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("options", [{"method": "topk"}, {"rotation": "none", "value_rotation": False}])
+def test_scores_without_a_rotation(make_model, quick_convert, token_ids, text_file, tokenizer, options):
+    model = make_model("llama", torch.float64)
+    reference, ids = FisherReference(model, rotated=False, scored=True), token_ids(20, seed=5)
+    reference.observe(calibration_ids(text_file, tokenizer)[calibration_order(4, 0)], 0)
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, score="fisher", search="none", **options)
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+def test_exact_at_zero_sparsity(make_model, quick_convert, token_ids, family, overrides, rotation):
+    model, ids = make_model(family, torch.float64, **overrides), token_ids(2, 24)
+    expected = model(ids).logits
+    converted = quick_convert(model, sparsity=0.0, rotation=rotation, search="fisher", **FISHER)
+    assert relative_error(converted(ids).logits, expected) < 1e-10
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_search_drops_what_the_scores_say_costs_least(make_model, quick_convert, family):
+    model = quick_convert(make_model(family), search="fisher", sparsity=0.4, **FISHER)
+    block, sizes, architecture = model.config.larosa, SiteSizes.of(model.config), find_architecture(family)
+    assert (block["search"], block["score"], block["alphas"]) == ("fisher", "fisher", None)
+    for site, found in selectors(model, architecture).items():
+        assert [selector.k for selector in found] == block["keep"][site]
+    skipped = sizes.skipped_weights({site: [sizes.width[site] - k for k in block["keep"][site]] for site in SITES})
+    assert 0.4 - 0.01 < skipped / sizes.linear_weights <= 0.4
+    assert larosa.inspect(model).score_bytes == 4 * sizes.score_entries
+    even = keep_counts(0.4, PerSite(), sizes)
+    assert all(block["keep"][site] != even[site] for site in SITES)
+
+
+def test_the_search_prices_entries_by_scores(make_model, quick_convert, text_file, tokenizer):
+    model = quick_convert(make_model("llama"), search="fisher", sparsity=0.4, **FISHER)
+    sizes, architecture = SiteSizes.of(model.config), find_architecture("llama")
+    found = model.config.larosa["keep"]
+    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+    costs = sorted_entries(model, architecture, lambda: [model(r[None]) for r in calibration_ids(text_file, tokenizer)])
+    assert cheapest(0.4, sizes, costs).model_dump() == found
+
+
+def test_saves_and_loads(make_model, quick_convert, token_ids, tmp_path):
+    model, ids = quick_convert(make_model("llama", torch.bfloat16), search="fisher", **FISHER), token_ids(2, 15)
+    model.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.larosa == model.config.larosa
+    for site, found in selectors(loaded, find_architecture("llama")).items():
+        for selector, before in zip(found, selectors(model, find_architecture("llama"))[site], strict=True):
+            assert torch.equal(selector.score, before.score)
+    assert relative_error(loaded(ids).logits.detach().float(), model(ids).logits.float()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"search": "fisher", "score": "weights"}, "add --score fisher"),
+        ({"search": "fisher", "score": "fisher", "budget": "paper"}, "add --budget weights"),
+        ({"method": "teal", "score": "fisher"}, "--score fisher does not apply to method teal"),
+    ],
+)
+def test_refuses_what_does_not_go_together(make_model, quick_convert, options, message):
+    with pytest.raises(LarosaError, match=message):
+        quick_convert(make_model("llama"), **options)
+
+
+def test_parts_can_be_had_alone(make_model, quick_convert):
+    outputs = quick_convert(make_model("llama"), **{**PLAIN, "rotation_objective": "outputs"}).state_dict()
+    fisher = quick_convert(make_model("llama"), **{**PLAIN, "rotation_objective": "fisher"}).state_dict()
+    assert outputs.keys() == fisher.keys()
+    assert not torch.allclose(outputs["model.embed_tokens.weight"], fisher["model.embed_tokens.weight"])
