@@ -49,6 +49,12 @@ class Engine:
         self._final_norm = norm(architecture.final_norm(model))
         self._head = architecture.head(model)
 
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
+        sites = (site for layer in self._layers for site in (layer.h1, layer.h2, layer.h3, layer.h4))
+        return all(site.threshold is None for site in sites)
+
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         """Run a prompt and keep its keys and values, in place of all that was kept before.

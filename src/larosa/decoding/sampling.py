@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from larosa.errors import LarosaError
@@ -41,7 +44,7 @@ class Sampler:
         self._temperature = temperature
         self._top_p = top_p
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
@@ -56,11 +59,22 @@ class Sampler:
             best = self._draw(torch.softmax(logits / self._temperature, dim=-1))
         return torch.where(usable, best, NO_TOKEN)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is drawn meanwhile, the tokens drawn afterwards are the same."""
+        state = self.generator.get_state()
+        yield
+        self.generator.set_state(state)
+
     def _draw(self, probabilities: torch.Tensor) -> torch.Tensor:
         if self._top_p == 1:
-            return torch.multinomial(probabilities, 1, generator=self._generator)[:, 0]
+            return self._race(probabilities)
         ranked, tokens = probabilities.sort(dim=-1, descending=True)
         # A token belongs to the set if those before it do not reach top_p.
         before = ranked.cumsum(dim=-1) - ranked
-        chosen = torch.multinomial(torch.where(before < self._top_p, ranked, 0), 1, generator=self._generator)
-        return tokens.gather(-1, chosen)[:, 0]
+        chosen = self._race(torch.where(before < self._top_p, ranked, 0))
+        return tokens.gather(-1, chosen[:, None])[:, 0]
+
+    def _race(self, weights: torch.Tensor) -> torch.Tensor:
+        """One index a row, each as likely as its weight says: `torch.multinomial` without looking at the weights."""
+        return (weights / torch.empty_like(weights).exponential_(generator=self.generator)).argmax(dim=-1)
