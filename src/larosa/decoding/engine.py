@@ -10,9 +10,10 @@ from transformers import DynamicCache
 from larosa.architectures import Architecture, find_architecture
 from larosa.config import LarosaConfig, Method
 from larosa.decoding.cache import KeyValueCache
-from larosa.decoding.layers import norm, read_layers
+from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.ops.cpu.graph import Graph
 from larosa.ops.schema import has_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,9 +46,16 @@ class Engine:
         self._cache = KeyValueCache(model.config, max_length, weight.dtype, weight.device)
         tables = rotary_tables(model, architecture, max_length)
         self._layers = read_layers(model, architecture, self._cache, tables)
-        self._embedding = weight
+        self._embedding = weight.data
         self._final_norm = norm(architecture.final_norm(model))
-        self._head = architecture.head(model)
+        head = architecture.head(model)
+        self._head = [head.weight.data], [own(head.bias)]
+        # What a step starts from, at places that a graph can read again.
+        self._hidden = torch.zeros(1, weight.shape[1], device=weight.device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self._graph: Graph | None = None
+        # Steps that compare with thresholds are not all alike.
+        self._replays = weight.device.type == "cpu" and not any(layer.compares for layer in self._layers)
 
     @property
     def fixed_shapes(self) -> bool:
@@ -90,13 +98,23 @@ class Engine:
         Returns:
             [1, vocabulary] float32, the logits of the token that follows.
         """
-        x = torch.nn.functional.embedding(token, self._embedding).float()
+        self._hidden.copy_(torch.nn.functional.embedding(token, self._embedding))
+        self._position.copy_(position)
+        return self._replayed().clone() if self._replays else self._run()
+
+    def _run(self) -> torch.Tensor:
+        """The step, operator by operator: logits [1, vocabulary] of `_hidden` at `_position`."""
+        x = self._hidden
         for layer in self._layers:
-            x = layer(x, position)
-        logits: torch.Tensor = torch.ops.larosa.linear(
-            self._final_norm.every(x), [self._head.weight], [self._head.bias]
-        )
+            x = layer(x, self._position)
+        logits: torch.Tensor = torch.ops.larosa.linear(self._final_norm.every(x), *self._head)
         return logits
+
+    def _replayed(self) -> torch.Tensor:
+        if self._graph is None or self._graph.threads != torch.get_num_threads():
+            self._graph = Graph(self._run)
+            return self._graph.output
+        return self._graph.replay()
 
 
 def _check(model: Any, architecture: Architecture) -> None:

@@ -140,6 +140,11 @@ class DecodeLayer:
     h4: Site
     residual_adapter: torch.Tensor | None
 
+    @property
+    def compares(self) -> bool:
+        """Whether a site compares with a threshold, so that what it reads varies from token to token."""
+        return any(site.threshold is not None for site in (self.h1, self.h2, self.h3, self.h4))
+
     def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
         x = self.h2(self.attention(self.h1(x), position), residual=x)
@@ -157,7 +162,8 @@ def read_layers(
     """The layers of a dense or sparsified model, over its own weights.
 
     Linears that are read sparsely are laid out by columns in place, the others by rows: their values, and
-    whatever else uses them, stay as they are.
+    whatever else uses them, stay as they are. Layers hold on to the memory itself, so that they stay
+    sound when somebody else lays the same weights out in another way.
     """
     layers = architecture.layers(model)
     chosen: dict[str, list[Selector]] = {}
@@ -179,7 +185,12 @@ def read_layers(
 
 def norm(module: Any) -> Norm:
     """An RMSNorm of the model."""
-    return Norm(module.weight, module.variance_epsilon)
+    return Norm(module.weight.data, module.variance_epsilon)
+
+
+def own(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """The memory of a parameter, which stays even if the parameter gets another."""
+    return None if weight is None else weight.data
 
 
 def _site(
@@ -194,13 +205,13 @@ def _site(
     kept = _kept(chosen[site][index], linears[0].in_features) if site in chosen else {}
     for linear in linears:
         linear.weight.data = column_major(linear.weight.data) if kept else linear.weight.data.contiguous()
-    return Site(source, [linear.weight for linear in linears], [linear.bias for linear in linears], **kept)
+    return Site(source, [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears], **kept)
 
 
 def _kept(selector: Selector, width: int) -> dict[str, Any]:
     """What a selector keeps, as fields of a `Site`; none where it keeps everything."""
     if isinstance(selector, TopK):
-        return {} if selector.k == width else {"k": selector.k, "score": selector.score}
+        return {} if selector.k == width else {"k": selector.k, "score": own(selector.score)}
     assert isinstance(selector, Threshold), "there are no other selectors"
     return {} if selector.threshold == 0 else {"threshold": selector.threshold}
 
@@ -220,8 +231,8 @@ def _attention(
         values=cache.values[index],
         cos=cos,
         sin=sin,
-        q_gain=None if norms is None else norms[0].weight,
-        k_gain=None if norms is None else norms[1].weight,
+        q_gain=None if norms is None else norms[0].weight.data,
+        k_gain=None if norms is None else norms[1].weight.data,
         eps=0.0 if norms is None else norms[0].variance_epsilon,
         scale=architecture.score_scale(layer),
         window=architecture.window(model.config, index) or 0,
@@ -230,4 +241,4 @@ def _attention(
 
 def _adapter(layer: nn.Module, name: str) -> torch.Tensor | None:
     adapter = getattr(layer, name, None)
-    return None if adapter is None else adapter.weight
+    return None if adapter is None else adapter.weight.data

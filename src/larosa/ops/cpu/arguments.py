@@ -16,7 +16,7 @@ from larosa.ops.linear import Biases, Weights
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _VECTOR = struct.Struct("=2q")
-_MATRIX = struct.Struct("=5q")
+_MATRIX = struct.Struct("=3q")  # and a bias, a vector
 _NO_VECTOR = _VECTOR.pack(0, 0)
 
 
@@ -52,7 +52,7 @@ def vector(name: str, values: torch.Tensor | None, width: int) -> bytes:
 
 def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool) -> tuple[bytes, int]:
     """`larosa_matrix` of each weight [N_i, depth], and the sum of N_i."""
-    packed = []
+    packed: list[bytes] = []
     total = 0
     dtype = weights[0].dtype if weights else None
     for weight, bias in zip(weights, biases, strict=True):
@@ -61,13 +61,15 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
         outputs, width = weight.shape
         if width != depth:
             raise ValueError(f"weight {list(weight.shape)} does not take vectors of {depth} entries")
-        if not (weight.t() if column_major else weight).is_contiguous():
-            raise ValueError(
-                f"sparse_linear reads weights column by column: convert {_of(weight)} by larosa.ops.column_major"
-                if column_major
-                else f"linear reads weights row by row: make {_of(weight)} contiguous"
-            )
-        packed.append(_MATRIX.pack(weight.data_ptr(), DTYPES[dtype], outputs, *_bias(bias, outputs)))
+        if column_major:
+            # The strides of a single row or column do not tell.
+            if weight.stride() != (1, outputs) and not weight.t().is_contiguous():
+                raise ValueError(
+                    f"sparse_linear reads weights column by column: convert {_of(weight)} by larosa.ops.column_major"
+                )
+        elif not weight.is_contiguous():
+            raise ValueError(f"linear reads weights row by row: make {_of(weight)} contiguous")
+        packed += (_MATRIX.pack(weight.data_ptr(), DTYPES[dtype], outputs), vector("bias", bias, outputs))
         total += outputs
     if not packed:
         raise ValueError("no weights")
@@ -109,13 +111,6 @@ def rotary(name: str, values: torch.Tensor | None, keys: torch.Tensor) -> torch.
     if values.shape != (capacity, size) or size % 2:
         raise ValueError(f"{name} must be [{capacity}, {size}] and of even width, not {_of(values)}")
     return activations(name, values)
-
-
-def _bias(bias: torch.Tensor | None, outputs: int) -> tuple[int, int]:
-    if bias is None:
-        return 0, 0
-    data, dtype = _VECTOR.unpack(vector("bias", bias, outputs))
-    return data, dtype
 
 
 def _names() -> str:

@@ -94,7 +94,7 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status)
+    check_status(status)
     return out
 
 
@@ -125,7 +125,7 @@ def _sparse_linear(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(status)
+    check_status(status)
     return out
 
 
@@ -171,7 +171,7 @@ def _attend(
         eps,
         scale,
     )
-    _check(load().attend(byref(attention), out.data_ptr(), torch.get_num_threads()))
+    check_status(load().attend(byref(attention), out.data_ptr(), torch.get_num_threads()))
     return out
 
 
@@ -183,7 +183,8 @@ def _gate_up(gate_up: torch.Tensor) -> tuple[torch.Tensor, int]:
     return gate_up, width
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise what a status of the library means; 0 is none."""
     if status == _BAD_INDEX:
         raise IndexError("an index is not that of a column of the weights")
     if status == _BAD_POSITION:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from larosa.errors import LarosaError
+from larosa.ops import cpu
 
 #: Forces an instruction set: portable, avx2 or avx512. Without it the widest that the processor has.
 ISA_VARIABLE = "LAROSA_CPU_ISA"
@@ -151,10 +152,8 @@ def _gomp_parallel() -> int | None:
 
 
 def _find() -> Path:
-    import larosa.ops.cpu
-
     # An editable install has sources and compiled library in two folders of one package.
-    for folder in larosa.ops.cpu.__path__:
+    for folder in cpu.__path__:
         for name in _NAMES:
             if (path := Path(folder) / name).is_file():
                 return path

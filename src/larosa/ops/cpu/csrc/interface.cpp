@@ -76,6 +76,8 @@ class Blocks {
     int64_t size_;
 };
 
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 }  // namespace
@@ -153,8 +155,14 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
                          int64_t threads) {
     if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
     if (!kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
-    const Blocks blocks(matrices, count, 512);
-    if (rows * blocks.outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
+    if (rows * outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
+    // The longer the piece of a column, the better memory delivers it: as many strips as threads, if they fit. A sum
+    // does not depend on which strip it is in.
+    const int64_t share = (rows * outputs + threads - 1) / threads;
+    const int64_t strips = (share + kStrip - 1) / kStrip;
+    const Blocks blocks(matrices, count, clamp(round_up(share / clamp(strips, 1, strips), 64), 128, kStrip));
     parallel(rows * blocks.of_row, threads, [&](int64_t task) {
         const Block block = blocks.at(task);
         const int64_t offset = block.row * blocks.outputs + block.offset;

@@ -7,6 +7,9 @@
 
 namespace larosa {
 
+constexpr int64_t kStrip = 4096;  // outputs of the sparse product, whose sums stay in the first-level cache
+constexpr int64_t kChunk = 128;   // positions attended to
+
 struct Kernels {
     const char *isa;
 
@@ -19,7 +22,8 @@ struct Kernels {
     int64_t (*above)(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
 
     bool (*all_below)(const int32_t *indices, int64_t count, int64_t bound);
-    // Outputs [first, first + count) of one matrix; residual and out are those of output 0.
+    // Outputs [first, first + count) of one matrix, count <= kStrip of the sparse product; residual and out are those
+    // of output 0.
     void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
                            int64_t first, int64_t count, const float *residual, float *out);
     void (*dense_rows)(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
@@ -36,7 +40,6 @@ struct Kernels {
     void (*merge_chunks)(const float *parts, int64_t count, int64_t size, float *out);
 };
 
-constexpr int64_t kChunk = 128;
 
 namespace portable {
 extern const Kernels kernels;

@@ -1,14 +1,14 @@
 // Products of a vector with a matrix: dense by rows, sparse by columns. Both are bound by the reading of weights.
 #pragma once
 
+#include "kernels.h"
 #include "vector.h"
 
 namespace larosa {
 namespace LAROSA_ISA {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int kGroup = 8;             // columns of the weights added up together
-constexpr int64_t kStrip = 512;       // outputs whose sums stay in the first-level cache
+constexpr int kGroup = 8;  // columns of the weights added up together
 
 inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
     const uint32_t limit = uint32_t(bound);
@@ -82,14 +82,12 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
 
 inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
                            int64_t first, int64_t count, const float *residual, float *out) {
-    for (int64_t strip = first; strip < first + count; strip += kStrip) {
-        const int64_t some = first + count - strip < kStrip ? first + count - strip : kStrip;
-        float sums[kStrip + kLanes] = {};
-        with_type(matrix.dtype, [&](auto type) {
-            sparse_strip<decltype(type)>(values, indices, k, matrix, strip, some, sums);
-        });
-        finish(sums, matrix, strip, some, residual, out);
-    }
+    float sums[kStrip + kLanes];
+    for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
+    with_type(matrix.dtype, [&](auto type) {
+        sparse_strip<decltype(type)>(values, indices, k, matrix, first, count, sums);
+    });
+    finish(sums, matrix, first, count, residual, out);
 }
 
 // The dot products of x with `group` rows that follow each other.

@@ -1,0 +1,318 @@
+// Random calls of the C interface on heap blocks of exactly the size that each takes, so that the address sanitizer sees
+// every step outside; results against plain loops in double precision. Usage: fuzz CASES SEED
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "larosa_cpu.h"
+
+namespace {
+
+std::mt19937_64 engine;
+std::string what;  // the case, for the message
+
+int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
+
+int64_t width() {
+    static const int64_t about[] = {1, 4, 8, 16, 32, 64, 512};  // vectors, cache lines, strips
+    return integer(0, 1) ? integer(1, 40) : std::max<int64_t>(1, about[integer(0, 6)] * integer(1, 3) + integer(-1, 1));
+}
+
+[[noreturn]] void fail(const std::string &why) {
+    std::printf("%s: %s: %s\n", larosa_isa(), what.c_str(), why.c_str());
+    std::exit(1);
+}
+
+void check(bool good, const char *why) {
+    if (!good) fail(why);
+}
+
+void check_near(double result, double exact, double bound) {
+    if (!(std::fabs(result - exact) <= bound)) fail(std::to_string(result) + " is not " + std::to_string(exact));
+}
+
+// Exactly as large as asked for, which std::vector does not promise; malloc's alignment is given up for the element's.
+template <class T>
+class Heap {
+  public:
+    explicit Heap(int64_t count) : count_(count), memory_(std::malloc((count + 1) * sizeof(T))) {
+        check(memory_ != nullptr, "out of memory");
+        // The block ends where the memory ends and begins one element late: aligned as an element only.
+        data_ = static_cast<T *>(memory_.get()) + 1;
+        for (int64_t i = 0; i < count; ++i) std::memset(&data_[i], 0xff, sizeof(T));  // NaN, or -1
+    }
+    T *get() const { return data_; }
+    T &operator[](int64_t i) const { return data_[i]; }
+    int64_t size() const { return count_; }
+
+  private:
+    struct Free {
+        void operator()(void *memory) const { std::free(memory); }
+    };
+    int64_t count_;
+    std::unique_ptr<void, Free> memory_;
+    T *data_;
+};
+
+Heap<float> floats(int64_t count) {
+    Heap<float> heap(count);
+    std::normal_distribution<float> normal;
+    const bool ties = integer(0, 2) == 0;
+    for (int64_t i = 0; i < count; ++i) heap[i] = ties ? std::round(2 * normal(engine)) : normal(engine);
+    return heap;
+}
+
+double half(uint16_t word) {
+    const int exponent = word >> 10 & 31, mantissa = word & 1023;
+    const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+    return word >> 15 ? -magnitude : magnitude;
+}
+
+// Elements of a dtype, and what they are worth.
+struct Typed {
+    Typed(int64_t count, int64_t dtype)
+        : dtype(dtype), wide(count), narrow(dtype == LAROSA_FLOAT32 ? 0 : count) {
+        const Heap<float> random = floats(count);
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t word;
+            std::memcpy(&word, &random[i], sizeof word);
+            if (dtype == LAROSA_BFLOAT16) {
+                narrow[i] = uint16_t(word >> 16);
+                word &= 0xffff0000u;
+                std::memcpy(&wide[i], &word, sizeof word);
+            } else if (dtype == LAROSA_FLOAT16) {  // any finite pattern, subnormal ones included
+                narrow[i] = uint16_t(integer(0, 1) << 15 | integer(0, 0x43ff));
+                wide[i] = float(half(narrow[i]));
+            } else {
+                wide[i] = random[i];
+            }
+        }
+    }
+    const void *data() const {
+        return dtype == LAROSA_FLOAT32 ? static_cast<const void *>(wide.get()) : static_cast<const void *>(narrow.get());
+    }
+    larosa_vector vector() const { return {data(), dtype}; }
+
+    int64_t dtype;
+    Heap<float> wide;
+    Heap<uint16_t> narrow;
+};
+
+std::unique_ptr<Typed> maybe(int64_t count) {
+    return integer(0, 1) ? std::make_unique<Typed>(count, integer(0, 2)) : nullptr;
+}
+
+larosa_vector vector_of(const std::unique_ptr<Typed> &typed) {
+    return typed ? typed->vector() : larosa_vector{nullptr, 0};
+}
+
+void products() {
+    const int64_t rows = integer(0, 3), depth = width(), k = integer(0, 4) ? integer(0, depth) : depth;
+    const int64_t dtype = integer(0, 2), threads = integer(1, 5), count = integer(1, 3);
+    const bool sparse = integer(0, 1);
+    what = std::string(sparse ? "sparse_linear" : "linear") + " rows " + std::to_string(rows) + " depth " +
+           std::to_string(depth) + " k " + std::to_string(k) + " dtype " + std::to_string(dtype);
+    std::vector<std::unique_ptr<Typed>> weights, biases;
+    std::vector<larosa_matrix> matrices;
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t some = width();
+        weights.push_back(std::make_unique<Typed>(some * depth, dtype));
+        biases.push_back(maybe(some));
+        matrices.push_back({weights.back()->data(), dtype, some, vector_of(biases.back())});
+        outputs += some;
+    }
+    const Heap<float> x = floats(rows * (sparse ? k : depth));
+    const Heap<float> residual = floats(rows * outputs);
+    const Heap<float> out(rows * outputs);
+    Heap<int32_t> indices(rows * k);
+    const float *added = integer(0, 1) ? residual.get() : nullptr;
+    if (sparse) {
+        for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
+        check(larosa_sparse_linear(x.get(), indices.get(), rows, k, depth, matrices.data(), count, added, out.get(),
+                                   threads) == LAROSA_OK,
+              "refused");
+    } else {
+        check(larosa_linear(x.get(), rows, depth, matrices.data(), count, added, out.get(), threads) == LAROSA_OK,
+              "refused");
+    }
+    int64_t offset = 0;
+    for (int64_t m = 0; m < count; offset += matrices[m++].outputs)
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t n = 0; n < matrices[m].outputs; ++n) {
+                const int64_t at = row * outputs + offset + n;
+                double total = biases[m] ? biases[m]->wide[n] : 0, bound = std::fabs(total);
+                if (added) total += residual[at], bound += std::fabs(residual[at]);
+                for (int64_t i = 0; i < (sparse ? k : depth); ++i) {
+                    const double term = sparse ? double(x[row * k + i]) *
+                                                     weights[m]->wide[indices[row * k + i] * matrices[m].outputs + n]
+                                               : double(x[row * depth + i]) * weights[m]->wide[n * depth + i];
+                    total += term, bound += std::fabs(term);
+                }
+                check_near(out[at], total, (depth + 4) * 1.2e-7 * bound);
+            }
+}
+
+void selections() {
+    const int64_t rows = integer(0, 3), width = ::width(), k = integer(0, 4) ? integer(0, width) : width;
+    what = "top_k rows " + std::to_string(rows) + " width " + std::to_string(width) + " k " + std::to_string(k);
+    const Heap<float> x = floats(rows * width);
+    static const float special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 3.4e38f};
+    for (int64_t i = 0; i < x.size() / 8; ++i) x[integer(0, x.size() - 1)] = special[integer(0, 7)];
+    std::unique_ptr<Typed> score = maybe(width);
+    if (score) {
+        for (int64_t i = 0; i < width; ++i) score->wide[i] = std::fabs(score->wide[i]);
+        for (int64_t i = 0; i < score->narrow.size(); ++i) score->narrow[i] &= 0x7fff;
+    }
+    const larosa_vector weights = vector_of(score);
+    const Heap<float> values(rows * k);
+    const Heap<int32_t> indices(rows * k);
+    larosa_top_k(x.get(), rows, width, k, &weights, values.get(), indices.get());
+    const auto rank = [&](int64_t row, int64_t i) {
+        const float magnitude = std::fabs(x[row * width + i] * (score ? score->wide[i] : 1));
+        return std::isnan(magnitude) ? INFINITY : std::isinf(magnitude) ? 1e39 : double(magnitude);
+    };
+    for (int64_t row = 0; row < rows; ++row) {
+        std::vector<bool> kept(width, false);
+        for (int64_t i = 0; i < k; ++i) {
+            const int64_t at = indices[row * k + i];
+            check(at >= 0 && at < width && (i == 0 || at > indices[row * k + i - 1]), "indices do not ascend");
+            check(std::memcmp(&values[row * k + i], &x[row * width + at], sizeof(float)) == 0, "not the value");
+            kept[at] = true;
+        }
+        double lowest = INFINITY;
+        int64_t last = -1;  // of the kept ones equal to the lowest
+        for (int64_t i = 0; i < width; ++i)
+            if (kept[i] && rank(row, i) <= lowest) lowest = rank(row, i), last = i;
+        for (int64_t i = 0; i < width; ++i)
+            check(kept[i] || k == 0 || rank(row, i) < lowest || (rank(row, i) == lowest && i > last), "a larger one");
+    }
+    const Heap<float> kept(width);
+    const Heap<int32_t> where(width);
+    if (rows == 0) return;
+    const int64_t count = larosa_above(x.get(), width, 1.0f, kept.get(), where.get());
+    int64_t expected = 0;
+    for (int64_t i = 0; i < width; ++i)
+        if (!(std::fabs(x[i]) <= 1)) check(expected < count && where[expected++] == i, "not above");
+    check(expected == count, "too many");
+}
+
+void norms() {
+    const int64_t rows = integer(0, 3), width = ::width();
+    what = "rms_norm and silu_mul width " + std::to_string(width);
+    const Heap<float> x = floats(rows * width), gate_up = floats(rows * 2 * width);
+    const std::unique_ptr<Typed> gain = maybe(width);
+    const larosa_vector gains = vector_of(gain);
+    const Heap<float> out(rows * width);
+    larosa_rms_norm(x.get(), &gains, 1e-5, rows, width, out.get());
+    for (int64_t row = 0; row < rows; ++row) {
+        double squares = 0;
+        for (int64_t i = 0; i < width; ++i) squares += double(x[row * width + i]) * x[row * width + i];
+        for (int64_t i = 0; i < width; ++i) {
+            const double exact = x[row * width + i] / std::sqrt(squares / width + 1e-5) * (gain ? gain->wide[i] : 1);
+            check_near(out[row * width + i], exact, 3e-7 * std::fabs(exact));
+        }
+    }
+    larosa_silu_mul(gate_up.get(), rows, width, out.get());
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < width; ++i) {
+            const double gate = gate_up[row * 2 * width + i], up = gate_up[row * 2 * width + width + i];
+            const double exact = gate / (1 + std::exp(-gate)) * up;
+            check_near(out[row * width + i], exact, 1e-6 * std::fabs(exact));
+        }
+    const int64_t k = integer(0, width);
+    const larosa_vector none = {nullptr, 0};
+    const Heap<float> values(rows * k);
+    const Heap<int32_t> indices(rows * k);
+    larosa_rms_norm_top_k(x.get(), &gains, 1e-5, rows, width, k, &none, values.get(), indices.get());
+    larosa_silu_mul_top_k(gate_up.get(), rows, width, k, &none, values.get(), indices.get());
+    for (int64_t i = 0; i < rows * k; ++i)
+        check(values[i] == out[i / k * width + indices[i]], "not a value of silu_mul");
+}
+
+void attention() {
+    const int64_t key_heads = integer(1, 3), shared = integer(1, 3), size = 2 * integer(1, 40);
+    const int64_t capacity = integer(0, 3) ? integer(1, 40) : integer(100, 400), threads = integer(1, 5);
+    const int64_t heads = shared * key_heads, window = integer(0, 2) ? 0 : integer(1, 300), dtype = integer(0, 2);
+    what = "attend size " + std::to_string(size) + " capacity " + std::to_string(capacity);
+    const Heap<float> qkv = floats((heads + 2 * key_heads) * size);
+    Typed keys(key_heads * capacity * size, dtype), values(key_heads * capacity * size, dtype);
+    const Heap<float> cos = floats(capacity * size), sin = floats(capacity * size), out(heads * size);
+    const Heap<int64_t> position(1);
+    position[0] = integer(0, capacity - 1);
+    const std::unique_ptr<Typed> q_gain = maybe(size), k_gain = maybe(size);
+    const bool rotate = integer(0, 1);
+    const double scale = 1 / std::sqrt(double(size));
+    const larosa_attention attention = {
+        qkv.get(), const_cast<void *>(keys.data()), const_cast<void *>(values.data()), position.get(),
+        rotate ? cos.get() : nullptr, rotate ? sin.get() : nullptr, vector_of(q_gain), vector_of(k_gain),
+        heads, key_heads, capacity, size, dtype, window, 1e-6, scale};
+    check(larosa_attend(&attention, out.get(), threads) == LAROSA_OK, "refused");
+    const auto cached = [&](const Typed &cache, int64_t at) {
+        if (dtype == LAROSA_FLOAT32) return double(cache.wide[at]);
+        if (dtype == LAROSA_FLOAT16) return half(cache.narrow[at]);
+        const uint32_t word = uint32_t(cache.narrow[at]) << 16;
+        float value;
+        std::memcpy(&value, &word, sizeof value);
+        return double(value);
+    };
+    const int64_t start = window && position[0] + 1 > window ? position[0] + 1 - window : 0;
+    for (int64_t head = 0; head < heads; ++head) {
+        std::vector<double> query(size), mixed(size, 0.0);
+        double squares = 0;
+        for (int64_t i = 0; i < size; ++i) squares += std::pow(double(qkv[head * size + i]), 2);
+        for (int64_t i = 0; i < size; ++i)
+            query[i] = q_gain ? qkv[head * size + i] / std::sqrt(squares / size + 1e-6) * q_gain->wide[i]
+                              : double(qkv[head * size + i]);
+        if (rotate)
+            for (int64_t i = 0; i < size / 2; ++i) {
+                const double first = query[i], second = query[size / 2 + i];
+                const float *c = &cos[position[0] * size], *s = &sin[position[0] * size];
+                query[i] = first * c[i] - second * s[i];
+                query[size / 2 + i] = second * c[size / 2 + i] + first * s[size / 2 + i];
+            }
+        std::vector<double> scores;
+        double largest = -INFINITY, total = 0, span = 0;
+        for (int64_t t = start; t <= position[0]; ++t) {
+            double score = 0;
+            for (int64_t i = 0; i < size; ++i)
+                score += query[i] * cached(keys, (head / shared * capacity + t) * size + i);
+            scores.push_back(scale * score);
+            largest = std::max(largest, scores.back());
+            span = std::max(span, std::fabs(scores.back()));
+        }
+        for (int64_t t = start; t <= position[0]; ++t) {
+            const double weight = std::exp(scores[t - start] - largest);
+            total += weight;
+            for (int64_t i = 0; i < size; ++i)
+                mixed[i] += weight * cached(values, (head / shared * capacity + t) * size + i);
+        }
+        for (int64_t i = 0; i < size; ++i)
+            check_near(out[head * size + i], mixed[i] / total, 1e-4 * (1 + span) * (1 + std::fabs(mixed[i] / total)));
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    if (argc != 3) return std::printf("usage: fuzz CASES SEED\n"), 2;
+    const int64_t cases = std::atoll(argv[1]);
+    check(larosa_set_isa("nonsense") == 1, "nonsense is an instruction set");
+    int64_t run = 0;
+    for (const char *isa : {"portable", "avx2", "avx512"}) {
+        if (larosa_set_isa(isa) != 0) continue;
+        engine.seed(std::strtoull(argv[2], nullptr, 10));
+        for (int64_t i = 0; i < cases; ++i, ++run) {
+            void (*const tests[])() = {products, products, selections, norms, attention};
+            tests[i % 5]();
+        }
+    }
+    std::printf("%lld cases\n", static_cast<long long>(run));
+    return 0;
+}

@@ -1,0 +1,154 @@
+"""What PyTorch and callers may rely on: schemas, errors, the same bits on any number of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops import column_major
+from larosa.ops.cpu import library
+
+from .cases import ISAS, bits
+
+ops = torch.ops.larosa
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cache(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(2, 6, 8).to(dtype), random(2, 6, 8, seed=1).to(dtype)
+
+
+CALLS = {
+    "rms_norm": lambda: (random(2, 9), random(9), 1e-5),
+    "silu_mul": lambda: (random(2, 10),),
+    "top_k": lambda: (random(2, 9), 4, random(9).abs()),
+    "rms_norm_top_k": lambda: (random(2, 9), None, 1e-5, 4),
+    "silu_mul_top_k": lambda: (random(2, 10), 3),
+    "above": lambda: (random(1, 9), 0.5),
+    "linear": lambda: (random(2, 9), [random(3, 9), random(4, 9)], [None, random(4)], random(2, 7)),
+    "sparse_linear": lambda: (
+        random(1, 2),
+        torch.tensor([[3, 5]], dtype=torch.int32),
+        [column_major(random(3, 9))],
+        [None],
+    ),
+    "attend": lambda: (random(1, 64), *cache(), torch.tensor([3]), random(6, 8), random(6, 8), None, None, 0.0, 1.0, 0),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name).default, CALLS[name]())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(ISAS), st.integers(0, 1000), st.integers(1, 6000), st.integers(1, 3), st.booleans())
+def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs, rows, shared):
+    library.set_isa(isa)
+    library.share_threads(library.load(), shared)
+    weight = random(outputs, 300, seed=seed).to(torch.bfloat16)
+    columns = column_major(weight)
+    x, residual = random(rows, 300, seed=seed), random(rows, outputs)
+    values, indices = ops.top_k(x, 150)
+    qkv, keys, cached = random(1, 8 * 64, seed=seed), random(2, 2000, 64), random(2, 2000, 64)
+    position = torch.tensor([outputs % 2000])
+
+    def results() -> list[torch.Tensor]:
+        return [
+            ops.linear(x, [weight], [None], residual),
+            ops.sparse_linear(values, indices, [columns], [None], residual),
+            ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
+        ]
+
+    torch.set_num_threads(1)
+    alone = results()
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for one, other in zip(alone, results(), strict=True):
+            assert torch.equal(bits(one), bits(other))
+
+
+def test_rows_of_a_batch_are_computed_as_if_alone():
+    weight = random(70, 50).to(torch.bfloat16)
+    x = random(4, 50)
+    values, indices = ops.top_k(x, 20)
+    dense = ops.linear(x, [weight], [None])
+    sparse = ops.sparse_linear(values, indices, [column_major(weight)], [None])
+    for row in range(4):
+        one = slice(row, row + 1)
+        assert torch.equal(dense[one], ops.linear(x[one], [weight], [None]))
+        assert torch.equal(sparse[one], ops.sparse_linear(values[one], indices[one], [column_major(weight)], [None]))
+
+
+def test_strided_activations_are_read_right():
+    x, weight = random(3, 40)[:, ::2], random(5, 20)
+    assert torch.equal(ops.linear(x, [weight], [None]), ops.linear(x.contiguous(), [weight], [None]))
+    assert torch.equal(ops.rms_norm(x, None, 1e-5), ops.rms_norm(x.contiguous(), None, 1e-5))
+
+
+def test_a_row_or_column_of_nothing():
+    values, indices = ops.top_k(random(2, 8), 0)
+    bias, residual = random(5), random(2, 5)
+    result = ops.sparse_linear(values, indices, [column_major(random(5, 8))], [bias], residual)
+    assert torch.equal(result, residual + bias)
+
+
+def in_halves(x: torch.Tensor) -> torch.Tensor:
+    """The same values, each beginning in the middle of an element."""
+    raw = bytearray(b"\0" * 2 + x.numpy().tobytes() + b"\0" * 2)
+    return torch.frombuffer(raw, dtype=x.dtype, offset=2, count=x.numel()).view(x.shape)
+
+
+W = random(6, 8)
+C = column_major(W)
+V, I = random(1, 2), torch.tensor([[1, 7]], dtype=torch.int32)  # noqa: E741 - indices
+BAD = {
+    "row-major weights": (lambda: ops.sparse_linear(V, I, [W], [None]), ValueError, "larosa.ops.column_major"),
+    "column-major weights": (lambda: ops.linear(random(1, 8), [C], [None]), ValueError, "contiguous"),
+    "double activations": (lambda: ops.linear(random(1, 8).double(), [W], [None]), ValueError, "float32"),
+    "double weights": (lambda: ops.linear(random(1, 8), [W.double()], [None]), ValueError, "float64"),
+    "weights of two dtypes": (lambda: ops.linear(random(1, 8), [W, W.half()], [None] * 2), ValueError, "one dtype"),
+    "wrong depth": (lambda: ops.linear(random(1, 9), [W], [None]), ValueError, "9 entries"),
+    "no weights": (lambda: ops.linear(random(1, 9), [], []), ValueError, "no weights"),
+    "wrong bias": (lambda: ops.linear(random(1, 8), [W], [random(5)]), ValueError, "bias"),
+    "wrong residual": (lambda: ops.linear(random(1, 8), [W], [None], random(1, 5)), ValueError, "residual"),
+    "long indices": (lambda: ops.sparse_linear(V, I.long(), [C], [None]), ValueError, "int32"),
+    "unlike indices": (lambda: ops.sparse_linear(V, I[:, :1], [C], [None]), ValueError, "indices"),
+    "too large index": (lambda: ops.sparse_linear(V, I + 1, [C], [None]), IndexError, "column"),
+    "negative index": (lambda: ops.sparse_linear(V, I - 2, [C], [None]), IndexError, "column"),
+    "vector for a batch": (lambda: ops.rms_norm(random(8), None, 0.0), ValueError, r"\[B, D\]"),
+    "wrong gain": (lambda: ops.rms_norm(random(1, 8), random(7), 0.0), ValueError, "gain"),
+    "wrong score": (lambda: ops.top_k(random(1, 8), 2, random(1, 8)), ValueError, "score"),
+    "odd gate_up": (lambda: ops.silu_mul(random(1, 7)), ValueError, "side by side"),
+    "two rows above": (lambda: ops.above(random(2, 7), 0.0), ValueError, "one row"),
+    "half elements": (lambda: ops.linear(random(1, 8), [in_halves(W)], [None]), ValueError, "middle"),
+}
+ATTEND = {
+    "double cache": (dict(zip(("keys", "values"), cache(torch.float64), strict=True)), "float64"),
+    "two dtypes": ({"values": cache(torch.bfloat16)[1]}, "one dtype"),
+    "strided cache": ({"keys": random(2, 6, 16)[:, :, ::2]}, "contiguous"),
+    "qkv of another width": ({"qkv": random(1, 63)}, "qkv"),
+    "heads that do not share": ({"qkv": random(1, 56)}, "qkv"),
+    "cos alone": ({"cos": random(6, 8)}, "both"),
+    "short cos": ({"cos": random(5, 8), "sin": random(5, 8)}, "cos"),
+    "int position": ({"position": torch.tensor([1], dtype=torch.int32)}, "int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_computed_is_refused(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_what_cannot_be_attended_to_is_refused(name):
+    keys, values = cache()
+    usual = {"qkv": random(1, 64), "keys": keys, "values": values, "position": torch.tensor([1])}
+    changed, message = ATTEND[name]
+    with pytest.raises(ValueError, match=message):
+        ops.attend(*({**usual, "cos": None, "sin": None} | changed).values(), None, None, 0.0, 1.0, 0)

@@ -1,0 +1,100 @@
+"""Recorded operators give what they give one by one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops import column_major
+from larosa.ops.cpu.graph import Graph
+
+ops = torch.ops.larosa
+
+
+def layer(x, position, seed=0, dtype=torch.float32):
+    """A function of all operators that can be recorded, on tensors of its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    qkv = [column_major(random(outputs, 24)) for outputs in (16, 8, 8)]
+    gate_up = [column_major(random(20, 24)) for _ in range(2)]
+    output, down, adapter, head = (
+        column_major(random(24, 16)),
+        column_major(random(24, 20)),
+        random(24, 24),
+        random(5, 12),
+    )
+    gain, score, bias = random(24), random(16).abs(), random(24)
+    keys, values = random(1, 7, 8), random(1, 7, 8)
+    cos, sin = random(7, 8).float(), random(7, 8).float()
+
+    def run():
+        chosen = ops.rms_norm_top_k(x, gain, 1e-6, 11, None)
+        mixed = ops.attend(
+            ops.sparse_linear(*chosen, qkv, [None] * 3), keys, values, position, cos, sin, None, None, 0.0, 0.3, 0
+        )
+        y = ops.sparse_linear(*ops.top_k(mixed, 9, score), [output], [bias], x)
+        y = ops.linear(ops.rms_norm(y, gain, 1e-6), [adapter], [None])
+        both = ops.sparse_linear(*ops.top_k(y, 12), gate_up, [None, None])
+        y = ops.sparse_linear(*ops.silu_mul_top_k(both, 7, None), [down], [None], y)
+        return ops.linear(ops.silu_mul(y), [head], [None])
+
+    return run
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_replaying_is_running(seed, dtype):
+    x, position = torch.randn(1, 24), torch.tensor([0])
+    graph = Graph(layer(x, position, seed, dtype))
+    again = layer(x, position, seed, dtype)
+    first = graph.output.clone()
+    assert torch.equal(first, again())
+    for at in range(1, 7):
+        x.copy_(torch.randn(1, 24))
+        position.fill_(at)
+        graph.output.fill_(float("nan"))
+        assert torch.equal(graph.replay(), again())
+    assert not torch.equal(graph.output, first)
+
+
+def test_what_was_recorded_stays():
+    """Memory that only the recorded function held is not given to somebody else."""
+    x, position = torch.randn(1, 24), torch.tensor([2])
+    graph = Graph(layer(x, position))
+    expected = graph.replay().clone()
+    rubbish = [torch.full((size,), float("nan")) for size in range(1, 200)]
+    assert torch.equal(graph.replay(), expected)
+    assert all(piece.isnan().all() for piece in rubbish)
+
+
+def test_operators_run_on_their_own_afterwards():
+    x, position = torch.randn(1, 24), torch.tensor([2])
+    run = layer(x, position)
+    graph = Graph(run)
+    calls = len(graph._calls)
+    run()
+    assert len(graph._calls) == calls
+
+
+def test_only_operators_are_recorded():
+    x, position = torch.randn(1, 24), torch.tensor([2])
+    run = layer(x, position)
+    with pytest.raises(RuntimeError, match=r"aten\.add.* cannot be recorded"):
+        Graph(lambda: run() + 1)
+    with pytest.raises(RuntimeError, match=r"larosa\.above.* cannot be recorded"):
+        Graph(lambda: ops.above(x, 0.5)[0])
+    strided = torch.randn(2, 24)[:, ::2]
+    with pytest.raises(RuntimeError, match="not contiguous cannot be recorded"):
+        Graph(lambda: ops.silu_mul(strided))
+    assert Graph(run).replay().shape == (1, 5)
+
+
+def test_a_position_outside_the_cache():
+    x, position = torch.randn(1, 24), torch.tensor([2])
+    graph = Graph(layer(x, position))
+    position.fill_(7)
+    with pytest.raises(IndexError, match="position"):
+        graph.replay()

@@ -1,0 +1,84 @@
+"""How the library is chosen, set up and missed; and its own test program under the sanitizers."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from larosa.errors import LarosaError
+from larosa.ops import cpu
+from larosa.ops.cpu import library
+
+from .cases import ISAS
+
+SOURCES = Path(library.__file__).parent / "csrc"
+
+
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """The state before an operator's first call, when the environment and the library are looked at."""
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_chooses_the_instruction_set(unloaded, monkeypatch, isa):
+    monkeypatch.setenv(library.ISA_VARIABLE, isa)
+    assert torch.ops.larosa.top_k(torch.tensor([[1.0, -3.0, 2.0]]), 2)[1].tolist() == [[1, 2]]
+    assert library.isa() == isa
+
+
+def test_an_unknown_instruction_set_is_an_error(unloaded, monkeypatch):
+    monkeypatch.setenv(library.ISA_VARIABLE, "sse9")
+    with pytest.raises(LarosaError, match="LAROSA_CPU_ISA 'sse9' is not known: use one of portable, avx2, avx512"):
+        torch.ops.larosa.silu_mul(torch.zeros(1, 4))
+
+
+def test_an_instruction_set_that_cannot_be_had_is_an_error():
+    for isa in set(library.ISAS) - set(ISAS):
+        with pytest.raises(LarosaError, match=f"'{isa}' is not supported by this processor"):
+            library.set_isa(isa)
+
+
+def test_the_widest_instruction_set_is_the_default():
+    program = "from larosa.ops.cpu import library; print(library.isa())"
+    environment = {name: value for name, value in os.environ.items() if name != library.ISA_VARIABLE}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == [ISAS[-1]]
+
+
+def test_without_the_library_an_operator_says_how_to_get_it(unloaded, monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
+    with pytest.raises(LarosaError, match="installed without its CPU kernels: install a C\\+\\+ compiler"):
+        torch.ops.larosa.silu_mul(torch.zeros(1, 4))
+
+
+def test_threads_of_pytorch_are_shared_where_it_has_openmp():
+    has_openmp = "OpenMP" in torch.__config__.parallel_info().partition("backend:")[2]
+    assert library.threads() == ("openmp" if has_openmp and sys.platform == "linux" else "own")
+
+
+@pytest.fixture(scope="session")
+def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-alone test program, built with the sanitizers."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    cmake = [sys.executable, "-m", "cmake"]
+    source = Path(__file__).parent / "fuzz.cpp"
+    settings = ["-DLAROSA_FUZZ=ON", f"-DLAROSA_FUZZ_SOURCE={source}"]
+    subprocess.run([*cmake, "-S", str(SOURCES), "-B", str(folder), *settings], check=True)
+    subprocess.run([*cmake, "--build", str(folder), "--parallel", "2"], check=True)
+    return folder / "larosa_cpu_fuzz"
+
+
+def test_no_call_reads_or_writes_outside_or_does_what_is_undefined(fuzz):
+    """4,000 random calls an instruction set, against double precision, on threads of the library's own."""
+    result = subprocess.run([str(fuzz), "4000", "1"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(result.stdout.split()[0]) == 4000 * len(ISAS)
