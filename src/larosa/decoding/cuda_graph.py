@@ -43,9 +43,7 @@ class GraphLoop:
         """
         tokens = torch.empty(max_new_tokens, 1, dtype=torch.int64, pin_memory=True)
         copies: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
-        with torch.cuda.device(self._engine.device):
-            self._token.copy_(self._sampler(self._engine.prefill(prompt)))
-            self._position.fill_(prompt.shape[1])
+        self.start(prompt)
         for drawn, place in enumerate(tokens, start=1):
             with torch.cuda.device(self._engine.device):
                 place.copy_(self._token, non_blocking=True)
@@ -53,7 +51,7 @@ class GraphLoop:
                 arrived.record()
                 copies.append((arrived, place))
                 if drawn < max_new_tokens:
-                    self._graph.replay()
+                    self.advance()
             while copies and (len(copies) > _AHEAD or drawn == max_new_tokens):
                 arrived, first = copies.popleft()
                 arrived.synchronize()
@@ -63,22 +61,33 @@ class GraphLoop:
                     return
 
     @torch.inference_mode()
+    def start(self, prompt: torch.Tensor) -> None:
+        """Run a prompt [1, length] and draw the first token, without waiting for it."""
+        with torch.cuda.device(self._engine.device):
+            self._token.copy_(self._sampler(self._engine.prefill(prompt)))
+            self._position.fill_(prompt.shape[1])
+
+    def advance(self) -> None:
+        """Run the last token and draw the next, without waiting for it."""
+        self._graph.replay()
+
+    @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The graph of one token. What trying it leaves in the cache stands where the next prompt is written."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels and takes what workspace libraries want, which capturing must not
-                self._advance()
+                self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self._position.zero_()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._sampler.generator)
         with torch.cuda.graph(graph):
-            self._advance()
+            self._step()
         return graph
 
-    def _advance(self) -> None:
+    def _step(self) -> None:
         # NO_TOKEN, drawn from logits that are not finite, must not be looked up: the host will find it and stop.
         token = self._sampler(self._engine.step(self._token.clamp(min=0), self._position))
         self._token.copy_(token)
