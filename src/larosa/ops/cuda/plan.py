@@ -47,9 +47,10 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
         tiles = sum(-(-size // (lanes * width)) for size in outputs)
         for cluster in _CLUSTERS if gpu.overlaps else (1,):
             blocks = max(tiles * cluster * batch, 1)
+            if blocks > at_once:
+                continue
             loads = max(k // cluster // (THREADS // lanes), 1)
-            rounds = -(-blocks // at_once)
-            filled = blocks / (rounds * at_once) * min(1.0, loads / _LOADS) * (1.0 if rounds == 1 else 0.8)
+            filled = blocks / at_once * min(1.0, loads / _LOADS)
             # Beyond _ENOUGH more blocks hardly help, and wide pieces of memory, which come first, help more.
             worth = min(filled, _ENOUGH) + 0.01 * filled
             if worth > best_worth * 1.02:
