@@ -108,9 +108,10 @@ DEVICE int cluster_rank() {
 template <int BLOCKS>
 DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1)
+    if constexpr (BLOCKS > 1) {
+        __syncwarp();  // "aligned": a warp arrives as one
         asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    else
+    } else
 #endif
         __syncthreads();
 }
