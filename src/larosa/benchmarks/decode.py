@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from larosa.architectures import Heads
-from larosa.benchmarks.bandwidth import read_bandwidth
+from larosa.benchmarks.bandwidth import ReadTest
 from larosa.benchmarks.machine import machine
 from larosa.benchmarks.shapes import (
     check_room,
@@ -206,17 +206,16 @@ class _Subjects:
 
     def measure(self) -> DecodeBenchmark:
         """Run all rows in turns of a few tokens, so that a busy moment of the machine hits all alike."""
-        before = read_bandwidth()
+        reading = ReadTest()
         with advance("Decoding", total=len(self._subjects) * self._tokens) as tick:
             for first in range(0, self._tokens, _ROUND):
+                reading.run()
                 for subject in self._subjects:
                     count = min(_ROUND, self._tokens - first)
                     subject.run(count)
                     for _ in range(count):
                         tick()
-        # The faster of the two: a floor is not to look nearer than it is.
-        bandwidth = max(before, read_bandwidth())
-        return DecodeBenchmark(machine(), bandwidth, list(self._rows(bandwidth)))
+        return DecodeBenchmark(machine(), reading.bandwidth, list(self._rows(reading.bandwidth)))
 
     def _rows(self, bandwidth: float) -> Iterator[DecodeRow]:
         medians = {subject.name: statistics.median(subject.seconds) for subject in self._subjects[:2]}

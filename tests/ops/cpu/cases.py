@@ -1,7 +1,9 @@
 """What the tests of kernels draw: settings, shapes and values of every kind."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -38,6 +40,7 @@ class Chance:
 
     generator: torch.Generator
     kind: str
+    threads: int
 
     def tensor(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`shape`, starting anywhere in its storage.
@@ -59,6 +62,14 @@ class Chance:
             x *= 10 ** (reach * (2 * torch.rand(len(x), generator=self.generator, dtype=torch.float64) - 1))
         return x.to(dtype)[skip:].view(shape)
 
+    def run(self, operator: Callable[..., Any], *arguments: Any) -> Any:
+        """The operator's result on this case's number of threads; PyTorch's own work crawls on more than there are."""
+        torch.set_num_threads(self.threads)
+        try:
+            return operator(*arguments)
+        finally:
+            torch.set_num_threads(1)
+
     def maybe(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Such a tensor or None."""
         return self.tensor(*shape, dtype=dtype) if torch.rand((), generator=self.generator) < 0.5 else None
@@ -66,12 +77,12 @@ class Chance:
 
 @st.composite
 def chances(draw: st.DrawFn, *kinds: str) -> Chance:
-    """Chance of one of the kinds; sets the instruction set and the number of threads, own or shared, too."""
+    """Chance of one of the kinds; sets the instruction set, and whose threads are used, too."""
     library.set_isa(draw(st.sampled_from(ISAS)))
     library.share_threads(library.load(), draw(st.booleans()))
-    torch.set_num_threads(draw(st.sampled_from([1, 1, 2, 3, 8])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    return Chance(generator, draw(st.sampled_from(kinds or ("normal", "integer", "special", "wild"))))
+    kind = draw(st.sampled_from(kinds or ("normal", "integer", "special", "wild")))
+    return Chance(generator, kind, draw(st.sampled_from([1, 1, 2, 3, 8])))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

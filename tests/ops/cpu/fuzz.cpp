@@ -1,5 +1,5 @@
-// Random calls of the C interface on heap blocks of exactly the size that each takes, so that the address sanitizer sees
-// every step outside; results against plain loops in double precision. Usage: fuzz CASES SEED
+// Random calls of the C interface on heap blocks of exactly the size that each takes, so that the address sanitizer
+// sees every step outside; results against plain loops in double precision. Usage: fuzz CASES SEED
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -95,7 +95,8 @@ struct Typed {
         }
     }
     const void *data() const {
-        return dtype == LAROSA_FLOAT32 ? static_cast<const void *>(wide.get()) : static_cast<const void *>(narrow.get());
+        if (dtype == LAROSA_FLOAT32) return wide.get();
+        return narrow.get();
     }
     larosa_vector vector() const { return {data(), dtype}; }
 

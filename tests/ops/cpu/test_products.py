@@ -56,7 +56,7 @@ def test_sparse_linear_is_the_sum_of_the_columns_at_the_indices(problem, data):
     chance, rows, depth, weights, biases, residual = problem
     k = data.draw(st.one_of(st.sampled_from([0, depth]), st.integers(0, depth)))
     values, indices = selection(chance, rows, depth, k)
-    result = ops.sparse_linear(values, indices, [column_major(w) for w in weights], biases, residual)
+    result = chance.run(ops.sparse_linear, values, indices, [column_major(w) for w in weights], biases, residual)
     operands = (values.double(), indices, [w.double() for w in weights])
     check(chance, result, k, sparse_linear_reference, operands, biases, residual)
 
@@ -66,6 +66,6 @@ def test_sparse_linear_is_the_sum_of_the_columns_at_the_indices(problem, data):
 def test_linear_is_the_product_with_every_row(problem):
     chance, rows, depth, weights, biases, residual = problem
     x = chance.tensor(rows, depth)
-    result = ops.linear(x, weights, biases, residual)
+    result = chance.run(ops.linear, x, weights, biases, residual)
     operands = (x.double(), [w.double() for w in weights])
     check(chance, result, depth, linear_reference, operands, biases, residual)

@@ -30,7 +30,7 @@ def same(selection, expected) -> None:
     assert indices.dtype == torch.int32
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=2500)
 @given(problems())
 def test_top_k_is_the_reference_bit_by_bit(problem):
     chance, rows, width, k, score = problem
@@ -40,7 +40,7 @@ def test_top_k_is_the_reference_bit_by_bit(problem):
     same(ops.top_k(x, k, score), top_k_reference(x, k, score))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1000)
 @given(problems())
 def test_fused_selections_are_top_k_of_what_they_fuse(problem):
     chance, rows, width, k, score = problem
@@ -50,7 +50,7 @@ def test_fused_selections_are_top_k_of_what_they_fuse(problem):
     same(ops.silu_mul_top_k(gate_up, k, score), ops.top_k(ops.silu_mul(gate_up), k, score))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1000)
 @given(chances(), WIDTHS, st.sampled_from([0.0, 1e-45, 0.5, 1.0, 2.0, 1e16, math.inf]))
 def test_above_is_the_reference_bit_by_bit(chance, width, threshold):
     x = chance.tensor(1, width)

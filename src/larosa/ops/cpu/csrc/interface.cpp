@@ -19,8 +19,10 @@ bool misaligned(const void *pointer, int64_t size) { return reinterpret_cast<uin
 bool misaligned(const larosa_vector &vector) { return misaligned(vector.data, element_size(vector.dtype)); }
 
 bool misaligned(const larosa_matrix *matrices, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-        if (misaligned(matrices[i].weight, element_size(matrices[i].dtype)) || misaligned(matrices[i].bias)) return true;
+    for (int64_t i = 0; i < count; ++i) {
+        const larosa_matrix &matrix = matrices[i];
+        if (misaligned(matrix.weight, element_size(matrix.dtype)) || misaligned(matrix.bias)) return true;
+    }
     return false;
 }
 
@@ -139,11 +141,14 @@ int larosa_linear(const float *x, int64_t rows, int64_t depth, const larosa_matr
     // At least 16 rows, or 64 KiB, which the second-level cache holds for all rows of x.
     const Blocks blocks(matrices, count, 16 * clamp((4 << 10) / row_bytes, 1, 64));
     if (blocks.outputs * row_bytes < 2 * kWorthSharing) threads = 1;
+    float *arranged = scratch<float>(rows * depth);
+    for (int64_t row = 0; row < rows; ++row)
+        kernels().arrange(x + row * depth, depth, matrices->dtype, arranged + row * depth);
     parallel(blocks.of_row, threads, [&](int64_t task) {
         const Block block = blocks.at(task);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t offset = row * blocks.outputs + block.offset;
-            kernels().dense_rows(x + row * depth, depth, *block.matrix, block.first, block.count,
+            kernels().dense_rows(arranged + row * depth, depth, *block.matrix, block.first, block.count,
                                  residual ? residual + offset : nullptr, out + offset);
         }
     });

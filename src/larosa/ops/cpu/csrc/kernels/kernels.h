@@ -26,6 +26,8 @@ struct Kernels {
     // of output 0.
     void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
                            int64_t first, int64_t count, const float *residual, float *out);
+    // x as dense_rows takes it for weights of this dtype.
+    void (*arrange)(const float *x, int64_t depth, int64_t dtype, float *out);
     void (*dense_rows)(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
                        const float *residual, float *out);
 

@@ -28,23 +28,56 @@ inline void finish(const float *sums, const larosa_matrix &matrix, int64_t first
     });
 }
 
+// `count` floats, a multiple of 2 kLanes, from the order that load_pair has elements of a mixed type in, to their own.
+inline void unmix(float *x, int64_t count) {
+    for (int64_t at = 0; at < count; at += 2 * kLanes) {
+        float pair[2 * kLanes];
+        __builtin_memcpy(pair, x + at, sizeof pair);
+        for (int64_t i = 0; i < kLanes; ++i) {
+            x[at + 2 * i] = pair[i];
+            x[at + 2 * i + 1] = pair[kLanes + i];
+        }
+    }
+}
+
+// The other way round.
+inline void mix(const float *x, int64_t count, float *out) {
+    for (int64_t at = 0; at < count; at += 2 * kLanes)
+        for (int64_t i = 0; i < kLanes; ++i) {
+            out[at + i] = x[at + 2 * i];
+            out[at + kLanes + i] = x[at + 2 * i + 1];
+        }
+}
+
+// What add_columns takes at a time: whole cache lines and whole pairs of vectors.
+template <class Type>
+constexpr int64_t columns_step() {
+    constexpr int64_t line = kCacheLine / int64_t(sizeof(typename Type::Element));
+    return line > 2 * kLanes ? line : 2 * kLanes;
+}
+
 // sums[0 : count] += the group's columns times their values. The next group's columns are fetched meanwhile: each lies
-// elsewhere, in too short a piece for the processor to foresee.
+// elsewhere, in too short a piece for the processor to foresee. Sums of whole steps of a mixed type stay mixed.
 template <class Type, int group>
 inline void add_columns(const typename Type::Element *const *columns, const typename Type::Element *const *next,
                         const float *values, int64_t count, float *sums) {
     using Element = typename Type::Element;
     constexpr int64_t line = kCacheLine / int64_t(sizeof(Element));
-    constexpr int64_t vectors = line > kLanes ? line / kLanes : 1;
-    constexpr int64_t step = vectors * kLanes;
+    constexpr int64_t step = columns_step<Type>();
+    constexpr int64_t vectors = step / kLanes;
     int64_t at = 0;
     for (; at + step <= count; at += step) {
         Floats total[vectors];
         for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < group; ++i) {
-            __builtin_prefetch(next[i] + at, 0, 2);
-            for (int64_t v = 0; v < vectors; ++v) total[v] += values[i] * load<Type>(columns[i] + at + v * kLanes);
+            for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(next[i] + at + ahead, 0, 2);
+            for (int64_t v = 0; v < vectors; v += 2) {
+                Floats pair[2];
+                load_pair<Type>(columns[i] + at + v * kLanes, pair);
+                total[v] += values[i] * pair[0];
+                total[v + 1] += values[i] * pair[1];
+            }
         }
         for (int64_t v = 0; v < vectors; ++v) store(sums + at + v * kLanes, total[v]);
     }
@@ -85,24 +118,39 @@ inline void sparse_columns(const float *values, const int32_t *indices, int64_t 
     float sums[kStrip + kLanes];
     for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
     with_type(matrix.dtype, [&](auto type) {
-        sparse_strip<decltype(type)>(values, indices, k, matrix, first, count, sums);
+        using Type = decltype(type);
+        sparse_strip<Type>(values, indices, k, matrix, first, count, sums);
+        if (Type::mixed) unmix(sums, count / columns_step<Type>() * columns_step<Type>());
     });
     finish(sums, matrix, first, count, residual, out);
+}
+
+constexpr int kChains = 2;  // sums of one dot product side by side
+constexpr int kRows = 4;    // dot products side by side; together they hide the latency of an addition
+
+// x in the order that dot_rows reads it in, for weights of a dtype.
+inline void arrange(const float *x, int64_t depth, int64_t dtype, float *out) {
+    const int64_t whole = depth / (kChains * kLanes) * (kChains * kLanes);
+    const int64_t mixed = with_type(dtype, [&](auto type) { return decltype(type)::mixed ? whole : 0; });
+    mix(x, mixed, out);
+    __builtin_memcpy(out + mixed, x + mixed, size_t(depth - mixed) * sizeof *x);
 }
 
 // The dot products of x with `group` rows that follow each other.
 template <class Type, int group>
 inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t depth, float *sums) {
-    constexpr int chains = 4;  // independent sums hide the latency of an addition
     constexpr int64_t ahead = 1024 / int64_t(sizeof(typename Type::Element));
-    Floats total[group][chains] = {};
+    Floats total[group][kChains] = {};
     int64_t at = 0;
-    for (; at + chains * kLanes <= depth; at += chains * kLanes)
+    for (; at + kChains * kLanes <= depth; at += kChains * kLanes)
         for (int i = 0; i < group; ++i)
-            for (int c = 0; c < chains; ++c) {
+            for (int c = 0; c < kChains; c += 2) {
                 const int64_t from = at + c * kLanes;
                 __builtin_prefetch(rows + i * depth + from + ahead, 0, 2);
-                total[i][c] += load(x + from) * load<Type>(rows + i * depth + from);
+                Floats pair[2];
+                load_pair<Type>(rows + i * depth + from, pair);
+                total[i][c] += load(x + from) * pair[0];
+                total[i][c + 1] += load(x + from + kLanes) * pair[1];
             }
     for (; at < depth; at += kLanes) {
         const int64_t some = depth - at < kLanes ? depth - at : kLanes;
@@ -112,7 +160,7 @@ inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t
         }
     }
     for (int i = 0; i < group; ++i) {
-        for (int c = 1; c < chains; ++c) total[i][0] += total[i][c];
+        for (int c = 1; c < kChains; ++c) total[i][0] += total[i][c];
         sums[i] = sum(total[i][0]);
     }
 }
@@ -126,8 +174,9 @@ inline void dense_rows(const float *x, int64_t depth, const larosa_matrix &matri
             const int64_t some = count - done < kLanes ? count - done : kLanes;
             float sums[kLanes] = {};
             int64_t i = 0;
-            for (; i + 2 <= some; i += 2) dot_rows<Type, 2>(x, weight + (first + done + i) * depth, depth, sums + i);
-            for (; i < some; ++i) dot_rows<Type, 1>(x, weight + (first + done + i) * depth, depth, sums + i);
+            const auto *rows = weight + (first + done) * depth;
+            for (; i + kRows <= some; i += kRows) dot_rows<Type, kRows>(x, rows + i * depth, depth, sums + i);
+            for (; i < some; ++i) dot_rows<Type, 1>(x, rows + i * depth, depth, sums + i);
             finish(sums, matrix, first + done, some, residual, out);
         }
     });

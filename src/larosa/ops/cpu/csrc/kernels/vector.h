@@ -30,22 +30,26 @@ inline To bits(From from) {
 
 inline Floats splat(float x) { return Floats{} + x; }
 
-// How an element is stored, and a vector of them as floats.
+// How an element is stored, and a vector of them as floats. Two vectors of a "mixed" type are cheaper to have as the
+// even and the odd elements than in order.
 struct Float32 {
     using Element = float;
     using Stored = Floats;
+    static constexpr bool mixed = false;
     static Floats widen(Stored x) { return x; }
 };
 
 struct BFloat16 {
     using Element = uint16_t;
     using Stored = Halves;
+    static constexpr bool mixed = true;
     static Floats widen(Stored x) { return bits<Floats>(__builtin_convertvector(x, Words) << 16); }
 };
 
 struct Float16 {
     using Element = uint16_t;
     using Stored = Halves;
+    static constexpr bool mixed = false;
     // Moved to where a float has them, exponent and mantissa are too small by 2^112, subnormals included.
     static Floats widen(Stored x) {
         const Words word = __builtin_convertvector(x, Words);
@@ -60,6 +64,20 @@ inline Floats load(const typename Type::Element *from) {
     typename Type::Stored stored;
     __builtin_memcpy(&stored, from, sizeof stored);
     return Type::widen(stored);
+}
+
+// 2 kLanes elements; of a mixed type first the even and then the odd ones.
+template <class Type>
+inline void load_pair(const typename Type::Element *from, Floats *pair) {
+    if constexpr (Type::mixed) {
+        Words words;
+        __builtin_memcpy(&words, from, sizeof words);
+        pair[0] = bits<Floats>(words << 16);
+        pair[1] = bits<Floats>(words & 0xffff0000u);
+    } else {
+        pair[0] = load<Type>(from);
+        pair[1] = load<Type>(from + kLanes);
+    }
 }
 
 // The first `count` < kLanes elements, and zeros.
