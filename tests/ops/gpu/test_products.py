@@ -40,7 +40,7 @@ def check(result, reference, operands, weights, biases, residual) -> None:
     assert ((result.double() - exact).abs() <= (operands[0].shape[1] + 4) * EPS * bound + 1e-44).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(problems(), st.data())
 def test_sparse_linear(target, problem, data):
     rows, depth, weights, biases, residual, seed = problem
@@ -52,7 +52,7 @@ def test_sparse_linear(target, problem, data):
     check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(problems())
 def test_linear(target, problem):
     rows, depth, weights, biases, residual, seed = problem

@@ -86,6 +86,8 @@ def sparse_linear(
     result = values.new_empty(rows, outputs)
     sizes = [len(weight) for weight in weights]
     element = weights[0].element_size()
+    if any(weight.stride(1) * width >= 2**32 for weight in weights):
+        raise LarosaError("the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton")
     plan = sparse_plan(machine(values.device), sizes, k, rows, element)
     matrices, tiles = Matrices.of(weights, biases, plan.tile, along=1)
     macros = {

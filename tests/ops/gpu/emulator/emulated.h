@@ -4,6 +4,7 @@
 #ifndef LAROSA_DEVICE
 #define LAROSA_DEVICE
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -61,8 +62,10 @@ struct Thread {
     Index thread, block;
     Block* of = nullptr;
     Warp* warp = nullptr;
-    ucontext_t context;
+    ucontext_t context;  // to start it
+    jmp_buf place;       // to go on: jumps spare the system calls of ucontext
     std::unique_ptr<char[]> stack;
+    bool started = false;
     bool waited = false;    // has called wait_for_inputs
     bool released = false;  // has called release_dependents
     bool done = false;
@@ -71,7 +74,7 @@ struct Thread {
 inline std::vector<Block> blocks;  // of the cluster that runs
 inline Barrier cluster;
 inline Thread* current = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline bool moved = false;  // some thread got on since the scheduler last looked
 inline std::string failure;
 inline Index grid;
@@ -82,7 +85,17 @@ inline void fail(const std::string& what) {
     if (failure.empty()) failure = what;
 }
 
-inline void give_way() { swapcontext(&current->context, &scheduler); }
+inline void give_way() {
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& thread) {
+    current = &thread;
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+}
 
 inline void wait_at(Barrier& barrier) {
     const unsigned generation = barrier.generation;
@@ -115,7 +128,7 @@ inline void start() {
     if (!current->waited || !current->released) fail("a thread ended without waiting for inputs or releasing others");
     current->done = true;
     moved = true;
-    swapcontext(&current->context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned threads, unsigned shared, unsigned seed) {
@@ -149,8 +162,7 @@ inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned thre
         moved = false;
         for (unsigned i : order) {
             if (all[i].done) continue;
-            current = &all[i];
-            swapcontext(&scheduler, &current->context);
+            resume(all[i]);
             if (!failure.empty()) return;
         }
     } while (moved);
@@ -245,6 +257,10 @@ inline void check(const void* from, unsigned alignment) {
 }
 }  // namespace emulator
 
+template <class T>
+const T* at_offset(const T* base, unsigned offset) {
+    return base + offset;
+}
 inline uint4 load_once(const void* from) {
     emulator::check(from, 16);
     return *static_cast<const uint4*>(from);

@@ -149,8 +149,8 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     }
     __syncthreads();
 
-    const int part = thread % LANES * WIDTH<CACHE>;
-    const bool holds = part < SIZE;
+    const bool holds = thread % LANES < PARTS;
+    const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
     float query[HEADS][WIDTH<CACHE>];
 #pragma unroll
     for (int h = 0; h < HEADS; ++h)
@@ -170,13 +170,16 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
         bool there[DEPTH];
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
+            // What is not there reads the last position again, and does not count.
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
-            if (there[j] && holds) {
-                key[j].template load<true>(keys + static_cast<long long>(at) * SIZE + part, WIDTH<CACHE>);
-                value[j].template load<true>(values + static_cast<long long>(at) * SIZE + part, WIDTH<CACHE>);
-            }
+            const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
+            key[j].template load<true>(keys + place, WIDTH<CACHE>);
+            value[j].template load<true>(values + place, WIDTH<CACHE>);
         }
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j)
+            if (!there[j]) value[j] = Packed();
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
             float score[DEPTH];

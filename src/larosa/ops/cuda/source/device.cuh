@@ -40,6 +40,14 @@ DEVICE T& shared_memory() {
 
 // --- Loads. All are volatile: none may move up across wait_for_inputs().
 
+// `base + offset`, in one instruction: the compiler would take the base apart again for each of many offsets.
+template <class T>
+DEVICE const T* at_offset(const T* base, unsigned offset) {
+    const T* address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(offset), "n"(sizeof(T)), "l"(base));
+    return address;
+}
+
 // 16 bytes that nobody reads again: they pass the first cache by.
 DEVICE uint4 load_once(const void* from) {
     uint4 data;

@@ -18,7 +18,7 @@ constexpr int CHUNK = 1024;  // entries of the list held in shared memory
 
 struct Entry {
     float value;
-    int index;
+    unsigned offset;  // of its column, in elements
 };
 
 struct Shared {
@@ -31,26 +31,32 @@ SHARED(Shared);
 
 using Packed = Pack<WEIGHT>;
 
-// Adds `count` entries, each group of threads every GROUPS-th from its own number on.
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count, const WEIGHT* weights, long long stride,
-                int there) {
-    int i = static_cast<int>(threadIdx.x) / LANES;
-    for (; i < count; i += DEPTH * GROUPS) {
-        Packed pack[DEPTH];
-        float value[DEPTH];
+// Adds DEPTH entries, GROUPS apart; those from `count` on are not there unless ALL are.
+template <bool ALL>
+DEVICE void add_batch(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count, const WEIGHT* weights, int there) {
+    Packed pack[DEPTH];  // what is not loaded is zero, so it adds nothing even where a weight is infinite
+    float value[DEPTH];
 #pragma unroll
-        for (int j = 0; j < DEPTH; ++j) {
-            const int at = i + j * GROUPS;
-            const Entry entry = at < count ? entries[at] : Entry{0.0f, -1};
+    for (int j = 0; j < DEPTH; ++j) {
+        value[j] = 0.0f;
+        if (ALL || j * GROUPS < count) {
+            const Entry entry = entries[j * GROUPS];
             value[j] = entry.value;
-            // What is not loaded is zero, so it adds nothing even where a weight is infinite.
-            if (entry.index >= 0) pack[j].template load<ALIGNED>(weights + entry.index * stride, there);
+            pack[j].template load<ALIGNED>(at_offset(weights, entry.offset), ALIGNED ? WIDTH<WEIGHT> : there);
         }
-#pragma unroll
-        for (int j = 0; j < DEPTH; ++j)
-#pragma unroll
-            for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value[j], widen(pack[j].weight[e]), sum[e]);
     }
+#pragma unroll
+    for (int j = 0; j < DEPTH; ++j)
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value[j], widen(pack[j].weight[e]), sum[e]);
+}
+
+// Adds `count` entries, each group of threads every GROUPS-th from its own number on.
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count, const WEIGHT* weights, int there) {
+    constexpr int BATCH = DEPTH * GROUPS;
+    int i = static_cast<int>(threadIdx.x) / LANES;
+    for (; i + BATCH - GROUPS < count; i += BATCH) add_batch<true>(sum, entries + i, BATCH, weights, there);
+    if (i < count) add_batch<false>(sum, entries + i, count - i, weights, there);
 }
 
 KERNEL(THREADS, 3)
@@ -63,9 +69,12 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     const long long row = blockIdx.y;
     const Matrix& matrix = matrices.of(tile);
     const int first = (tile - static_cast<int>(matrix.tile)) * TILE;  // of the tile, in its matrix
-    const int mine = first + thread % LANES * WIDTH<WEIGHT>;          // of this thread's outputs
+    // Of this thread's outputs; beyond the matrix it reads the last whole piece again, and the sum is not used.
+    const int own = first + thread % LANES * WIDTH<WEIGHT>;
+    const int mine = ALIGNED ? min(own, static_cast<int>(matrix.outputs) - WIDTH<WEIGHT>) : own;
     const int there = static_cast<int>(matrix.outputs) - mine;
     const WEIGHT* weights = static_cast<const WEIGHT*>(matrix.weights) + mine;
+    const unsigned stride = static_cast<unsigned>(matrix.stride);
 
     release_dependents();
     // While the list is still being made, memory idles. A rotation by principal components puts the entries that
@@ -92,9 +101,10 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
         const int count = min(CHUNK, end - start);
         if (start > begin) __syncthreads();
         for (int i = thread; i < count; i += THREADS)
-            shared.entries[i] = {load_fresh(values + row * k + start + i), load_fresh(indices + row * k + start + i)};
+            shared.entries[i] = {load_fresh(values + row * k + start + i),
+                                 load_fresh(indices + row * k + start + i) * stride};
         __syncthreads();
-        add(sum, shared.entries, count, weights, matrix.stride, there);
+        add(sum, shared.entries, count, weights, there);
     }
 
     // Groups of one warp, warps of the block, blocks of the cluster.
