@@ -18,13 +18,19 @@ BAR = 0.6
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """KL divergence by method and sparsity, of the command as a user runs it."""
+def report(tmp_path_factory):
+    """What the command finds as a user runs it."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-c", "from larosa.cli.main import main; main()", "demo"]
     subprocess.run([*command, "--json", "demo.json", "--device", "cpu"], check=True, cwd=folder)
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "demo.json").read_text("utf-8"))["rows"]
+    return json.loads((folder / "demo.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def demo(report):
+    """KL divergence by method and sparsity."""
+    return report["rows"]
 
 
 def by_sparsity(rows, method, key="kl_divergence"):
@@ -42,6 +48,13 @@ def test_calibrated_rotation_pays_and_a_random_one_does_not(demo):
     for sparsity in SPARSITIES:
         assert larosa_[sparsity] <= BAR * plain[sparsity]
         assert chance[sparsity] >= plain[sparsity]
+
+
+def test_the_demo_times_a_cached_model_and_one_that_is_not(report):
+    rows = [(row["shape"], row["row"], row["sparsity"]) for row in report["speed"]]
+    decoders = [("transformers dense", 0.0), ("engine dense", 0.0), ("LaRoSA", 0.25), ("LaRoSA", 0.5)]
+    assert rows == [(shape, *row) for shape in ("larosa-tiny", "llama-3.2-1b, 3 layers") for row in decoders]
+    assert all(row["tokens_per_second"] > 0 for row in report["speed"])
 
 
 def test_more_sparsity_costs_more(demo):

@@ -116,6 +116,13 @@ class Search(StrEnum):
         return self in (Search.GRID, Search.SENSITIVITY)
 
 
+class Compensation(StrEnum):
+    """What makes up for dropped entries: nothing, or weights refitted to the kept ones (`linear`)."""
+
+    NONE = "none"
+    LINEAR = "linear"
+
+
 class Recipe(StrEnum):
     """A named set of defaults: the paper's settings, or the best that costs nothing at run time."""
 
@@ -227,6 +234,7 @@ class LarosaConfig(_Block):
     value_rotation: bool = False
     score: Score = Score.MAGNITUDE
     search: Search
+    compensation: Compensation = Compensation.NONE
     prefill: Prefill = Prefill.SPARSE
     calibration: CalibrationRecord | None = None
 

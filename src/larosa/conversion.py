@@ -15,6 +15,7 @@ from larosa.architectures import Architecture, Heads, find_architecture
 from larosa.calibration import LayerMoments, calibration_sequences, layer_fisher, layer_statistics
 from larosa.config import (
     CalibrationRecord,
+    Compensation,
     Covariance,
     KeepCounts,
     LarosaConfig,
@@ -43,6 +44,7 @@ from larosa.rotation import (
 )
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts, sensitivity
+from larosa.sparsity.compensation import compensate
 from larosa.sparsity.greedy import GreedyAllocation
 from larosa.sparsity.search import SearchLog, grid_search
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
@@ -67,6 +69,7 @@ def convert(
     value_rotation: bool | None = None,
     score: str | None = None,
     search: str | None = None,
+    compensation: str = Compensation.NONE,
     alphas: PerSite | None = None,
     prefill: str = Prefill.SPARSE,
     device: torch.device | str | None = None,
@@ -102,6 +105,7 @@ def convert(
         search: `none`; `grid` for Algorithm 1 and, for counts of each layer and site by what they cost,
             `sensitivity` (measured) or `fisher` (estimated from the scores; all three larosa, topk);
             `greedy` for TEAL's allocation within each layer (teal).
+        compensation: `linear` refits the weights to the entries that are kept; `none` leaves them.
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
         device: where layers are calibrated and merged, one at a time; None is where the embedding is.
@@ -129,6 +133,7 @@ def convert(
         value_rotation=value_rotation,
         score=score,
         search=search,
+        compensation=compensation,
         prefill=prefill,
         alphas=alphas,
     )
@@ -158,6 +163,11 @@ def convert(
     if settings.search in _SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
         _SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+    if settings.compensation is Compensation.LINEAR:
+        assert sequences is not None, "compensation has calibration sequences"
+        keep = LarosaConfig.parse(model.config.larosa).keep
+        assert keep is not None, "the method counts"
+        compensate(model, architecture, keep, sequences, where)
     return model
 
 
@@ -209,6 +219,7 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         value_rotation=settings.value_rotation,
         score=settings.score,
         search=settings.search,
+        compensation=settings.compensation,
         prefill=settings.prefill,
         calibration=settings.calibration,
         **selection,

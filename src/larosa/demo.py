@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from larosa.architectures import find_architecture
-from larosa.calibration.sources import BUNDLED
+from larosa.calibration.sources import BUNDLED, SELF, calibration_sequences
 from larosa.checkpoint import load
-from larosa.config import PerSite, Rotation, RotationObjective, Score
+from larosa.config import PerSite, Rotation, RotationObjective, Score, Search
 from larosa.conversion import convert
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
 from larosa.models import set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity.sensitivity import cheapest, sorted_entries
 
 SPARSITIES = (0.25, 0.40, 0.50, 0.60)
 
@@ -23,6 +25,7 @@ _PLAIN: dict[str, Any] = {
     "rotation_objective": RotationObjective.INPUTS,
     "value_rotation": False,
     "score": Score.MAGNITUDE,
+    "search": Search.NONE,
 }
 
 #: Rows of the table, in order, by the options that make the difference.
@@ -30,11 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "Top-K, no rotation": {**_PLAIN, "rotation": Rotation.NONE},
     "Top-K, random rotation": {**_PLAIN, "rotation": Rotation.RANDOM},
     "LaRoSA": _PLAIN,
-    "LaRoSA, recipe best": {},
+    "LaRoSA, recipe best": {"search": Search.FISHER},
 }
 
-_NUM_SEQUENCES = 16
-_SEQUENCE_LENGTH = 512
+_SAMPLE: dict[str, Any] = {"num_sequences": 16, "sequence_length": 512}
 _MAX_SEQUENCES = 12
 
 
@@ -67,7 +69,7 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
     """
     folder = bundled_model()
     reference, tokenizer = load(folder, dtype="float32", device=device)
-    windows = evaluation_windows(reference, tokenizer, BUNDLED, _SEQUENCE_LENGTH, _MAX_SEQUENCES)
+    windows = evaluation_windows(reference, tokenizer, BUNDLED, _SAMPLE["sequence_length"], _MAX_SEQUENCES)
     dense = RecordedLogits(reference, windows)
     rows: list[DemoRow] = []
 
@@ -80,19 +82,16 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
     add("Dense", 0.0, evaluate_windows(reference, windows, dense))
     for method, parts in METHODS.items():
         model, _ = load(folder, dtype="float32", device=device)
-        convert(
-            model,
-            tokenizer,
-            search="none",
-            **parts,
-            calibration="self",
-            num_sequences=_NUM_SEQUENCES,
-            sequence_length=_SEQUENCE_LENGTH,
-            seed=seed,
-        )
+        convert(model, tokenizer, **parts, calibration=SELF, **_SAMPLE, seed=seed)
         architecture, sizes = find_architecture(model.config.model_type), SiteSizes.of(model.config)
+        costs = None
+        if parts["search"] is Search.FISHER:
+            set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+            sequences = calibration_sequences(SELF, reference, tokenizer, **_SAMPLE, seed=seed)
+            costs = sorted_entries(model, architecture, partial(evaluate_windows, model, sequences, None))
         for sparsity in SPARSITIES:
-            set_keep_counts(model, architecture, keep_counts(sparsity, PerSite(), sizes))
+            even = keep_counts(sparsity, PerSite(), sizes)
+            set_keep_counts(model, architecture, even if costs is None else cheapest(sparsity, sizes, costs))
             add(method, sparsity, evaluate_windows(model, windows, dense))
     return rows
 

@@ -79,6 +79,7 @@ def model_card(
         "score": block.score,
         "budget": block.budget,
         "search": block.search,
+        "compensation": block.compensation,
         "prompts": block.prefill,
     }
     settings = {name: value for name, value in settings.items() if value is not None}

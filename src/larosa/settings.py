@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from larosa.config import (
     Budget,
     CalibrationRecord,
+    Compensation,
     Covariance,
     Method,
     PerSite,
@@ -41,7 +42,7 @@ class Defaults:
     sequence_length: int = 2048
 
 
-#: `paper` is section 5.1 of the paper; `best` is what measured better at no cost at run time.
+#: `paper` is section 5.1 of the paper; `best` is what measured better at next to no cost at run time.
 RECIPES = {
     Recipe.PAPER: Defaults(
         budget=Budget.PAPER,
@@ -55,11 +56,11 @@ RECIPES = {
     Recipe.BEST: Defaults(
         budget=Budget.WEIGHTS,
         covariance=Covariance.JOINT,
-        search=Search.NONE,
+        search=Search.FISHER,
         calibration="self",
-        rotation_objective=RotationObjective.OUTPUTS,
+        rotation_objective=RotationObjective.FISHER,
         value_rotation=True,
-        score=Score.WEIGHTS,
+        score=Score.FISHER,
     ),
 }
 
@@ -99,6 +100,7 @@ class Settings:
     value_rotation: bool
     score: Score
     search: Search
+    compensation: Compensation
     prefill: Prefill
     alphas: PerSite | None
     seed: int
@@ -128,6 +130,7 @@ class Settings:
         value_rotation: bool | None = None,
         score: str | None = None,
         search: str | None = None,
+        compensation: str = Compensation.NONE,
         prefill: str = Prefill.SPARSE,
         alphas: PerSite | None = None,
     ) -> Self:
@@ -143,14 +146,21 @@ class Settings:
         defaults = _defaults(chosen_recipe, applicable)
         chosen_rotation = _choose(Rotation, rotation or defaults.rotation, "rotation")
         chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
-        chosen_search = _choose(Search, search or (Search.NONE if alphas else defaults.search), "search")
         chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
         chosen_objective = _choose(
             RotationObjective, rotation_objective or defaults.rotation_objective, "rotation objective"
         )
-        if value_rotation is None:  # the controls without a calibrated rotation are to be free of all of it
-            value_rotation = defaults.value_rotation and chosen_rotation.is_calibrated
+        if not chosen_rotation.is_calibrated:  # the controls are to be free of calibration, unless a part is asked for
+            defaults = replace(defaults, value_rotation=False, score=_uncalibrated(defaults.score))
+        if value_rotation is None:
+            value_rotation = defaults.value_rotation
         chosen_score = _choose(Score, score or defaults.score, "score")
+        if alphas is not None or (
+            defaults.search is Search.FISHER
+            and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
+        ):
+            defaults = replace(defaults, search=Search.NONE)
+        chosen_search = _choose(Search, search or defaults.search, "search")
         _check_applicable(
             chosen_method,
             {
@@ -161,6 +171,7 @@ class Settings:
                 f"--score {score}": applicable.coefficients or chosen_score is Score.MAGNITUDE,
                 f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
                 f"--search {search}": chosen_search in applicable.searches,
+                f"--compensation {compensation}": applicable.coefficients or compensation == Compensation.NONE,
                 "alphas": applicable.coefficients or alphas is None,
             },
         )
@@ -172,8 +183,13 @@ class Settings:
             )
         if chosen_search is Search.FISHER and chosen_score is not Score.FISHER:
             raise LarosaError("--search fisher goes by the scores' estimates: add --score fisher")
+        chosen_prefill = _choose(Prefill, prefill, "prefill")
+        chosen_compensation = _choose(Compensation, compensation, "compensation")
+        compensates = chosen_compensation is not Compensation.NONE
+        if compensates and chosen_prefill is Prefill.DENSE:
+            raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
         record = None
-        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER
+        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
         if calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
@@ -194,7 +210,8 @@ class Settings:
             value_rotation=value_rotation,
             score=chosen_score,
             search=chosen_search,
-            prefill=_choose(Prefill, prefill, "prefill"),
+            compensation=chosen_compensation,
+            prefill=chosen_prefill,
             alphas=(alphas or PerSite()) if applicable.coefficients else None,
             seed=seed,
             calibration=record,
@@ -213,6 +230,10 @@ def _defaults(recipe: Recipe, applicable: Applicable) -> Defaults:
         value_rotation=defaults.value_rotation and applicable.rotation,
         score=defaults.score if applicable.rotation else Score.MAGNITUDE,
     )
+
+
+def _uncalibrated(score: Score) -> Score:
+    return Score.WEIGHTS if score is Score.FISHER else score
 
 
 def _check_applicable(method: Method, options: dict[str, bool]) -> None:

@@ -105,10 +105,13 @@ def test_the_seed_alone_decides(make_model, token_ids):
     assert not torch.equal(run(1), first)
 
 
-def test_bad_gradients_are_named(make_model, token_ids):
+def test_bad_activations_and_gradients_are_named(make_model, token_ids):
     model = make_model("llama", torch.float32)
-    model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(LarosaError, match=r"layer 2, site h\d, gradients: .* NaN or Inf"):
+        layer_fisher(model, find_architecture("llama"), token_ids(1, 9), CPU, seed=0)
+    model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(LarosaError, match=r"layer 1: .* NaN or Inf"):
         layer_fisher(model, find_architecture("llama"), token_ids(1, 9), CPU, seed=0)
 
 

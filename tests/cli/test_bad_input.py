@@ -159,7 +159,10 @@ def test_activations_that_are_not_finite(convert_refused, checkpoint, text_file)
     weights = load_file(file)
     weights["model.layers.1.self_attn.o_proj.weight"].fill_(3e38)  # finite, but what it gives is not
     save_file(weights, file, metadata={"format": "pt"})
-    assert "layer 1, site h3" in convert_refused("--calibration", text_file, "--no-measure")
+    given = ("--calibration", text_file, "--no-measure")
+    assert "layer 1: calibration activations are NaN or Inf" in convert_refused(*given)
+    plain = ("--recipe", "paper", "--search", "none")
+    assert "layer 1, site h3: calibration activations are NaN or Inf" in convert_refused(*given, *plain)
 
 
 @pytest.mark.parametrize(("config", "reason"), [(Gemma2Config(), "residual stream"), (GPT2Config(), "LayerNorm")])

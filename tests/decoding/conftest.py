@@ -1,12 +1,23 @@
-"""What the engine's tests compare: logits of a text, position by position."""
+"""What the engine's tests compare: logits of a text, position by position, where no choice of entries is close.
+
+Where two entries tie for the k-th place but for the last bits, two ways of computing the same choose differently,
+and everything after that token differs; transformers' forward with a cache and without one do, too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+
+from larosa.models import Selector, Threshold, TopK
+
+#: Margins relative to the entry itself. Rounding moves an entry by about 1e-6 of it.
+CLEAR = 2e-5
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +30,46 @@ def step_logits() -> Callable[..., torch.Tensor]:
         return torch.cat(rows)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def margin() -> Callable[..., float]:
+    """margin(model, run): how far the closest of the model's choices in run() is from going the other way."""
+
+    def measure(model: Any, run: Callable[[], object]) -> float:
+        margins = [math.inf]
+        chosen = [module for module in model.modules() if isinstance(module, Selector)]
+        hooks = [module.register_forward_pre_hook(lambda m, x: margins.append(_margin(m, x[0]))) for module in chosen]
+        run()
+        for hook in hooks:
+            hook.remove()
+        return min(margins)
+
+    return measure
+
+
+def _margin(selector: Selector, x: torch.Tensor) -> float:
+    magnitude = x.double().abs()
+    if isinstance(selector, Threshold):
+        return float(((magnitude - selector.threshold).abs() / magnitude.clamp_min(1e-30)).min())
+    assert isinstance(selector, TopK)
+    if selector.k in (0, x.shape[-1]):
+        return math.inf
+    ranked = (magnitude if selector.score is None else magnitude * selector.score).sort(descending=True).values
+    last, next_ = ranked[..., selector.k - 1], ranked[..., selector.k]
+    return float(((last - next_) / last).min())
+
+
+@pytest.fixture(scope="session")
+def clear_ids(token_ids: Callable[..., torch.Tensor], margin: Callable[..., float]) -> Callable[..., torch.Tensor]:
+    """clear_ids(model, length, run): random token ids [1, length] on which no choice in run(ids) is close.
+
+    Where there is no `run`, it is the forward of the whole text.
+    """
+
+    def find(model: Any, length: int, run: Callable[[torch.Tensor], object] | None = None) -> torch.Tensor:
+        forward = run or (lambda ids: model(ids, use_cache=False))
+        texts = (token_ids(1, length, seed=seed) for seed in range(200))
+        return next(ids for ids in texts if margin(model, partial(forward, ids)) > CLEAR)
+
+    return find

@@ -10,7 +10,7 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
 from larosa.decoding import Engine, ForwardEngine
-from larosa.models import Threshold, selectors, set_keep_counts
+from larosa.models import set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -34,14 +34,7 @@ def make(make_model, quick_convert):
         model = make_model(family, dtype, **overrides)
         if CONVERSIONS[conversion] is None:
             return model
-        quick_convert(model, **CONVERSIONS[conversion])
-        for selector in (
-            chosen for of_site in selectors(model, find_architecture(family)).values() for chosen in of_site
-        ):
-            if isinstance(selector, Threshold):
-                # It is the magnitude of a calibration token's entry; the same token in a test would tie.
-                selector.threshold *= 1.0001
-        return model
+        return quick_convert(model, **CONVERSIONS[conversion])
 
     return build
 
@@ -54,23 +47,26 @@ def assert_same_logits(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_logits_are_the_forwards(make, token_ids, step_logits, family, conversion):
-    model, ids = make(family, conversion), token_ids(1, LENGTH)
+def test_logits_are_the_forwards(make, clear_ids, step_logits, family, conversion):
+    model = make(family, conversion)
+    ids = clear_ids(model, LENGTH)
     expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
     assert_same_logits(step_logits(Engine(model, LENGTH), ids, PROMPT), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.9])
-def test_any_sparsity(make_model, quick_convert, token_ids, step_logits, family, sparsity):
-    model, ids = quick_convert(make_model(family), sparsity=sparsity), token_ids(1, LENGTH)
+def test_any_sparsity(make_model, quick_convert, clear_ids, step_logits, family, sparsity):
+    model = quick_convert(make_model(family), sparsity=sparsity)
+    ids = clear_ids(model, LENGTH)
     expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
     assert_same_logits(step_logits(Engine(model, LENGTH), ids, PROMPT), expected)
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 11])
-def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, token_ids, step_logits, prompt):
-    model, ids = quick_convert(make_model("llama"), prefill="dense"), token_ids(1, LENGTH)
+def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, clear_ids, step_logits, prompt):
+    model = quick_convert(make_model("llama"), prefill="dense")
+    ids = clear_ids(model, LENGTH, lambda ids: step_logits(ForwardEngine(model), ids, prompt))
     expected = step_logits(ForwardEngine(model), ids, prompt)
     assert_same_logits(step_logits(Engine(model, LENGTH), ids, prompt), expected)
     sparse = model(ids, use_cache=False).logits[0, prompt - 1 :]  # one long prompt, so not masked at all
@@ -116,9 +112,9 @@ def test_narrow_weights(make, token_ids, step_logits, family, dtype, conversion)
     ],
     ids=lambda rope: rope["rope_type"],
 )
-def test_scaled_rotary_embeddings(make, token_ids, step_logits, rope):
+def test_scaled_rotary_embeddings(make, clear_ids, step_logits, rope):
     model = make("llama", "larosa-layer", rope_parameters={"rope_theta": 10000.0, **rope})
-    ids = token_ids(1, LENGTH)
+    ids = clear_ids(model, LENGTH)
     expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
     assert_same_logits(step_logits(Engine(model, LENGTH), ids, PROMPT), expected)
 
@@ -149,8 +145,9 @@ def test_rotary_embeddings_that_change_with_the_length(make, token_ids, step_log
         Engine(model, limit + 1)
 
 
-def test_up_to_the_end_of_the_cache(make, token_ids, step_logits):
-    model, ids = make("mistral", "larosa-layer"), token_ids(1, 128)
+def test_up_to_the_end_of_the_cache(make, clear_ids, step_logits):
+    model = make("mistral", "larosa-layer")
+    ids = clear_ids(model, 128)
     expected = model(ids, use_cache=False).logits[0, 3:]
     assert_same_logits(step_logits(Engine(model, 128), ids, 4), expected)
 
@@ -208,11 +205,12 @@ def test_no_weight_is_copied_or_kept_twice(make):
     assert all(weight.t().is_contiguous() and not weight.is_contiguous() for weight in read)
 
 
-def test_weights_are_laid_out_anew_when_the_counts_change(make, token_ids, step_logits):
-    model, ids = make("llama", "larosa-layer"), token_ids(1, LENGTH)
+def test_weights_are_laid_out_anew_when_the_counts_change(make, clear_ids, step_logits):
+    model = make("llama", "larosa-layer")
     architecture, sizes = find_architecture("llama"), SiteSizes.of(model.config)
     for sparsity in (0.5, 0.0, 0.25):
         set_keep_counts(model, architecture, keep_counts(sparsity, PerSite(), sizes))
+        ids = clear_ids(model, LENGTH)
         expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
         engine = Engine(model, LENGTH)
         assert engine._layers[0].h3.weights[0].is_contiguous() == (sparsity == 0)
@@ -236,8 +234,9 @@ def test_an_engine_outlives_what_others_do_with_the_weights(make, token_ids):
     assert rubbish[0].isnan().all()
 
 
-def test_the_number_of_threads_may_change(make, token_ids, step_logits):
-    model, ids = make("qwen2", "larosa-layer"), token_ids(1, LENGTH)
+def test_the_number_of_threads_may_change(make, clear_ids, step_logits):
+    model = make("qwen2", "larosa-layer")
+    ids = clear_ids(model, LENGTH)
     engine = Engine(model, LENGTH)
     expected = step_logits(engine, ids, PROMPT)
     threads = torch.get_num_threads()
@@ -262,8 +261,9 @@ def test_a_step_reads_only_the_columns_it_keeps(make, token_ids):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_layer(make, token_ids, step_logits, family):
-    model, ids = make(family, "larosa-block", num_hidden_layers=1), token_ids(1, LENGTH)
+def test_one_layer(make, clear_ids, step_logits, family):
+    model = make(family, "larosa-block", num_hidden_layers=1)
+    ids = clear_ids(model, LENGTH)
     expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
     assert_same_logits(step_logits(Engine(model, LENGTH), ids, PROMPT), expected)
 

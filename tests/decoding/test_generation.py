@@ -29,12 +29,11 @@ def greedy(model, ids, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_greedy_text(make_model, quick_convert, tokenizer, words, family, engine):
+def test_greedy_text(make_model, quick_convert, tokenizer, clear_ids, family, engine):
     model = quick_convert(make_model(family))
     model.generation_config.eos_token_id = None
-    prompt = words(9)
-    result = larosa.generate(model, tokenizer, prompt, max_new_tokens=20, engine=engine)
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    ids = clear_ids(model, 9, lambda ids: greedy(model, ids, 20))
+    result = larosa.generate(model, tokenizer, tokenizer.decode(ids[0]), max_new_tokens=20, engine=engine)
     assert result.text == " " + tokenizer.decode(greedy(model, ids, 20), skip_special_tokens=True)
     assert (result.engine, result.prompt_tokens, result.tokens) == (engine, 9, 20)
     assert result.tokens_per_second > 0
@@ -107,11 +106,15 @@ def test_follows_its_seed_alone(make_model, quick_convert, tokenizer, engine):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_both_engines_draw_the_same_text(make_model, quick_convert, tokenizer):
+def test_both_engines_draw_the_same_text(make_model, quick_convert, tokenizer, clear_ids):
     model = quick_convert(make_model("qwen3"))
-    options = {"max_new_tokens": 30, "temperature": 0.8, "seed": 5}
-    texts = [larosa.generate(model, tokenizer, "w9", engine=engine, **options).text for engine in ENGINES]
-    assert texts[0] == texts[1]
+
+    def text(ids, engine):
+        options = {"max_new_tokens": 30, "temperature": 0.8, "seed": 5}
+        return larosa.generate(model, tokenizer, tokenizer.decode(ids[0]), engine=engine, **options).text
+
+    ids = clear_ids(model, 5, lambda ids: text(ids, "transformers"))
+    assert text(ids, "larosa") == text(ids, "transformers")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -94,3 +94,23 @@ def test_huge_logits(temperature):
 def test_bad_options(options, message):
     with pytest.raises(LarosaError, match=message):
         Sampler(**options)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+def test_top_p_of_a_large_vocabulary(top_p):
+    """Tokens that cannot be in the set are left out before it is ranked: the set is that of a full ranking."""
+    logits = 4 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
+    ranked, order = torch.softmax(logits[0].double(), -1).sort(descending=True)
+    size = int((ranked.cumsum(0) < top_p).sum()) + 1
+    drawn = Sampler(1.0, top_p)(logits.expand(20_000, -1))
+    assert set(drawn.tolist()) <= set(order[:size].tolist())
+    share = float((drawn == order[0]).float().mean())
+    assert share == pytest.approx(float(ranked[0] / ranked[:size].sum()), abs=0.02)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_random_numbers(monkeypatch, number):
+    """Tokens without probability are not drawn at either end."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, number, dtype=torch.float64))
+    drawn = Sampler(1.0, banned=(0, 5))(torch.tensor([[9.0, 1.0, 2.0, 1.0, 3.0, 9.0]]))
+    assert drawn.tolist() == [1 if number == 0 else 4]

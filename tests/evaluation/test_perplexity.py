@@ -116,7 +116,7 @@ def test_dense_prefill_is_dense_again_afterwards(make_model, quick_convert, toke
 
 
 def test_reports_the_models_sparsity_and_zeros(make_model, quick_convert, tokenizer, text):
-    model = quick_convert(make_model("llama"), sparsity=0.25)
+    model = quick_convert(make_model("llama"), sparsity=0.25, search="none")
     found = larosa.evaluate(model, tokenizer, text(64), sequence_length=32)
     assert found.sparsity == larosa.inspect(model).sparsity
     assert found.zeros["h4"].mean == pytest.approx(0.25)

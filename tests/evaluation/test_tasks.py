@@ -460,7 +460,7 @@ def test_prompts_are_sparse_whatever_the_prefill_setting(make_model, bpe, exampl
     put(tmp_path / "text.txt", Texts(1).phrase(600, 600))
     model = make_model("llama", vocab_size=len(bpe), max_position_embeddings=768)
     calibration = {"calibration": str(tmp_path / "text.txt"), "num_sequences": 4, "sequence_length": 64}
-    larosa.convert(model, bpe, sparsity=0.5, prefill="dense", **calibration)
+    larosa.convert(model, bpe, sparsity=0.5, search="none", prefill="dense", **calibration)
     with ZeroCounter(model) as zeros:
         evaluate_tasks(model, bpe, ["piqa"], data=example.folder)
     assert all(site.min > 0.2 for site in zeros.fractions().values())

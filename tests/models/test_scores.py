@@ -61,5 +61,5 @@ def test_a_score_of_the_topk_baseline_can_be_asked_for(make_model, quick_convert
 
 
 def test_print_says_what_is_kept_and_by_what(make_model, quick_convert):
-    assert "TopK(k=16, scored)" in str(quick_convert(make_model("llama")))
+    assert "TopK(k=16, scored)" in str(quick_convert(make_model("llama"), search="none"))
     assert "TopK(k=16)" in str(quick_convert(make_model("llama"), score="magnitude"))

@@ -387,10 +387,10 @@ def test_the_papers_numbers_stand_beside_ours(
 
 def test_recipe_adds_part_by_part_at_equal_sparsity(shared_context):
     found = rows(EXPERIMENTS["recipe"].run(shared_context))
-    assert len(found) == 1 + 5 * 6
-    for first in range(1, len(found), 6):
-        group = found[first : first + 6]
-        assert [row["parts"].startswith("+") for row in group] == [False, True, True, True, True, True]
+    assert len(found) == 1 + 5 * 11
+    for first in range(1, len(found), 11):
+        group = found[first : first + 11]
+        assert [row["parts"][0] for row in group] == [*"t ++++ +++ "]
         assert len({row["sparsity"] for row in group}) == 1
         assert float(group[0]["KL, of the paper's"]) == 1
-        assert len({row["KL to dense (nats/token)"] for row in group}) == 6
+        assert len({row["KL to dense (nats/token)"] for row in group[2:]}) == 9

@@ -70,6 +70,11 @@ class Architecture:
         """`model_type` of the family's sparsified checkpoints."""
         return f"larosa_{self.model_type}"
 
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """A causal language model without its head: token ids to what the final norm gives."""
+        decoder: nn.Module = _base(model)
+        return decoder
+
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of a causal language model or of its base model."""
         layers: nn.ModuleList = _base(model).layers

@@ -7,11 +7,12 @@ import time
 
 import torch
 
-_BYTES = 1 << 30
+#: More than caches hold.
+_BYTES = 1 << 29
 
 
 class ReadTest:
-    """The sum of a gibibyte of float32 by PyTorch's threads, to be run in between what it is the floor of.
+    """The sum of half a gibibyte of float32 by PyTorch's threads, to be run in between what it is the floor of.
 
     A machine that is shared reads faster in one minute than in another.
     """

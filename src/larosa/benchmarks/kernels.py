@@ -32,23 +32,25 @@ class Shape:
         return f"{'+'.join(map(str, self.outputs))}x{self.depth}"
 
 
-#: Squares and the MLP of Llama-2-7B, then all sites of Llama-3.2-1B.
-SHAPES = (
-    Shape((4096,), 4096),
-    Shape((4096,), 11008),
-    Shape((11008,), 4096),
-    Shape((2048, 512, 512), 2048),
-    Shape((2048,), 2048),
-    Shape((8192, 8192), 2048),
-    Shape((2048,), 8192),
+#: The sites of a layer of Llama-3.2-1B: what selects, from how many entries, and what is multiplied by the selection.
+LAYER = (
+    ("rms_norm_top_k", 2048, Shape((2048, 512, 512), 2048)),
+    ("top_k", 2048, Shape((2048,), 2048)),
+    ("rms_norm_top_k", 2048, Shape((8192, 8192), 2048)),
+    ("silu_mul_top_k", 8192, Shape((2048,), 8192)),
 )
+#: Those of Llama-2-7B's matrices, and of that layer.
+SHAPES = (Shape((4096,), 4096), Shape((4096,), 11008), Shape((11008,), 4096), *(shape for _, _, shape in LAYER))
 #: Widths that are selected from: hidden and intermediate sizes.
 WIDTHS = {"rms_norm_top_k": (2048, 4096, 8192), "top_k": (2048, 4096, 8192), "silu_mul_top_k": (8192, 11008, 14336)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operator at one setting. `floor` is what reading its weights would take; selections read none."""
+    """One operator at one setting: of a product the bytes are its weights', of a selection its vectors'.
+
+    `bandwidth` is that of the same run; for products that of summing the same weights, in turns with all else.
+    """
 
     kernel: str
     shape: str
@@ -78,23 +80,34 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; times in seconds."""
         row = asdict(self) | {"time": self.time.to_dict(), "dense": self.dense.to_dict()}
-        del row["bandwidth"]
         return row | {"speedup": self.speedup, "floor": self.floor, "bandwidth_fraction": self.bandwidth_fraction}
 
 
 @dataclass(frozen=True)
 class KernelBenchmark:
-    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
+    """What ran where, the read bandwidth at the start in bytes a second, and the rows."""
 
     machine: dict[str, str | int]
     bandwidth: float
     rows: list[Row]
+
+    @property
+    def selection_share(self) -> float | None:
+        """What selections, norms and activation included, take of the time of `LAYER`, bfloat16 at 50%, if measured."""
+        half = [row for row in self.rows if row.sparsity == 0.5]
+        times = {(row.kernel, row.shape, row.dtype): row.time.median for row in half}
+        products = [("sparse_linear", str(shape), "bfloat16") for _, _, shape in LAYER]
+        if not times.keys() >= set(products):
+            return None
+        selecting = sum(times[kernel, str(width), "float32"] for kernel, width, _ in LAYER)
+        return selecting / (selecting + sum(times[product] for product in products))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {
             "machine": self.machine,
             "bandwidth": self.bandwidth,
+            "selection_share": self.selection_share,
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -116,7 +129,7 @@ def measure_kernels(
         row
         for shape in shapes
         for dtype in DTYPES
-        for row in _products(shape, dtype, bandwidth, rounds, bytes_of_copies, generator)
+        for row in _products(shape, dtype, rounds, bytes_of_copies, generator)
     ]
     rows += [
         _selection(kernel, width, bandwidth, rounds, generator) for kernel, widths in WIDTHS.items() for width in widths
@@ -125,7 +138,7 @@ def measure_kernels(
 
 
 def _products(
-    shape: Shape, dtype: torch.dtype, bandwidth: float, rounds: int, bytes_of_copies: int, generator: torch.Generator
+    shape: Shape, dtype: torch.dtype, rounds: int, bytes_of_copies: int, generator: torch.Generator
 ) -> Iterator[Row]:
     depth, total = shape.depth, sum(shape.outputs)
     size = total * depth * dtype.itemsize
@@ -145,6 +158,7 @@ def _products(
 
     times = time_in_turns(
         {
+            "read": lambda copy: fused[copy].view(torch.float32).sum(),
             "dense": lambda copy: F.linear(typed, fused[copy]),
             "linear": lambda copy: ops.linear(x, rows[copy], biases),
             **{str(sparsity): sparse(sparsity) for sparsity in SPARSITIES},
@@ -157,7 +171,7 @@ def _products(
         read = total * (depth - round(sparsity * depth)) * dtype.itemsize
         name = str(dtype).removeprefix("torch.")
         threads = torch.get_num_threads()
-        return Row(kernel, str(shape), name, threads, sparsity, time, times["dense"], read, bandwidth)
+        return Row(kernel, str(shape), name, threads, sparsity, time, times["dense"], read, size / times["read"].median)
 
     yield row("linear", 0.0, times["linear"])
     for sparsity in SPARSITIES:

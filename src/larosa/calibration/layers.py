@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture
+from larosa.calibration.observers import not_finite
 
 
 class LayerVisit:
@@ -99,11 +100,16 @@ def visit_layers_backwards(
     Args:
         loss_gradient: from the last layer's output for a sequence, [1, length, hidden], to the gradient of a
             loss with respect to it, on the same device. Other arguments are as for `visit_layers`.
+
+    Raises:
+        LarosaError: what a layer gives is NaN or Inf; the message names it.
     """
     passed = []
     gradients: list[torch.Tensor] = []
     for visit in visit_layers(model, architecture, sequences, device):
         passed.append((visit.index, visit.layer, [hidden.cpu() for hidden in visit.inputs], visit.kwargs))
+        if not all(bool(hidden.isfinite().all()) for hidden in visit.outputs()):
+            raise not_finite(f"layer {visit.index}")
         if len(passed) == len(architecture.layers(model)):
             gradients = [loss_gradient(hidden) for hidden in visit.outputs()]
     while passed:

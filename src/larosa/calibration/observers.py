@@ -48,7 +48,7 @@ class SecondMoment:
         """
         assert self._sum is not None, "the layer has run"
         if not self._sum.isfinite().all():
-            raise _not_finite(self._where)
+            raise not_finite(self._where)
         return self._sum / self._tokens
 
 
@@ -96,7 +96,7 @@ class MeanSquare:
         """
         assert isinstance(self._sum, torch.Tensor), "the layer has run"
         if not self._sum.isfinite().all():
-            raise _not_finite(self._where)
+            raise not_finite(self._where)
         return self._sum / self._tokens
 
 
@@ -127,7 +127,7 @@ class Magnitudes:
         else:
             bits.numpy().sort()
         if not values[-1].isfinite():
-            raise _not_finite(self._where)
+            raise not_finite(self._where)
         return SortedMagnitudes(values)
 
 
@@ -152,5 +152,6 @@ class SortedMagnitudes:
         return int(torch.searchsorted(self._values, probe, right=True)) / len(self._values)
 
 
-def _not_finite(where: str) -> LarosaError:
+def not_finite(where: str) -> LarosaError:
+    """The error of a calibration that meets NaN or Inf somewhere."""
     return LarosaError(f"{where}: calibration activations are NaN or Inf; is the checkpoint sound?")

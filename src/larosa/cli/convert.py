@@ -10,7 +10,18 @@ from rich.table import Table
 
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.config import Budget, Covariance, Method, Prefill, Recipe, Rotation, RotationObjective, Score, Search
+from larosa.config import (
+    Budget,
+    Compensation,
+    Covariance,
+    Method,
+    Prefill,
+    Recipe,
+    Rotation,
+    RotationObjective,
+    Score,
+    Search,
+)
 from larosa.convert_checkpoint import ConversionReport, convert_checkpoint
 
 
@@ -47,6 +58,9 @@ def convert(
     search_log: Annotated[
         Path | None, typer.Option(help="Where the search keeps its points to resume from; default OUT.search.jsonl.")
     ] = None,
+    compensation: Annotated[
+        Compensation, typer.Option(help="Refit the weights to the entries that are kept.")
+    ] = Compensation.NONE,
     prefill: Annotated[Prefill, typer.Option(help="Sparsify prompts too, or run them dense.")] = Prefill.SPARSE,
     measure: Annotated[bool, typer.Option(help="Compare with the dense model on the bundled text.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
@@ -84,6 +98,7 @@ def convert(
         value_rotation=value_rotation,
         score=score,
         search=search,
+        compensation=compensation,
         prefill=prefill,
     )
     _print(report)

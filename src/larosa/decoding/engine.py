@@ -42,7 +42,7 @@ class Engine:
         _check(model, architecture)
         self.max_length = max_length
         self.device = weight.device
-        self._model = model
+        self._decoder = architecture.decoder(model)
         self._cache = KeyValueCache(model.config, max_length, weight.dtype, weight.device)
         tables = rotary_tables(model, architecture, max_length)
         self._layers = read_layers(model, architecture, self._cache, tables)
@@ -78,10 +78,10 @@ class Engine:
         if not 0 < length <= self.max_length:
             raise LarosaError(f"a prompt of {length} tokens does not fit a cache of {self.max_length}")
         past = DynamicCache()
-        output = self._model(prompt.to(self.device), past_key_values=past, use_cache=True, logits_to_keep=1)
+        hidden = self._decoder(prompt.to(self.device), past_key_values=past, use_cache=True).last_hidden_state
         self._cache.fill(past)
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
+        return self._logits(hidden[:, -1].float())
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,10 @@ class Engine:
         x = self._hidden
         for layer in self._layers:
             x = layer(x, self._position)
-        logits: torch.Tensor = torch.ops.larosa.linear(self._final_norm.every(x), *self._head)
+        return self._logits(self._final_norm.every(x))
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = torch.ops.larosa.linear(normed, *self._head)
         return logits
 
     def _replayed(self) -> torch.Tensor:

@@ -115,7 +115,7 @@ def generate(
 
 def _engine(name: str | None, device: torch.device) -> EngineName:
     if name is None:
-        return DEFAULT_ENGINES[device.type]
+        return DEFAULT_ENGINES.get(device.type, EngineName.TRANSFORMERS)
     try:
         return EngineName(name)
     except ValueError:

@@ -68,13 +68,26 @@ class Sampler:
 
     def _draw(self, probabilities: torch.Tensor) -> torch.Tensor:
         if self._top_p == 1:
-            return self._race(probabilities)
-        ranked, tokens = probabilities.sort(dim=-1, descending=True)
+            return self._drawn_index(probabilities)
+        ranked, tokens = probabilities.topk(self._candidates(probabilities), dim=-1)
         # A token belongs to the set if those before it do not reach top_p.
         before = ranked.cumsum(dim=-1) - ranked
-        chosen = self._race(torch.where(before < self._top_p, ranked, 0))
+        chosen = self._drawn_index(torch.where(before < self._top_p, ranked, 0))
         return tokens.gather(-1, chosen[:, None])[:, 0]
 
-    def _race(self, weights: torch.Tensor) -> torch.Tensor:
-        """One index a row, each as likely as its weight says: `torch.multinomial` without looking at the weights."""
-        return (weights / torch.empty_like(weights).exponential_(generator=self.generator)).argmax(dim=-1)
+    def _candidates(self, probabilities: torch.Tensor) -> int:
+        """How many tokens are likely enough for the set: all that are less so than this have not 1 - top_p together.
+
+        Few, as a rule, so that a large vocabulary need not be sorted; elsewhere than on the CPU counting would wait.
+        """
+        vocabulary = probabilities.shape[-1]
+        if probabilities.device.type != "cpu":
+            return vocabulary
+        return int((probabilities > (1 - self._top_p) / vocabulary).sum(dim=-1).max().clamp_min(1))
+
+    def _drawn_index(self, weights: torch.Tensor) -> torch.Tensor:
+        """An index of each row of `weights` [B, N], in proportion to them; never one whose weight is 0."""
+        sums = weights.double().cumsum(dim=-1)
+        shape = (len(weights), 1)
+        drawn = torch.rand(shape, dtype=torch.float64, generator=self.generator, device=weights.device) * sums[:, -1:]
+        return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp_max(weights.shape[-1] - 1)

@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation, Search
+from larosa.config import SITES, Budget, Method, PerSite, Rotation
 from larosa.conversion import convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
@@ -172,7 +172,7 @@ class Context:
         Args:
             alphas: coefficients; None is the variant's own.
         """
-        if variant.method.uses_thresholds or variant.allocated:
+        if variant.of_one_sparsity:
             return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity))
         alphas = alphas or self.alphas(variant)
         bare = (variant.method, *variant.options.values(), variant.calibration, variant.seed)
@@ -207,7 +207,7 @@ class Context:
             num_sequences=self.settings.num_sequences,
             sequence_length=self.sequence_length,
             seed=self.settings.seed if variant.seed is None else variant.seed,
-            search=Search.SENSITIVITY if variant.allocated else Search.NONE,
+            search=variant.allocation,
             device=self.device,
             **variant.options,
         )
@@ -238,7 +238,7 @@ class Context:
         """What a sparsified model follows from; labels do not matter, nor does calibration where it has none."""
         key: dict[str, Any] = {"method": variant.method, "sparsity": sparsity, "alphas": alphas.model_dump()}
         if variant.method is Method.LAROSA:
-            key |= {**variant.options, "allocated": variant.allocated}
+            key |= {**variant.options, "allocation": variant.allocation}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
         if variant.method.uses_thresholds or variant.rotation.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)

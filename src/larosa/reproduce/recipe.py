@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from larosa.config import Covariance, Method, Rotation, RotationObjective, Score
+from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
 from larosa.reproduce.results import Cell, Column, Results, Table
 from larosa.reproduce.settings import SPARSITIES
-from larosa.reproduce.variants import Variant
+from larosa.reproduce.variants import LAROSA, Variant
 
 PAPER = Variant("the paper's method", Method.LAROSA, Rotation.LAYER)
+GRID = replace(LAROSA, label="  with its grid of coefficients")
 JOINT = replace(PAPER, label="+ PCA of h1 and h3", covariance=Covariance.JOINT)
 SCORED = replace(JOINT, label="+ weight-aware score", score=Score.WEIGHTS)
 VALUES = replace(SCORED, label="+ value rotation", value_rotation=True)
-BEST = replace(VALUES, label="+ output-aware rotation = best", objective=RotationObjective.OUTPUTS)
-ALLOCATED = replace(BEST, label="+ search by sensitivity", allocated=True)
+OUTPUTS = replace(VALUES, label="+ output-aware rotation", objective=RotationObjective.OUTPUTS)
+SENSITIVE = replace(OUTPUTS, label="  with search by sensitivity", allocation=Search.SENSITIVITY)
+FISHER_SCORED = replace(OUTPUTS, label="+ Fisher score", score=Score.FISHER)
+FISHER_ROTATED = replace(FISHER_SCORED, label="+ Fisher rotation", objective=RotationObjective.FISHER)
+BEST = replace(FISHER_ROTATED, label="+ Fisher search = best", allocation=Search.FISHER)
+COMPENSATED = replace(BEST, label="  with compensation", compensation=Compensation.LINEAR)
 
-VARIANTS = (PAPER, JOINT, SCORED, VALUES, BEST, ALLOCATED)
+VARIANTS = (PAPER, GRID, JOINT, SCORED, VALUES, OUTPUTS, SENSITIVE, FISHER_SCORED, FISHER_ROTATED, BEST, COMPENSATED)
 
 
 def run(context: Context) -> Results:
@@ -38,8 +43,8 @@ def run(context: Context) -> Results:
         Column("weights skipped, measured", ".1%"),
     ]
     notes = [
-        "Each row has the parts of all rows above it. All skip the same fraction of weights; all coefficients are 1, "
-        "so none has been searched for but in the last row.",
+        "Each row marked + has the parts of all such rows above it. All rows skip the same fraction of weights, at "
+        "every site alike but where a grid or search is named.",
     ]
     return Results([Table("recipe", f"The parts of recipe best, {context.evaluated}", columns, rows)], [], notes)
 

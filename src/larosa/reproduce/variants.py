@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from larosa.config import Covariance, Method, Rotation, RotationObjective, Score
+from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search
 from larosa.sparsity import SiteSizes
 
 
@@ -28,8 +28,18 @@ class Variant:
     objective: RotationObjective = RotationObjective.INPUTS
     value_rotation: bool = False
     score: Score = Score.MAGNITUDE
-    #: Counts for each layer and site by sensitivity, found anew at each sparsity.
-    allocated: bool = False
+    #: A search for counts of each layer and site, run anew at each sparsity.
+    allocation: Search = Search.NONE
+    compensation: Compensation = Compensation.NONE
+
+    @property
+    def of_one_sparsity(self) -> bool:
+        """Whether another sparsity needs another conversion, not other counts alone."""
+        return (
+            self.method.uses_thresholds
+            or self.allocation is not Search.NONE
+            or self.compensation is not Compensation.NONE
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -42,6 +52,7 @@ class Variant:
             "rotation_objective": self.objective,
             "value_rotation": self.value_rotation,
             "score": self.score,
+            "compensation": self.compensation,
         }
 
     def using(self, calibration: str, seed: int) -> Self:

@@ -6,7 +6,7 @@ import torch
 from larosa.ops.cpu import library
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def poisoned_results() -> Iterator[None]:
     """Memory that PyTorch allocates is filled with NaN, so that an entry nobody wrote does not pass for a result."""
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,5 @@
 // The C interface: checks what could lead outside of memory, and cuts the work into tasks for the threads.
+#include <atomic>
 #include <cstddef>
 #include <vector>
 
@@ -11,6 +12,13 @@ namespace {
 
 // Bytes of weights that are worth waking another thread for.
 constexpr int64_t kWorthSharing = 128 << 10;
+
+// The indices of a sparse product are cut into up to kSegments segments of at least kSegment.
+constexpr int64_t kSegments = 8, kSegment = 64;
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 int64_t element_size(int64_t dtype) { return dtype == LAROSA_FLOAT32 ? 4 : 2; }
 
@@ -34,6 +42,13 @@ T *scratch(int64_t count) {
     return memory.data();
 }
 
+// Likewise. Atomics cannot be moved, so more of them are new ones.
+std::vector<std::atomic<int64_t>> &counters(int64_t count) {
+    static thread_local std::vector<std::atomic<int64_t>> memory;
+    if (int64_t(memory.size()) < count) memory = std::vector<std::atomic<int64_t>>(size_t(count));
+    return memory;
+}
+
 // A piece of one row of a product's output.
 struct Block {
     int64_t row;
@@ -51,6 +66,7 @@ class Blocks {
         for (int64_t i = 0; i < count; ++i) {
             outputs += matrices[i].outputs;
             of_row += blocks(matrices[i]);
+            largest = clamp(matrices[i].outputs, largest, size);
         }
     }
 
@@ -69,6 +85,7 @@ class Blocks {
 
     int64_t outputs = 0;  // of all matrices
     int64_t of_row = 0;   // blocks
+    int64_t largest = 0;  // block's outputs
 
   private:
     int64_t blocks(const larosa_matrix &matrix) const { return (matrix.outputs + size_ - 1) / size_; }
@@ -77,10 +94,6 @@ class Blocks {
     int64_t count_;
     int64_t size_;
 };
-
-int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 }  // namespace
 }  // namespace larosa
@@ -163,16 +176,27 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
     int64_t outputs = 0;
     for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
     if (rows * outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
-    // The longer the piece of a column, the better memory delivers it: as many strips as threads, if they fit. A sum
-    // does not depend on which strip it is in.
-    const int64_t share = (rows * outputs + threads - 1) / threads;
-    const int64_t strips = (share + kStrip - 1) / kStrip;
-    const Blocks blocks(matrices, count, clamp(round_up(share / clamp(strips, 1, strips), 64), 128, kStrip));
-    parallel(rows * blocks.of_row, threads, [&](int64_t task) {
-        const Block block = blocks.at(task);
+    // The longer the piece of a column, the better memory delivers it. So threads share the indices first, in segments
+    // that depend on k alone, for the bits to be the same on any number of threads; and then the outputs, in strips.
+    const int64_t segments = clamp(k / kSegment, 1, kSegments);
+    const int64_t strips = (threads + segments - 1) / segments;
+    const Blocks blocks(matrices, count, clamp(round_up((rows * outputs + strips - 1) / strips, 64), 512, kStrip));
+    const int64_t all = rows * blocks.of_row;
+    std::vector<std::atomic<int64_t>> &left = counters(all);
+    for (int64_t i = 0; i < all; ++i) left[size_t(i)].store(segments, std::memory_order_relaxed);
+    float *sums = scratch<float>(all * segments * padded(blocks.largest));
+    parallel(all * segments, threads, [&](int64_t task) {
+        const int64_t index = task / segments, segment = task % segments;
+        const Block block = blocks.at(index);
+        float *parts = sums + index * segments * padded(blocks.largest);
+        const int64_t from = block.row * k + k * segment / segments, to = block.row * k + k * (segment + 1) / segments;
+        kernels().sparse_columns(values + from, indices + from, to - from, *block.matrix, block.first, block.count,
+                                 parts + segment * padded(block.count));
+        // Who completes the last segment adds them up, always in the same order.
+        if (left[size_t(index)].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         const int64_t offset = block.row * blocks.outputs + block.offset;
-        kernels().sparse_columns(values + block.row * k, indices + block.row * k, k, *block.matrix, block.first,
-                                 block.count, residual ? residual + offset : nullptr, out + offset);
+        kernels().finish(parts, segments, *block.matrix, block.first, block.count,
+                         residual ? residual + offset : nullptr, out + offset);
     });
     return LAROSA_OK;
 }

@@ -20,6 +20,7 @@ extern const Kernels kernels = {
     above,
     all_below,
     sparse_columns,
+    finish,
     arrange,
     dense_rows,
     prepare_head,

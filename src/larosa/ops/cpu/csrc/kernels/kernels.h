@@ -7,8 +7,11 @@
 
 namespace larosa {
 
-constexpr int64_t kStrip = 4096;  // outputs of the sparse product, whose sums stay in the first-level cache
+constexpr int64_t kStrip = 4096;  // outputs of the sparse product summed up at once: 16 KiB of sums
 constexpr int64_t kChunk = 128;   // positions attended to
+
+// Room for `count` floats in whole vectors of any instruction set.
+constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 struct Kernels {
     const char *isa;
@@ -22,10 +25,12 @@ struct Kernels {
     int64_t (*above)(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
 
     bool (*all_below)(const int32_t *indices, int64_t count, int64_t bound);
-    // Outputs [first, first + count) of one matrix, count <= kStrip of the sparse product; residual and out are those
-    // of output 0.
+    // Sums of columns, for outputs [first, first + count) of one matrix, count <= kStrip. Room for padded(count) sums.
     void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                           int64_t first, int64_t count, const float *residual, float *out);
+                           int64_t first, int64_t count, float *sums);
+    // residual + (sum of the `parts`, padded(count) apart, + bias) for those outputs; residual and out are of output 0.
+    void (*finish)(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
+                   const float *residual, float *out);
     // x as dense_rows takes it for weights of this dtype.
     void (*arrange)(const float *x, int64_t depth, int64_t dtype, float *out);
     void (*dense_rows)(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,

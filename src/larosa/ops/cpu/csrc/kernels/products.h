@@ -17,11 +17,12 @@ inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
     return bad == 0;
 }
 
-// residual + (sum + bias), the same for both products.
-inline void finish(const float *sums, const larosa_matrix &matrix, int64_t first, int64_t count,
+// residual + (sum of the parts + bias), the same for both products.
+inline void finish(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
                    const float *residual, float *out) {
     for_vectors(count, [&](int64_t at, int64_t some) {
         Floats result = load_at(sums, at, some);
+        for (int64_t part = 1; part < parts; ++part) result += load_at(sums + part * padded(count), at, some);
         if (matrix.bias.data) result += load_vector(matrix.bias, first + at, some);
         if (residual) result += load_at(residual + first, at, some);
         store_at(out + first, at, result, some);
@@ -114,15 +115,13 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
 }
 
 inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                           int64_t first, int64_t count, const float *residual, float *out) {
-    float sums[kStrip + kLanes];
+                           int64_t first, int64_t count, float *sums) {
     for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
     with_type(matrix.dtype, [&](auto type) {
         using Type = decltype(type);
         sparse_strip<Type>(values, indices, k, matrix, first, count, sums);
         if (Type::mixed) unmix(sums, count / columns_step<Type>() * columns_step<Type>());
     });
-    finish(sums, matrix, first, count, residual, out);
 }
 
 constexpr int kChains = 2;  // sums of one dot product side by side
@@ -177,7 +176,7 @@ inline void dense_rows(const float *x, int64_t depth, const larosa_matrix &matri
             const auto *rows = weight + (first + done) * depth;
             for (; i + kRows <= some; i += kRows) dot_rows<Type, kRows>(x, rows + i * depth, depth, sums + i);
             for (; i < some; ++i) dot_rows<Type, 1>(x, rows + i * depth, depth, sums + i);
-            finish(sums, matrix, first + done, some, residual, out);
+            finish(sums, 1, matrix, first + done, some, residual, out);
         }
     });
 }

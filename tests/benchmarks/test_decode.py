@@ -1,0 +1,160 @@
+"""What the decode benchmark runs and what it makes of the times; never how fast it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import larosa
+from larosa import LarosaError
+from larosa.benchmarks import decode
+from larosa.benchmarks.decode import DENSE, TRANSFORMERS, measure_checkpoints, measure_shape
+from larosa.benchmarks.shapes import SHAPES, random_model, random_sparse_model, set_sparsity, shape_config, weight_bytes
+from larosa.decoding import Engine
+from larosa.sparsity import SiteSizes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_read_test(monkeypatch):
+    monkeypatch.setattr("larosa.benchmarks.bandwidth._BYTES", 1 << 20)
+
+
+@pytest.fixture
+def tiny(monkeypatch, family_config):
+    """The shape "tiny" of a family."""
+
+    def make(family, **overrides):
+        monkeypatch.setitem(SHAPES, "tiny", lambda: family_config(family, **overrides))
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_shape(tiny, family, tied):
+    tiny(family, tie_word_embeddings=tied)
+    result = measure_shape("tiny", sparsities=(0.25, 0.5), dtype=torch.float32, prompt_tokens=5, tokens=10)
+    assert [(row.row, row.sparsity) for row in result.rows] == [
+        (TRANSFORMERS, 0.0),
+        (DENSE, 0.0),
+        ("LaRoSA", 0.25),
+        ("LaRoSA", 0.5),
+    ]
+    reference, dense = result.rows[:2]
+    for row in result.rows:
+        assert (row.shape, row.dtype, row.tokens, row.prompt_tokens) == ("tiny", "float32", 10, 5)
+        assert row.tokens_per_second == pytest.approx(1e3 / row.ms_per_token)
+        assert row.ms_per_token <= row.ms_per_token_p95
+        assert row.speedup == pytest.approx(dense.ms_per_token / row.ms_per_token)
+        assert row.speedup_over_transformers == pytest.approx(reference.ms_per_token / row.ms_per_token)
+        assert row.floor_ms == pytest.approx(1e3 * row.bytes_per_token / result.bandwidth)
+        assert row.floor_fraction == pytest.approx(row.floor_ms / row.ms_per_token)
+    assert json.loads(json.dumps(result.to_dict()))["rows"][3]["sparsity"] == 0.5
+
+
+def test_bytes_of_a_token(tiny):
+    tiny("llama")
+    rows = measure_shape("tiny", sparsities=(0.5,), dtype=torch.bfloat16, prompt_tokens=4, tokens=8).rows
+    attention, mlp = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 56
+    head, cache = 128 * 32, 2 * 3 * 2 * 8 * (4 + 4)  # layers, key heads, size, the mean position
+    assert rows[1].bytes_per_token == 2 * (3 * (attention + mlp) + head + cache)
+    adapters, scores = 2 * 32 * 32, 3 * (32 + 32 + 32 + 56)
+    assert rows[2].bytes_per_token == 2 * (3 * (attention + mlp) // 2 + head + cache + adapters + scores)
+
+
+def test_rows_take_turns(tiny, monkeypatch):
+    tiny("llama")
+    turns = []
+    run = decode._Subject.run
+    monkeypatch.setattr(
+        decode._Subject, "run", lambda self, tokens: (turns.append((self.name, tokens)), run(self, tokens))
+    )
+    measure_shape("tiny", sparsities=(0.5,), prompt_tokens=3, tokens=19)
+    assert turns == [(name, tokens) for tokens in (8, 8, 3) for name in (TRANSFORMERS, DENSE, "LaRoSA")]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_random_models_are_of_their_size_and_compute_something(family_config, family):
+    config = family_config(family, tie_word_embeddings=True)
+    for make, sparse in ((random_model, False), (random_sparse_model, True)):
+        model = make(config, torch.bfloat16, CPU)
+        assert all(weight.isfinite().all() for weight in model.parameters())
+        size = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse)
+        logits = Engine(model, 8).prefill(torch.tensor([[5, 6, 7]]))
+        assert 0.1 < float(logits.std()) < 100
+
+
+def test_the_sparsity_of_a_random_model_can_be_set(family_config):
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU)
+    for sparsity in (0.5, 0.25, 0.0):
+        set_sparsity(model, sparsity)
+        assert larosa.inspect(model).sparsity.weights == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_can_be_cut(name):
+    config = shape_config(name, layers=2, vocab_size=100)
+    assert (config.num_hidden_layers, config.vocab_size) == (2, 100)
+    assert SiteSizes.of(shape_config(name)).layers > 2
+
+
+def test_known_sizes():
+    """Parameters of the decoder linears, embedding and head, by the models' cards."""
+    billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "qwen2.5-7b": 7.61}
+    billions |= {"mistral-7b": 7.25, "qwen3-0.6b": 0.6, "qwen3-8b": 8.19, "llama-3-70b": 70.6, "smollm3-3b": 3.08}
+    for name, size in billions.items():
+        assert weight_bytes(shape_config(name), torch.int8, sparse=False) / 1e9 == pytest.approx(size, rel=0.01)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, make_model, quick_convert, tokenizer):
+    folders = {"dense": make_model("llama"), "sparse": quick_convert(make_model("llama"))}
+    for name, model in folders.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return [str(tmp_path / name) for name in folders]
+
+
+def test_checkpoints(checkpoints):
+    dense, sparse = checkpoints
+    for order in ([dense, sparse], [sparse, dense]):
+        rows = measure_checkpoints(order, prompt_tokens=3, tokens=4).rows
+        assert [(row.row, row.sparsity) for row in rows] == [(TRANSFORMERS, 0.0), (DENSE, 0.0), (sparse, 0.5)]
+        assert rows[0].shape == dense
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_speedups_need_one_dense_model(checkpoints, number):
+    dense, sparse = checkpoints
+    with pytest.raises(LarosaError, match=f"{number} of the checkpoints are dense"):
+        measure_checkpoints([sparse, *[dense] * number], prompt_tokens=3, tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "gpt-5"}, "unknown shape 'gpt-5': one of llama-2-7b"),
+        ({"layers": 0}, "--layers 0: tiny has 3"),
+        ({"layers": 4}, "--layers 4: tiny has 3"),
+        ({"vocab_size": 0}, "--vocab-size must be at least 1"),
+        ({"sparsities": (50.0,)}, "give a fraction"),
+        ({"prompt_tokens": 0}, "--prompt-tokens must be at least 1"),
+        ({"tokens": 1}, "--tokens at least 2"),
+    ],
+)
+def test_bad_options(tiny, options, message):
+    tiny("llama")
+    with pytest.raises(LarosaError, match=message):
+        measure_shape(**{"shape": "tiny", **options})
+
+
+def test_models_beyond_memory(tiny, monkeypatch):
+    tiny("llama")
+    monkeypatch.setattr("larosa.benchmarks.shapes.available_memory", lambda device: 1000)
+    with pytest.raises(LarosaError, match=r"the models need .* GB and cpu has 0\.0 GB free.*--layers"):
+        measure_shape("tiny")

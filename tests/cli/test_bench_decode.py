@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from larosa.benchmarks.shapes import SHAPES
+
+QUICK = ("--prompt-tokens", 4, "--tokens", 4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, family_config):
+    monkeypatch.setattr("larosa.benchmarks.bandwidth._BYTES", 1 << 20)
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama"))
+
+
+def test_a_shape(cli, tmp_path):
+    options = ("--shape", "tiny", "--sparsity", "0.5,0.75", "--layers", 2, "--dtype", "float32", "--threads", 1)
+    outcome = cli("bench", "decode", *options, *QUICK, "--json", tmp_path / "d.json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "d.json").read_text("utf-8"))
+    assert report["machine"]["threads"] == 1
+    assert [row["sparsity"] for row in report["rows"]] == [0, 0, 0.5, 0.75]
+    keys = {"shape", "dtype", "threads", "row", "sparsity", "tokens_per_second", "speedup", "floor_fraction"}
+    assert all(keys <= row.keys() and row["shape"] == "tiny, 2 layers" for row in report["rows"])
+    assert "transformers dense" in outcome.out
+
+
+def test_checkpoints(cli, checkpoint, converted, tmp_path):
+    outcome = cli("bench", "decode", checkpoint, converted, *QUICK, "--json", tmp_path / "d.json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "d.json").read_text("utf-8"))
+    assert [row["row"] for row in report["rows"]] == ["transformers dense", "engine dense", str(converted)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give either checkpoints or --shape"),
+        (("somewhere", "--shape", "tiny"), "give either checkpoints or --shape"),
+        (("somewhere", "--layers", 2), "are for --shape"),
+        (("--shape", "tiny", "--sparsity", "half"), "give fractions separated by commas"),
+        (("--shape", "tiny", "--sparsity", "50"), "give a fraction"),
+        (("--shape", "gpt-5"), "unknown shape"),
+        (("--shape", "tiny", "--device", "cuda"), "only the cpu is measured yet"),
+        (("--shape", "tiny", "--json", "nowhere/d.json"), "--json"),
+    ],
+)
+def test_bad_input(refused, options, message):
+    assert message in refused("bench", "decode", *options)
+
+
+def test_threads_are_set_for_the_run(cli):
+    threads = torch.get_num_threads()
+    try:
+        assert cli("bench", "decode", "--shape", "tiny", *QUICK, "--threads", 2).code == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
