@@ -27,8 +27,8 @@ class EngineName(StrEnum):
     TRANSFORMERS = "transformers"
 
 
-#: The engine of each device where none is asked for.
-DEFAULT_ENGINES = {"cpu": EngineName.LAROSA, "cuda": EngineName.LAROSA}
+#: The engine of each device where none is asked for. The CUDA kernels have been checked without a GPU only.
+DEFAULT_ENGINES = {"cpu": EngineName.LAROSA, "cuda": EngineName.TRANSFORMERS}
 
 
 @dataclass(frozen=True)
