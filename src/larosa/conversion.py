@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +271,8 @@ def _fisher(
     heads = Heads.of(model.config)
     found = layer_fisher(model, architecture, sequences, device, settings.seed)
     return [
-        UnitFisher(layer, architecture, of_layer, heads, device)
-        for layer, of_layer in zip(architecture.layers(model), found, strict=True)
+        UnitFisher(layer, architecture, partial(found.__getitem__, index), heads, device)
+        for index, layer in enumerate(architecture.layers(model))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from larosa.architectures import Architecture, Heads
 from larosa.calibration.layers import visit_layers_backwards
 from larosa.calibration.observers import HeadMoments, MeanSquare, SecondMoment, attached
+from larosa.calibration.shelf import Shelf
 
 #: Positions whose logits are held at a time, to bound memory on large vocabularies.
 _POSITIONS = 512
@@ -29,20 +31,36 @@ class LayerFisher(NamedTuple):
     h4: torch.Tensor
 
 
+class Fisher:
+    """Every layer's Fisher information, first layer first, read from disk when it is asked for."""
+
+    def __init__(self, backwards: Shelf) -> None:
+        self._backwards = backwards
+
+    def __len__(self) -> int:
+        return len(self._backwards)
+
+    def __getitem__(self, layer: int) -> LayerFisher:
+        return LayerFisher(**self._backwards[range(len(self))[::-1][layer]])
+
+    def __iter__(self) -> Iterator[LayerFisher]:
+        return (self[layer] for layer in range(len(self)))
+
+
 def layer_fisher(
     model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, seed: int
-) -> list[LayerFisher]:
+) -> Fisher:
     """Every layer's Fisher information, first layer first, from one pass forwards and one backwards.
 
     Arguments are as for `visit_layers`; `seed` is of the tokens drawn.
 
     Raises:
-        LarosaError: a gradient is NaN or Inf; the message names layer and site.
+        LarosaError: a gradient is NaN or Inf, and the message names layer and site; or the disk is full.
     """
     generator = torch.Generator().manual_seed(seed)
     heads = Heads.of(model.config)
     queries = Heads(keys=heads.keys * heads.group, group=1, size=heads.size)
-    found = []
+    backwards = Shelf()
     for visit in visit_layers_backwards(
         model, architecture, sequences, device, lambda hidden: loss_gradient(model, architecture, hidden, generator)
     ):
@@ -55,8 +73,8 @@ def layer_fisher(
         }
         with attached(*(_tap_gradient(architecture, visit.layer, site, o) for site, o in observers.items())):
             visit.outputs()
-        found.append(LayerFisher(**{site: observer.finish().cpu() for site, observer in observers.items()}))
-    return found[::-1]
+        backwards.append({site: observer.finish() for site, observer in observers.items()})
+    return Fisher(backwards)
 
 
 def _tap_gradient(architecture: Architecture, layer: Any, site: str, observer: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from larosa.architectures import Architecture
 from larosa.calibration.observers import not_finite
+from larosa.calibration.shelf import Shelf
 
 
 class LayerVisit:
@@ -94,26 +95,30 @@ def visit_layers_backwards(
 ) -> Iterator[BackwardVisit]:
     """Run `sequences` through the dense model, then back from its last layer to the first, stopping at each.
 
-    The residual stream before every layer is kept on the CPU in the model's dtype, and each layer runs again
-    to go back through it, so that only one layer's other activations are ever held.
+    The residual stream before every layer is kept on disk in the model's dtype, and each layer runs again
+    to go back through it, so that only one layer's activations are ever held.
 
     Args:
         loss_gradient: from the last layer's output for a sequence, [1, length, hidden], to the gradient of a
             loss with respect to it, on the same device. Other arguments are as for `visit_layers`.
 
     Raises:
-        LarosaError: what a layer gives is NaN or Inf; the message names it.
+        LarosaError: what a layer gives is NaN or Inf, and the message names it; or the disk is full.
     """
-    passed = []
+    passed: list[tuple[int, nn.Module, dict[str, Any]]] = []
+    streams = Shelf()
     gradients: list[torch.Tensor] = []
     for visit in visit_layers(model, architecture, sequences, device):
-        passed.append((visit.index, visit.layer, [hidden.cpu() for hidden in visit.inputs], visit.kwargs))
+        passed.append((visit.index, visit.layer, visit.kwargs))
+        streams.append({str(number): hidden for number, hidden in enumerate(visit.inputs)})
         if not all(bool(hidden.isfinite().all()) for hidden in visit.outputs()):
             raise not_finite(f"layer {visit.index}")
         if len(passed) == len(architecture.layers(model)):
             gradients = [loss_gradient(hidden) for hidden in visit.outputs()]
     while passed:
-        index, layer, inputs, kwargs = passed.pop()
+        index, layer, kwargs = passed.pop()
+        stream = streams.pop()
+        inputs = [stream[str(number)] for number in range(len(stream))]
         home = next(layer.parameters()).device
         layer.to(device)
         back = BackwardVisit(index, layer, inputs, kwargs, gradients=gradients)

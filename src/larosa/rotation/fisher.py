@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from larosa.architectures import Architecture, Heads
@@ -16,12 +18,12 @@ class UnitFisher:
         self,
         layer: torch.nn.Module,
         architecture: Architecture,
-        found: LayerFisher,
+        read: Callable[[], LayerFisher],
         heads: Heads,
         device: torch.device,
     ) -> None:
-        """Take the gains of a dense layer's norms; `device` is where results are wanted."""
-        self._read = found
+        """Take the gains of a dense layer's norms; `read` is called for each result, wanted on `device`."""
+        self._read = read
         self._heads = heads
         self._device = device
         # Copies, as the norms lose their gains when the layer is rotated.
@@ -31,25 +33,25 @@ class UnitFisher:
     def unit(self, site: str) -> torch.Tensor:
         """H of site h1 or h3, [D, D] float64 where the layer is."""
         gain = self._gains[site]
-        H: torch.Tensor = getattr(self._read, site)
+        H: torch.Tensor = getattr(self._read(), site)
         return gain[:, None] * H.to(self._device) * gain
 
     @property
     def values(self) -> torch.Tensor:
         """H of what the query heads of each key-value head give, [keys, size, size]."""
         heads = self._heads
-        return self._read.h2.to(self._device).unflatten(0, (heads.keys, heads.group)).mean(1)
+        return self._read().h2.to(self._device).unflatten(0, (heads.keys, heads.group)).mean(1)
 
     def scores(self, bases: LayerBases) -> dict[str, torch.Tensor]:
         """For each site the square root of H's diagonal in `bases`, [width] float64.
 
         An entry's square times its score's square is, but for a factor of 2, the divergence that its loss causes.
         """
-        squares = {"h4": self._read.h4}
+        squares = {"h4": self._read().h4}
         for site, Q in (("h1", bases.attention), ("h3", bases.mlp)):
             # Without a rotation the norm's gain stays where it is, on the activation's side.
-            squares[site] = getattr(self._read, site).diagonal() if Q is None else _diagonal(self.unit(site), Q)
-        h2 = self._read.h2.to(self._device)
+            squares[site] = getattr(self._read(), site).diagonal() if Q is None else _diagonal(self.unit(site), Q)
+        h2 = self._read().h2.to(self._device)
         if bases.values is None:
             squares["h2"] = h2.diagonal(dim1=-2, dim2=-1).flatten()
         else:
