@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 import larosa
+from larosa.demo import bundled_model
 
 from .conftest import QUICK, contents
 
@@ -171,6 +175,22 @@ def test_generate_samples_by_seed(cli, converted):
 
     assert text(1) == text(1)
     assert text(1) != text(2)
+
+
+def test_an_interrupted_generation_ends_without_a_traceback():
+    command = ("generate", bundled_model(), "--prompt", "The river", "--max-new-tokens", "2000", "--temperature", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from larosa.cli.main import main; main()", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.read(40)  # in the middle of the text
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert b"Traceback" not in err
 
 
 def test_version(cli):

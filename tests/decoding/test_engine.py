@@ -11,6 +11,7 @@ from larosa.architectures import find_architecture
 from larosa.config import PerSite
 from larosa.decoding import Engine, ForwardEngine
 from larosa.models import set_keep_counts
+from larosa.ops.cpu.library import load
 from larosa.sparsity import SiteSizes, keep_counts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -294,6 +295,20 @@ class TestRefusals:
         model.model.layers[1].to("meta")
         with pytest.raises(LarosaError, match="spread over cpu, meta: use --engine transformers"):
             Engine(model, 16)
+
+    def test_an_installation_without_kernels(self, make_model, monkeypatch):
+        def find():
+            raise LarosaError("larosa was installed without its CPU kernels: install a compiler")
+
+        monkeypatch.setattr("larosa.ops.cpu.library._find", find)
+        load.cache_clear()
+        try:
+            with pytest.raises(LarosaError, match=r"without its CPU kernels.*, or use --engine transformers"):
+                Engine(make_model("llama"), 16)
+        finally:
+            monkeypatch.undo()
+            load.cache_clear()
+        assert Engine(make_model("llama"), 16).prefill(torch.tensor([[5]])).isfinite().all()
 
     def test_a_cache_beyond_memory(self, make_model):
         model = make_model("llama")

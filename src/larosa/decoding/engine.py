@@ -14,6 +14,7 @@ from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
 from larosa.ops.cpu.graph import Graph
+from larosa.ops.cpu.library import load
 from larosa.ops.schema import has_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,3 +145,8 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
         raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
+    if weight.device.type == "cpu":
+        try:
+            load()
+        except LarosaError as error:
+            raise LarosaError(f"{error}, or use --engine transformers") from None

@@ -8,6 +8,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 #include "../larosa_cpu.h"
 
 namespace larosa {
@@ -50,6 +54,11 @@ struct Float16 {
     using Element = uint16_t;
     using Stored = Halves;
     static constexpr bool mixed = false;
+#if defined(__AVX512F__)
+    static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(x))); }
+#elif defined(__F16C__)
+    static Floats widen(Stored x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+#else
     // Moved to where a float has them, exponent and mantissa are too small by 2^112, subnormals included.
     static Floats widen(Stored x) {
         const Words word = __builtin_convertvector(x, Words);
@@ -57,6 +66,7 @@ struct Float16 {
         const Words special = bits<Words>(scaled >= 65536.0f) & 0x7f800000u;  // infinity and NaN
         return bits<Floats>(bits<Words>(scaled) | special | ((word & 0x8000u) << 16));
     }
+#endif
 };
 
 template <class Type>
