@@ -44,7 +44,7 @@ def test_checkpoints(cli, checkpoint, converted, tmp_path):
         (("--shape", "tiny", "--sparsity", "half"), "give fractions separated by commas"),
         (("--shape", "tiny", "--sparsity", "50"), "give a fraction"),
         (("--shape", "gpt-5"), "unknown shape"),
-        (("--shape", "tiny", "--device", "cuda"), "only the cpu is measured yet"),
+        (("--shape", "tiny", "--device", "cuda:99"), "CUDA devices are visible"),
         (("--shape", "tiny", "--json", "nowhere/d.json"), "--json"),
     ],
 )

@@ -28,5 +28,5 @@ def test_a_table_and_json(cli, tmp_path):
 
 
 def test_what_cannot_be_measured(refused, tmp_path):
-    assert "--device cuda" in refused("bench", "kernels", "--device", "cuda")
+    assert "CUDA devices are visible" in refused("bench", "kernels", "--device", "cuda:99")
     assert "--json" in refused("bench", "kernels", "--json", tmp_path / "missing" / "k.json")

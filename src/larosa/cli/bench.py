@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from larosa.benchmarks.kernels import KernelBenchmark, measure_kernels
-from larosa.cli import options
+from larosa.checkpoint import find_device
+from larosa.cli import bench_gpu, options
 from larosa.cli.bench_decode import decode
 from larosa.cli.options import console
-from larosa.errors import LarosaError
 
 bench = typer.Typer(help="Measure speed beside dense PyTorch in the same run.", no_args_is_help=True)
 bench.command()(decode)
@@ -20,14 +21,19 @@ bench.command()(decode)
 @bench.command()
 def kernels(
     device: options.Device = "auto",
+    shape: Annotated[str, typer.Option(help="On a GPU: whose layer to measure.")] = "llama-2-7b",
+    dtype: Annotated[options.Dtype, typer.Option(help="On a GPU: format of the weights.")] = options.Dtype.AUTO,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each row; the median is shown.")] = 20,
     seed: options.Seed = 0,
     json: options.JsonFile = None,
 ) -> None:
     """Time each operator of a decoding step on its own."""
-    if device not in ("auto", "cpu"):
-        raise LarosaError(f"--device {device}: only the kernels for the cpu are measured yet")
+    where = find_device(device)
     options.check_json_file(json)
+    if where.type == "cuda":
+        number_format = torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype)
+        bench_gpu.kernels(shape, where, json, dtype=number_format, rounds=rounds, seed=seed)
+        return
     result = measure_kernels(rounds=rounds, seed=seed)
     console.print(options.machine_line(result.machine, result.bandwidth))
     console.print(_table(result))

@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
-from larosa.cli import options
+from larosa.checkpoint import find_device
+from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
 from larosa.errors import LarosaError
 
@@ -31,14 +32,23 @@ def decode(
     device: options.Device = "auto",
     json: options.JsonFile = None,
 ) -> None:
-    """Time decoding: transformers dense, the engine dense, and the engine sparse, in turns."""
+    """Time decoding: PyTorch dense, the engine dense, and the engine sparse, in turns.
+
+    PyTorch is transformers on the CPU, and on a GPU a plain decoder compiled as a whole, once more with TEAL's kernel.
+    """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
     if shape is None and (layers is not None or vocab_size is not None):
         raise LarosaError("--layers and --vocab-size are for --shape")
-    if device not in ("auto", "cpu"):
-        raise LarosaError(f"--device {device}: only the cpu is measured yet")
+    where = find_device(device)
     options.check_json_file(json)
+    if where.type == "cuda":
+        if shape is None:
+            raise LarosaError("on a GPU give --shape: checkpoints are measured on the CPU (--device cpu)")
+        settings = {"layers": layers, "vocab_size": vocab_size, "prompt_tokens": prompt_tokens, "tokens": tokens}
+        number_format = torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype)
+        bench_gpu.decode(shape, where, json, sparsities=_fractions(sparsity), dtype=number_format, **settings)
+        return
     if threads is not None:
         torch.set_num_threads(threads)
     if shape is None:

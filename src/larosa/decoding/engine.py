@@ -55,8 +55,12 @@ class Engine:
         self._hidden = torch.zeros(1, weight.shape[1], device=weight.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self._graph: Graph | None = None
-        # Steps that compare with thresholds are not all alike.
-        self._replays = weight.device.type == "cpu" and not any(layer.compares for layer in self._layers)
+        self._replays = weight.device.type == "cpu" and self.fixed_shapes
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
+        return not any(layer.compares for layer in self._layers)
 
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from larosa.calibration.sources import tokenize
+from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
@@ -26,7 +27,7 @@ class EngineName(StrEnum):
     TRANSFORMERS = "transformers"
 
 
-#: The engine of each device where none is asked for. The kernels of a decoding step exist for the CPU only.
+#: The engine of each device where none is asked for. The CUDA kernels have been checked without a GPU only.
 DEFAULT_ENGINES = {"cpu": EngineName.LAROSA, "cuda": EngineName.TRANSFORMERS}
 
 
@@ -94,7 +95,12 @@ def generate(
     runner: StepEngine = (
         Engine(model, len(ids) + max_new_tokens) if chosen is EngineName.LAROSA else ForwardEngine(model)
     )
-    for token in continue_prompt(runner, ids[None], max_new_tokens, sampler, stop_tokens(model)):
+    stop = stop_tokens(model)
+    if isinstance(runner, Engine) and device.type == "cuda" and runner.fixed_shapes:
+        tokens = GraphLoop(runner, sampler).continue_prompt(ids[None], max_new_tokens, stop)
+    else:
+        tokens = continue_prompt(runner, ids[None], max_new_tokens, sampler, stop)
+    for token in tokens:
         output.put(token)
     output.end()
     return Generation(

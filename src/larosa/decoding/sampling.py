@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from larosa.errors import LarosaError
@@ -41,7 +44,7 @@ class Sampler:
         self._temperature = temperature
         self._top_p = top_p
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
@@ -55,6 +58,13 @@ class Sampler:
             logits = torch.where(usable[:, None], logits, 0)
             best = self._draw(torch.softmax(logits / self._temperature, dim=-1))
         return torch.where(usable, best, NO_TOKEN)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is drawn meanwhile, the tokens drawn afterwards are the same."""
+        state = self.generator.get_state()
+        yield
+        self.generator.set_state(state)
 
     def _draw(self, probabilities: torch.Tensor) -> torch.Tensor:
         if self._top_p == 1:
@@ -79,5 +89,5 @@ class Sampler:
         """An index of each row of `weights` [B, N], in proportion to them; never one whose weight is 0."""
         sums = weights.double().cumsum(dim=-1)
         shape = (len(weights), 1)
-        drawn = torch.rand(shape, dtype=torch.float64, generator=self._generator, device=weights.device) * sums[:, -1:]
+        drawn = torch.rand(shape, dtype=torch.float64, generator=self.generator, device=weights.device) * sums[:, -1:]
         return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp_max(weights.shape[-1] - 1)

@@ -6,6 +6,7 @@ folder a device.
 """
 
 from larosa.ops import attend, linear, norm, select  # declares the operators
+from larosa.ops import backend as _gpu  # noqa: F401 - implements them
 from larosa.ops.cpu import kernels as _cpu  # noqa: F401 - implements them
 from larosa.ops.linear import column_major
 from larosa.ops.threshold import drop_up_to

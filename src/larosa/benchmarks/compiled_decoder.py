@@ -1,0 +1,192 @@
+"""The baseline on a GPU: a plain PyTorch decoder with random weights, compiled as a whole into CUDA graphs.
+
+Half precision throughout, one position at a time, matrices of q/k/v and of gate/up joined: what PyTorch's users do when
+they want a single stream to be fast. The four products of a layer can be replaced, which is how other methods'
+kernels are measured in the same decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
+
+from larosa.architectures import Heads
+
+#: Makes the module that multiplies [1, D] by a matrix [N, D], which reads a site ("h1" to "h4") of a layer. What it
+#: holds must be parameters or buffers: CUDA graphs copy everything else at each step.
+Products = Callable[[torch.Tensor, int, str], nn.Module]
+
+
+class DenseProduct(nn.Module):
+    """All of the matrix."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T."""
+        return F.linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    queries: int
+    keys: int
+    head: int
+    eps: float
+    theta: float
+    length: int
+
+    @classmethod
+    def of(cls, config: Any, length: int) -> _Sizes:
+        heads = Heads.of(config)
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            layers=config.num_hidden_layers,
+            vocabulary=config.vocab_size,
+            queries=heads.keys * heads.group,
+            keys=heads.keys,
+            head=heads.size,
+            eps=config.rms_norm_eps,
+            theta=float((config.rope_parameters or {}).get("rope_theta", 10000.0)),
+            length=length,
+        )
+
+
+class _Layer(nn.Module):
+    """Pre-norm attention and gated MLP over a static cache."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, sizes: _Sizes, index: int, products: Products, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.sizes = sizes
+        heads = (sizes.queries + 2 * sizes.keys) * sizes.head
+        shapes = {
+            "h1": (heads, sizes.hidden),
+            "h2": (sizes.hidden, sizes.queries * sizes.head),
+            "h3": (2 * sizes.intermediate, sizes.hidden),
+            "h4": (sizes.hidden, sizes.intermediate),
+        }
+        self.product = nn.ModuleDict(
+            {site: products(_random(shape, dtype, device), index, site) for site, shape in shapes.items()}
+        )
+        self.first_norm, self.second_norm = (_gain(sizes, dtype, device) for _ in range(2))
+        cache = (1, sizes.keys, sizes.length, sizes.head)
+        self.register_buffer("keys", torch.zeros(cache, dtype=dtype, device=device))
+        self.register_buffer("values", torch.zeros(cache, dtype=dtype, device=device))
+
+    def forward(
+        self, x: torch.Tensor, position: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        sizes = self.sizes
+        qkv = self.product["h1"](_rms_norm(x, self.first_norm, sizes.eps))
+        q, k, v = qkv.view(1, 1, -1, sizes.head).transpose(1, 2).split([sizes.queries, sizes.keys, sizes.keys], dim=1)
+        q, k = (_rotate(part, cos, sin) for part in (q, k))
+        self.keys[:, :, position] = k
+        self.values[:, :, position] = v
+        keys, values = (_shared(cache, sizes.queries // sizes.keys) for cache in (self.keys, self.values))
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        x = x + self.product["h2"](attended.transpose(1, 2).reshape(1, -1))
+        gate, up = self.product["h3"](_rms_norm(x, self.second_norm, sizes.eps)).chunk(2, dim=-1)
+        return x + self.product["h4"](F.silu(gate) * up)
+
+
+class CompiledDecoder(nn.Module):
+    """A decoder of a configuration's shape, its weights random.
+
+    Args:
+        config: of a Llama-like model.
+        length: positions of its cache.
+        dtype: of everything.
+        device: of everything.
+        products: makes the products of its layers; dense ones by default.
+    """
+
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self,
+        config: Any,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        products: Products = lambda weight, layer, site: DenseProduct(weight),
+    ) -> None:
+        super().__init__()
+        sizes = _Sizes.of(config, length)
+        self.embedding = nn.Parameter(_random((sizes.vocabulary, sizes.hidden), dtype, device), requires_grad=False)
+        self.layers = nn.ModuleList(_Layer(sizes, i, products, dtype, device) for i in range(sizes.layers))
+        self.norm = _gain(sizes, dtype, device)
+        self.head = nn.Parameter(_random((sizes.vocabulary, sizes.hidden), dtype, device), requires_grad=False)
+        self.eps = sizes.eps
+        self.register_buffer("positions", torch.arange(length, device=device))
+        exponents = torch.arange(0, sizes.head, 2, device=device) / sizes.head
+        angles = torch.outer(self.positions.float(), sizes.theta**-exponents).repeat(1, 2)
+        self.register_buffer("cos", angles.cos().to(dtype))
+        self.register_buffer("sin", angles.sin().to(dtype))
+
+    def forward(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits [1, V] of the token after `token` [1] int64, which stands at `position` [1] int64."""
+        x = F.embedding(token, self.embedding)
+        mask = (self.positions <= position)[None, None, None]
+        cos, sin = self.cos[position], self.sin[position]
+        for layer in self.layers:
+            x = layer(x, position, mask, cos, sin)
+        return F.linear(_rms_norm(x, self.norm, self.eps), self.head)
+
+
+def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A step from token to next token [1], greedily, compiled with CUDA graphs and tuned kernels.
+
+    The settings are process-wide, as PyTorch has them; they change nothing that is not compiled.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.coordinate_descent_tuning = True
+    inductor.triton.unique_kernel_names = True
+
+    def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return decoder(token, position).argmax(dim=-1)
+
+    compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
+        step, mode="reduce-overhead", fullgraph=True
+    )
+    return compiled
+
+
+def _random(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=1 / math.sqrt(shape[1]))
+
+
+def _gain(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.ones(sizes.hidden, dtype=dtype, device=device), requires_grad=False)
+
+
+def _shared(cache: torch.Tensor, group: int) -> torch.Tensor:
+    return cache if group == 1 else cache.repeat_interleave(group, dim=1)
+
+
+def _rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * gain
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

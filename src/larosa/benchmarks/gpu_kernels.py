@@ -1,0 +1,261 @@
+"""Each operator of a decoding step on a GPU, beside cuBLAS where it has a dense counterpart, and a layer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
+
+from larosa.architectures import Heads
+from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_captured
+from larosa.benchmarks.shapes import shape_config
+from larosa.benchmarks.timing import Call, Timing
+from larosa.ops import column_major
+
+SPARSITIES = (0.0, 0.25, 0.5, 0.75)
+POSITIONS = (127, 2047, 8191)
+
+#: Copies of a weight take so much together that no cache keeps one until its turn comes again, even a quarter of it.
+_BYTES_OF_COPIES = 512 << 20
+_ops: Any = torch.ops.larosa
+
+
+@dataclass(frozen=True)
+class GpuKernelRow:
+    """One operator at one setting; times in seconds. `floor` is what reading its weights or its cache takes.
+
+    `speedup` is over PyTorch's dense product in the same format; None for what has no such counterpart.
+    """
+
+    kernel: str
+    shape: str
+    dtype: str
+    sparsity: float
+    time: Timing
+    floor: float
+    bandwidth_fraction: float
+    speedup: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self) | {"time": self.time.to_dict()}
+
+
+@dataclass(frozen=True)
+class GpuKernelBenchmark:
+    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
+
+    machine: dict[str, str | int]
+    bandwidth: float
+    rows: list[GpuKernelRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"machine": self.machine, "bandwidth": self.bandwidth, "rows": [row.to_dict() for row in self.rows]}
+
+
+def measure_gpu_kernels(
+    shape: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float16,
+    sparsities: tuple[float, ...] = SPARSITIES,
+    positions: tuple[int, ...] = POSITIONS,
+    rounds: int = 20,
+    seed: int = 0,
+    bytes_of_copies: int = _BYTES_OF_COPIES,
+) -> GpuKernelBenchmark:
+    """Measure the operators with the matrices of a known shape's layer, random.
+
+    Args:
+        shape: one of `larosa.benchmarks.shapes.SHAPES`.
+        device: a GPU.
+        dtype: of weights and cache.
+        sparsities: of the lists.
+        positions: attended to, each with a cache that just holds them.
+        rounds: of every measurement.
+        seed: of everything random.
+        bytes_of_copies: the copies of a weight take at least so much together.
+    """
+    torch.manual_seed(seed)
+    config = shape_config(shape)
+    bench = _Bench(device, dtype, gpu_read_bandwidth(device), rounds, bytes_of_copies)
+    rows = [
+        *(row for name, sizes in layer_matrices(config).items() for row in bench.products(name, *sizes, sparsities)),
+        *bench.selections(config.hidden_size, config.intermediate_size),
+        *(bench.attention(Heads.of(config), position) for position in positions),
+        *bench.layer(config, 0.5),
+    ]
+    return GpuKernelBenchmark(gpu_machine(device), bench.bandwidth, rows)
+
+
+def layer_matrices(config: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Outputs of each matrix and the inputs they share, of all products in a layer, by name."""
+    heads, hidden, intermediate = Heads.of(config), config.hidden_size, config.intermediate_size
+    queries, keys = heads.keys * heads.group * heads.size, heads.keys * heads.size
+    return {
+        "q+k+v": ((queries, keys, keys), hidden),
+        "o": ((hidden,), queries),
+        "gate+up": ((intermediate, intermediate), hidden),
+        "down": ((hidden,), intermediate),
+        "adapter": ((hidden,), hidden),
+    }
+
+
+@dataclass(frozen=True)
+class _Bench:
+    device: torch.device
+    dtype: torch.dtype
+    bandwidth: float
+    rounds: int
+    bytes_of_copies: int
+
+    def products(
+        self, name: str, outputs: tuple[int, ...], depth: int, sparsities: tuple[float, ...]
+    ) -> Iterator[GpuKernelRow]:
+        """Dense by PyTorch and by larosa, and sparse."""
+        total = sum(outputs)
+        size = total * depth * self.dtype.itemsize
+        copies = max(2, -(-self.bytes_of_copies // size))
+        fused = [self._random(total, depth, dtype=self.dtype) for _ in range(copies)]
+        columns = [[column_major(weight) for weight in each.split(outputs)] for each in fused]
+        biases = [None] * len(outputs)
+        x = self._random(1, depth)
+        typed = x.to(self.dtype)
+
+        def sparse(sparsity: float) -> Call:
+            values, indices = self._selected(depth, sparsity)
+            return lambda copy: _ops.sparse_linear(values, indices, columns[copy], biases)
+
+        times = time_captured(
+            {
+                "pytorch": lambda copy: F.linear(typed, fused[copy]),
+                "linear": lambda copy: _ops.linear(x, [fused[copy]], [None]),
+                **{str(sparsity): sparse(sparsity) for sparsity in sparsities},
+            },
+            copies,
+            self.rounds,
+        )
+        label, dense = f"{name} {'+'.join(map(str, outputs))}x{depth}", times["pytorch"]
+        for kernel in ("pytorch", "linear"):
+            yield self._row(kernel, label, 0.0, times[kernel], size, dense)
+        for sparsity in sparsities:
+            read = total * _kept(depth, sparsity) * self.dtype.itemsize
+            yield self._row("sparse_linear", label, sparsity, times[str(sparsity)], read, dense)
+
+    def selections(self, hidden: int, intermediate: int) -> Iterator[GpuKernelRow]:
+        """At half of the entries, with scores; one after the other, as dependent launches."""
+        calls: dict[str, tuple[int, Callable[[torch.Tensor, int, torch.Tensor], object]]] = {
+            "top_k": (hidden, lambda x, k, score: _ops.top_k(x, k, score)),
+            "rms_norm_top_k": (hidden, lambda x, k, score: _ops.rms_norm_top_k(x, None, 1e-5, k, score)),
+            "silu_mul_top_k": (intermediate, lambda x, k, score: _ops.silu_mul_top_k(x, k, score)),
+        }
+        for kernel, (width, call) in calls.items():
+            x = self._random(1, 2 * width if kernel == "silu_mul_top_k" else width)
+            score = torch.rand(width, device=self.device)
+
+            def once(_: int, call: Any = call, x: torch.Tensor = x, score: torch.Tensor = score) -> object:
+                return call(x, len(score) // 2, score)
+
+            time = time_captured({kernel: once}, 64, self.rounds)[kernel]
+            yield self._row(kernel, str(width), 0.5, time, 0, None)
+
+    def attention(self, heads: Heads, position: int) -> GpuKernelRow:
+        """At one position, the last of its cache."""
+        shape = (heads.keys, position + 1, heads.size)
+        size = 2 * torch.Size(shape).numel() * self.dtype.itemsize
+        copies = min(64, max(2, -(-self.bytes_of_copies // size)))
+        caches = [[self._random(*shape, dtype=self.dtype) for _ in range(2)] for _ in range(copies)]
+        qkv = self._random(1, (heads.group + 2) * heads.keys * heads.size)
+        cos, sin = (self._random(position + 1, heads.size) for _ in range(2))
+        at = torch.tensor([position], device=self.device)
+
+        def call(copy: int) -> object:
+            return _ops.attend(qkv, *caches[copy], at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
+
+        time = time_captured({"attend": call}, copies, self.rounds)["attend"]
+        return self._row("attend", f"{heads.keys}x{heads.group} heads, {position + 1} positions", 0.0, time, size, None)
+
+    def layer(self, config: Any, sparsity: float) -> Iterator[GpuKernelRow]:
+        """A layer's operators in their order, with parts left out: the differences are what the parts cost."""
+        heads = Heads.of(config)
+        matrices = layer_matrices(config)
+        outputs = {name: sum(sizes) for name, (sizes, _) in matrices.items()}
+        elements = sum(
+            outputs[name] * _kept(depth, sparsity) for name, (_, depth) in matrices.items() if name != "adapter"
+        )
+        elements += outputs["adapter"] * config.hidden_size
+        copies = 4
+        weights = [
+            {
+                name: [column_major(self._random(size, depth, dtype=self.dtype)) for size in sizes]
+                for name, (sizes, depth) in matrices.items()
+                if name != "adapter"
+            }
+            for _ in range(copies)
+        ]
+        adapters = [self._random(config.hidden_size, config.hidden_size, dtype=self.dtype) for _ in range(copies)]
+        lists = {name: self._selected(depth, sparsity) for name, (_, depth) in matrices.items()}
+        scores = {name: torch.rand(depth, device=self.device) for name, (_, depth) in matrices.items()}
+        given = {name: self._random(1, total) for name, total in outputs.items()}
+        attended = self._random(1, matrices["o"][1])
+        cache = [self._random(heads.keys, 256, heads.size, dtype=self.dtype) for _ in range(2)]
+        cos, sin = (self._random(256, heads.size) for _ in range(2))
+        at = torch.tensor([128], device=self.device)
+
+        def call(selects: bool, attends: bool) -> Call:
+            def product(copy: int, name: str, selection: Any, residual: torch.Tensor | None = None) -> torch.Tensor:
+                chosen = weights[copy][name]
+                result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), residual)
+                return result
+
+            def choose(name: str, operator: Any, *arguments: Any) -> Any:
+                return operator(*arguments, len(lists[name][0][0]), scores[name]) if selects else lists[name]
+
+            def run(copy: int) -> torch.Tensor:
+                x = given["adapter"]
+                qkv = product(copy, "q+k+v", choose("q+k+v", _ops.rms_norm_top_k, x, None, 1e-5))
+                y = attended
+                if attends:
+                    y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
+                x = product(copy, "o", choose("o", _ops.top_k, y), x)
+                gate_up = product(copy, "gate+up", choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5))
+                x = product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), x)
+                adapted: torch.Tensor = _ops.linear(x, [adapters[copy]], [None])
+                return adapted
+
+            return run
+
+        times = time_captured(
+            {
+                "layer: products": call(selects=False, attends=False),
+                "layer: products, selections": call(selects=True, attends=False),
+                "layer: products, selections, attention": call(selects=True, attends=True),
+            },
+            copies,
+            self.rounds,
+        )
+        for name, time in times.items():
+            yield self._row(name, "adapter included", sparsity, time, elements * self.dtype.itemsize, None)
+
+    def _row(
+        self, kernel: str, shape: str, sparsity: float, time: Timing, size: int, dense: Timing | None
+    ) -> GpuKernelRow:
+        floor = size / self.bandwidth
+        speedup = None if dense is None else dense.median / time.median
+        name = str(self.dtype).removeprefix("torch.")
+        return GpuKernelRow(kernel, shape, name, sparsity, time, floor, floor / time.median, speedup)
+
+    def _selected(self, depth: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.randperm(depth, device=self.device)[: _kept(depth, sparsity)].sort().values
+        return self._random(1, len(order)), order.int()[None]
+
+    def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device=self.device).to(dtype)
+
+
+def _kept(depth: int, sparsity: float) -> int:
+    return depth - round(sparsity * depth)

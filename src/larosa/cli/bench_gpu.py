@@ -1,0 +1,80 @@
+"""`larosa bench` on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from larosa.benchmarks.gpu_decode import GpuDecodeBenchmark, measure_gpu_decode
+from larosa.benchmarks.gpu_kernels import GpuKernelBenchmark, measure_gpu_kernels
+from larosa.cli import options
+from larosa.cli.options import console
+
+
+def decode(shape: str, device: torch.device, json: Path | None, **settings: Any) -> None:
+    """Measure decoding with a shape, print it and write it; `settings` are those of `measure_gpu_decode`."""
+    result = measure_gpu_decode(shape, device=device, **settings)
+    console.print(_machine_line(result.machine, result.bandwidth))
+    console.print(_decode_table(result))
+    options.write_json(json, result.to_dict())
+
+
+def kernels(shape: str, device: torch.device, json: Path | None, **settings: Any) -> None:
+    """Measure a shape's operators, print them and write them; `settings` are those of `measure_gpu_kernels`."""
+    result = measure_gpu_kernels(shape, device=device, **settings)
+    console.print(_machine_line(result.machine, result.bandwidth))
+    console.print(_kernel_table(result, shape))
+    options.write_json(json, result.to_dict())
+
+
+def _decode_table(result: GpuDecodeBenchmark) -> Table:
+    first = result.rows[0]
+    table = Table(
+        title=f"{first.shape}, {first.dtype}, {first.tokens} tokens after {first.prompt_tokens}, time of one in ms",
+        title_justify="left",
+    )
+    table.add_column("row", no_wrap=True)
+    for column in ("sparsity", "tokens/s", "median", "p95", "floor", "of floor", "speedup", "over TEAL"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.row,
+            f"{row.sparsity:.0%}",
+            f"{row.tokens_per_second:.1f}",
+            f"{row.ms_per_token:.3f}",
+            f"{row.ms_per_token_p95:.3f}",
+            f"{row.floor_ms:.3f}",
+            f"{row.floor_fraction:.0%}",
+            f"{row.speedup:.2f}x",
+            "" if row.speedup_over_teal is None else f"{row.speedup_over_teal:.2f}x",
+        )
+    return table
+
+
+def _kernel_table(result: GpuKernelBenchmark, shape: str) -> Table:
+    table = Table(title=f"{shape}, {result.rows[0].dtype}, median time of one call in us", title_justify="left")
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for column in ("sparsity", "time", "p10-p90", "floor", "of bandwidth", "over PyTorch"):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.kernel,
+            row.shape,
+            f"{row.sparsity:.0%}",
+            f"{1e6 * row.time.median:.1f}",
+            f"{1e6 * row.time.low:.1f}-{1e6 * row.time.high:.1f}",
+            f"{1e6 * row.floor:.1f}",
+            f"{row.bandwidth_fraction:.0%}",
+            "" if row.speedup is None else f"{row.speedup:.2f}x",
+        )
+    return table
+
+
+def _machine_line(machine: dict[str, str | int], bandwidth: float) -> str:
+    return (
+        f"{machine['gpu']}, torch {machine['torch']}, {machine['kernels']} kernels; reads {bandwidth / 1e12:.2f} TB/s"
+    )

@@ -1,0 +1,60 @@
+"""Which kernels serve tensors on a GPU: the only place where that is decided.
+
+`LAROSA_CUDA_KERNELS=cuda`, the default, takes CUDA C++ (NVIDIA, compute capability 8.0 or newer, the extra
+`larosa[cuda]`); `LAROSA_CUDA_KERNELS=triton` the portable ones in Triton. Neither stands in for the other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from larosa.errors import LarosaError
+from larosa.ops.schema import implement
+from larosa.ops.select import above_reference
+
+_MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
+_OPERATORS = (
+    *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
+    *("linear", "sparse_linear", "attend"),
+)
+
+
+def chosen_kernels() -> str:
+    """ "cuda" or "triton", as `LAROSA_CUDA_KERNELS` says.
+
+    Raises:
+        LarosaError: it says something else.
+    """
+    name = os.environ.get("LAROSA_CUDA_KERNELS") or "cuda"
+    if name not in _MODULES:
+        raise LarosaError(f"LAROSA_CUDA_KERNELS={name} is unknown: set it to {' or '.join(_MODULES)}")
+    return name
+
+
+@cache
+def _kernels() -> ModuleType:
+    name = chosen_kernels()
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise LarosaError(
+            f"LAROSA_CUDA_KERNELS={name} needs a package that is not here ({error}): pip install 'larosa[cuda]'"
+        ) from error
+
+
+def _register(operator: str) -> None:
+    def kernel(*args: Any, **options: Any) -> Any:
+        return getattr(_kernels(), operator)(*args, **options)
+
+    implement(operator, "CUDA")(kernel)
+
+
+for _operator in _OPERATORS:
+    _register(_operator)
+
+# How many entries it returns depends on their values, so the host waits for them whatever the kernel.
+implement("above", "CUDA")(above_reference)

@@ -1,0 +1,97 @@
+"""What the kernels of a GPU are told before they run: they trust sizes and layouts, so these are looked at first.
+
+Each function raises ValueError where what it looks at cannot be what the operator wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def vectors(name: str, x: torch.Tensor) -> tuple[int, int]:
+    """Rows and width of activations: [B, D] float32, contiguous."""
+    if x.dtype != torch.float32 or x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous float32 [B, D], not {x.dtype} of shape {tuple(x.shape)}")
+    return len(x), x.shape[1]
+
+
+def vector(name: str, x: torch.Tensor | None, size: int) -> torch.Tensor | None:
+    """A gain, bias or score: [size], of any of the three formats, contiguous; or None."""
+    if x is not None and (x.dtype not in FLOATS or x.shape != (size,) or not x.is_contiguous()):
+        raise ValueError(
+            f"{name} must be a contiguous float32, bfloat16 or float16 vector of {size} entries, "
+            f"not {x.dtype} of shape {tuple(x.shape)}"
+        )
+    return x
+
+
+def kept(k: int, width: int) -> None:
+    """How many entries a selection keeps."""
+    if not 0 <= k <= width:
+        raise ValueError(f"cannot keep {k} of {width} entries")
+
+
+def selection(values: torch.Tensor, indices: torch.Tensor) -> tuple[int, int]:
+    """Rows and length of a list of entries."""
+    if indices.dtype != torch.int32 or indices.shape != values.shape or not indices.is_contiguous():
+        raise ValueError(f"indices must be contiguous int32 of shape {tuple(values.shape)}, like values")
+    return vectors("values", values)
+
+
+def matrices(
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], width: int, *, column_major: bool
+) -> int:
+    """Outputs of all matrices [N_i, width] together: one format, one layout, a bias or None for each."""
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"{len(weights)} weights with {len(biases)} biases")
+    dtype = weights[0].dtype
+    if dtype not in FLOATS or any(weight.dtype != dtype for weight in weights):
+        raise ValueError("weights must all be float32, or all bfloat16, or all float16")
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(f"weights must be [N, {width}], not of shape {tuple(weight.shape)}")
+        along = 0 if column_major else 1
+        if weight.shape[along] > 1 and weight.stride(along) != 1:
+            mend = "larosa.ops.column_major(weight)" if column_major else "weight.contiguous()"
+            raise ValueError(f"weights must be {'column' if column_major else 'row'}-major: {mend}")
+        vector("bias", bias, len(weight))
+    return sum(len(weight) for weight in weights)
+
+
+def residual(x: torch.Tensor | None, rows: int, outputs: int) -> None:
+    """What is added to a product."""
+    if x is not None and (x.dtype != torch.float32 or x.shape != (rows, outputs) or not x.is_contiguous()):
+        raise ValueError(f"residual must be contiguous float32 of shape {(rows, outputs)}")
+
+
+def attention(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    tables: Sequence[torch.Tensor | None],
+) -> int:
+    """The number of query heads of what `attend` is given; `tables` are cos and sin."""
+    key_heads, length, size = keys.shape
+    rows, width = vectors("qkv", qkv)
+    heads = width // size - 2 * key_heads
+    if rows != 1 or width % size or size % 2 or heads < key_heads or heads % key_heads:
+        raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not hold the heads of a cache {tuple(keys.shape)}")
+    if keys.dtype not in FLOATS or values.dtype != keys.dtype or values.shape != keys.shape:
+        raise ValueError("keys and values must be alike in shape and dtype, and float32, bfloat16 or float16")
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous")
+    if position.dtype != torch.int64 or position.numel() != 1:
+        raise ValueError("position must be one int64")
+    if len({table is None for table in tables}) > 1:
+        raise ValueError("cos and sin come together")
+    for table in tables:
+        if table is not None and (
+            table.dtype != torch.float32 or table.shape != (length, size) or not table.is_contiguous()
+        ):
+            raise ValueError(f"cos and sin must be contiguous float32 of shape {(length, size)}")
+    return heads

@@ -1,0 +1,188 @@
+"""The operators on CUDA by the kernels in `source/`: each one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_void_p
+
+import torch
+
+from larosa.errors import LarosaError
+from larosa.ops import checks
+from larosa.ops.cuda.launch import Argument, Grid, launch, machine
+from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
+from larosa.ops.cuda.plan import AHEAD_BYTES, LINEAR_TILE, THREADS, attend_plan, linear_blocks, sparse_plan
+from larosa.ops.linear import Biases, Weights
+from larosa.ops.select import Selection
+
+_ROW = 1024  # threads of a block, in select.cu and elementwise.cu
+_WIDEST = 32 * _ROW
+
+
+def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """See `rms_norm_reference`."""
+    rows, width = checks.vectors("x", x)
+    result = torch.empty_like(x)
+    arguments = (_address(x), c_int(width), Vector.of("gain", gain, width), c_float(eps), _address(result))
+    _launch(x, "elementwise.cu", "rms_norm", {}, Grid(rows, 1, _ROW), arguments)
+    return result
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `silu_mul_reference`."""
+    rows, width = checks.vectors("gate_up", gate_up)
+    result = gate_up.new_empty(rows, width // 2)
+    arguments = (_address(gate_up), c_int(width // 2), _address(result))
+    _launch(gate_up, "elementwise.cu", "silu_mul", {}, Grid(-(-width // 2 // _ROW), rows, _ROW), arguments)
+    return result
+
+
+def top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    """See `top_k_reference`."""
+    _, width = checks.vectors("x", x)
+    return _select("AS_IS", x, width, k, score)
+
+
+def rms_norm_top_k(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None = None
+) -> Selection:
+    """See `rms_norm_top_k_reference`."""
+    _, width = checks.vectors("x", x)
+    return _select("NORMED", x, width, k, score, gain, eps)
+
+
+def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    """See `silu_mul_top_k_reference`."""
+    _, width = checks.vectors("gate_up", gate_up)
+    return _select("GATED", gate_up, width // 2, k, score)
+
+
+def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """See `linear_reference`; the weights are row-major."""
+    rows, width = checks.vectors("x", x)
+    outputs = checks.matrices(weights, biases, width, column_major=False)
+    checks.residual(residual, rows, outputs)
+    result = x.new_empty(rows, outputs)
+    matrices, tiles = Matrices.of(weights, biases, LINEAR_TILE, along=0)
+    macros = {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": _aligned(weights, [width], along=0)}
+    arguments = (_address(x), c_int(width), matrices, _address(residual), _address(result), c_int(outputs))
+    grid = Grid(linear_blocks(machine(x.device), tiles), rows, THREADS)
+    _launch(x, "linear.cu", "linear", macros, grid, (*arguments, c_int(tiles)))
+    return result
+
+
+def sparse_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `sparse_linear_reference`; the weights are column-major."""
+    rows, k = checks.selection(values, indices)
+    width = weights[0].shape[1] if weights else 0
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    checks.residual(residual, rows, outputs)
+    result = values.new_empty(rows, outputs)
+    sizes = [len(weight) for weight in weights]
+    element = weights[0].element_size()
+    if any(weight.stride(1) * width >= 2**32 for weight in weights):
+        raise LarosaError("the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton")
+    plan = sparse_plan(machine(values.device), sizes, k, rows, element)
+    matrices, tiles = Matrices.of(weights, biases, plan.tile, along=1)
+    macros = {
+        "WEIGHT": TYPE_NAMES[weights[0].dtype],
+        "LANES": str(plan.lanes),
+        "CLUSTER": str(plan.cluster),
+        "ALIGNED": _aligned(weights, sizes, along=1),
+    }
+    ahead = min(width, AHEAD_BYTES // max(outputs * element, 1))
+    arguments = (_address(values), _address(indices), c_int(k), matrices, _address(residual), _address(result))
+    grid = Grid(tiles * plan.cluster, rows, THREADS, plan.cluster)
+    _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, (*arguments, c_int(outputs), c_int(ahead)))
+    return result
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
+
+    Raises:
+        LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
+    """
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin))
+    key_heads, length, size = keys.shape
+    pieces, rest = divmod(size * keys.element_size(), 16)
+    if rest or pieces > 32 or (keys.data_ptr() | values.data_ptr()) % 16:
+        raise LarosaError(
+            f"the CUDA kernels attend with heads of 16 to 512 bytes in steps of 16, not of {size} "
+            f"{str(keys.dtype).removeprefix('torch.')} entries: set LAROSA_CUDA_KERNELS=triton"
+        )
+    result = qkv.new_empty(1, query_heads * size)
+    plan = attend_plan(machine(qkv.device), query_heads, key_heads, length)
+    gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
+    rotary = Rotary(_address(cos), _address(sin), *gains, eps, scale)
+    macros = {
+        "CACHE": TYPE_NAMES[keys.dtype],
+        "SIZE": str(size),
+        "HEADS": str(plan.heads),
+        "CLUSTER": str(plan.cluster),
+    }
+    addresses = (_address(tensor) for tensor in (qkv, keys, values, position))
+    sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
+    grid = Grid(query_heads // plan.heads * plan.cluster, 1, THREADS, plan.cluster)
+    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, _address(result)))
+    return result
+
+
+def _select(
+    source: str,
+    x: torch.Tensor,
+    width: int,
+    k: int,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> Selection:
+    checks.kept(k, width)
+    if width > _WIDEST:
+        raise LarosaError(
+            f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
+        )
+    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
+    macros = {"SOURCE": source, "EACH": str(-(-width // _ROW))}
+    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
+    arguments = (_address(x), c_int(width), c_int(k), *vectors, _address(values), _address(indices))
+    if k:
+        _launch(x, "select.cu", "select_top_k", macros, Grid(len(x), 1, _ROW), arguments)
+    return values, indices
+
+
+def _launch(
+    x: torch.Tensor, source: str, kernel: str, macros: dict[str, str], grid: Grid, arguments: Sequence[Argument]
+) -> None:
+    if grid.x and grid.y:
+        launch(x.device, source, kernel, macros, grid, arguments)
+
+
+def _aligned(weights: Weights, sizes: Sequence[int], along: int) -> str:
+    """Whether every piece of 16 bytes of rows or columns of those sizes is whole, as C++ writes it."""
+    element = weights[0].element_size()
+    whole = all(size * element % 16 == 0 for size in sizes)
+    placed = all((weight.data_ptr() | weight.stride(along) * element) % 16 == 0 for weight in weights)
+    return str(whole and placed).lower()
+
+
+def _address(tensor: torch.Tensor | None) -> c_void_p:
+    return c_void_p(None if tensor is None else tensor.data_ptr())

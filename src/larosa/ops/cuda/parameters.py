@@ -1,0 +1,78 @@
+"""The structures of `source/vectors.cuh` and `source/attend.cu`, as the kernels take them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from larosa.errors import LarosaError
+from larosa.ops import checks
+from larosa.ops.linear import Biases, Weights
+
+#: What the kernels call the formats of weights and caches.
+TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MOST_MATRICES = 4
+_BEYOND = 2**40  # more tiles than any matrix has
+
+
+class Vector(ctypes.Structure):
+    """A vector of any of the three formats, or none."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("type", ctypes.c_longlong))
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor | None, size: int) -> Vector:
+        """`tensor`, checked to be [size]; `name` is for the error."""
+        checked = checks.vector(name, tensor, size)
+        return cls(None, 0) if checked is None else cls(checked.data_ptr(), _TYPE_CODES[checked.dtype])
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.c_void_p),
+        ("bias", Vector),
+        ("stride", ctypes.c_longlong),
+        ("outputs", ctypes.c_longlong),
+        ("first", ctypes.c_longlong),
+        ("tile", ctypes.c_longlong),
+    )
+
+
+class Matrices(ctypes.Structure):
+    """The matrices of one product, each with its place among all outputs and all tiles of outputs."""
+
+    _fields_ = (("matrix", _Matrix * _MOST_MATRICES),)
+
+    @classmethod
+    def of(cls, weights: Weights, biases: Biases, tile: int, along: int) -> tuple[Matrices, int]:
+        """`weights` in tiles of `tile` outputs, and the number of tiles; `along` is the dimension that strides."""
+        if len(weights) > _MOST_MATRICES:
+            raise LarosaError(
+                f"the CUDA kernels multiply at most {_MOST_MATRICES} matrices at once, not {len(weights)}"
+            )
+        matrices = cls()
+        outputs = tiles = 0
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            packed = Vector.of("bias", bias, len(weight))
+            stride = weight.stride(along)
+            matrices.matrix[i] = _Matrix(weight.data_ptr(), packed, stride, len(weight), outputs, tiles)
+            outputs += len(weight)
+            tiles += -(-len(weight) // tile)
+        for i in range(len(weights), _MOST_MATRICES):
+            matrices.matrix[i] = _Matrix(None, Vector(), 0, 0, outputs, _BEYOND)
+        return matrices, tiles
+
+
+class Rotary(ctypes.Structure):
+    """What happens to queries and keys before they meet."""
+
+    _fields_ = (
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("q_gain", Vector),
+        ("k_gain", Vector),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )

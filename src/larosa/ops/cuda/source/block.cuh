@@ -1,0 +1,39 @@
+// What a block of THREADS threads does together.
+#ifndef LAROSA_BLOCK
+#define LAROSA_BLOCK
+
+#include "device.cuh"
+
+template <int THREADS>
+struct Block {
+    static constexpr int WARPS = THREADS / 32;
+
+    unsigned totals[WARPS];
+    float sums[WARPS];
+
+    // The sum over all threads, the same bits in each of them. Once a kernel.
+    DEVICE float sum(float x) {
+        x = warp_sum(x);
+        if (lane() == 0) sums[warp()] = x;
+        __syncthreads();
+        return warp_sum(lane() < WARPS ? sums[lane()] : 0.0f);
+    }
+
+    // The sum over the threads before this one. Between two uses the block must synchronise.
+    DEVICE unsigned before(unsigned x) {
+        unsigned inclusive = x;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const unsigned below = __shfl_up_sync(ALL_LANES, inclusive, distance);
+            if (lane() >= distance) inclusive += below;
+        }
+        if (lane() == 31) totals[warp()] = inclusive;
+        __syncthreads();
+        return __reduce_add_sync(ALL_LANES, lane() < warp() ? totals[lane()] : 0u) + inclusive - x;
+    }
+
+    DEVICE static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+    DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+};
+
+#endif

@@ -1,0 +1,154 @@
+// What CUDA C++ has no word for without its headers: caches, dependent launches, clusters, short floats.
+// The kernels use nothing else of the machine beyond the language's own built-ins, so that a test can run them on
+// a CPU by giving these functions and built-ins another meaning.
+#ifndef LAROSA_DEVICE
+#define LAROSA_DEVICE
+
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define DEVICE __device__ __forceinline__
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+struct Half {
+    unsigned short bits;
+};
+
+struct BFloat16 {
+    unsigned short bits;
+};
+
+DEVICE float widen(float x) { return x; }
+DEVICE float widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+DEVICE float widen(Half x) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+}
+
+DEVICE void narrow(float x, float& to) { to = x; }
+DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
+
+// The block's dynamic shared memory. SHARED tells the launcher how much of it a file's kernels want.
+#define SHARED(type) extern "C" __device__ unsigned shared_bytes = sizeof(type)
+
+template <class T>
+DEVICE T& shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return *reinterpret_cast<T*>(memory);
+}
+
+// --- Loads. All are volatile: none may move up across wait_for_inputs().
+
+// `base + offset`, in one instruction: the compiler would take the base apart again for each of many offsets.
+template <class T>
+DEVICE const T* at_offset(const T* base, unsigned offset) {
+    const T* address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(offset), "n"(sizeof(T)), "l"(base));
+    return address;
+}
+
+// 16 bytes that nobody reads again: they pass the first cache by.
+DEVICE uint4 load_once(const void* from) {
+    uint4 data;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                 : "l"(from));
+    return data;
+}
+
+// What the kernel before this one wrote: from the second cache, the first may hold what stood there earlier.
+DEVICE float load_fresh(const float* from) {
+    float data;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(data) : "l"(from));
+    return data;
+}
+DEVICE int load_fresh(const int* from) {
+    int data;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(data) : "l"(from));
+    return data;
+}
+DEVICE long long load_fresh(const long long* from) {
+    long long data;
+    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(data) : "l"(from));
+    return data;
+}
+
+// A guess at what load_fresh() will give, which may stand before wait_for_inputs(): good for prefetches alone.
+DEVICE long long guess(const long long* from) {
+    long long data;
+    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(data) : "l"(from));
+    return data;
+}
+
+// Ask for `bytes` (a multiple of 16, at an address that is one) to be brought to the second cache. It reads nothing,
+// so it may stand before wait_for_inputs().
+DEVICE void prefetch(const void* from, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
+
+// --- Programmatic dependent launch. Every block of every kernel calls both: release_dependents() lets the next
+// kernel's blocks take their places early, wait_for_inputs() returns once the kernels before have finished and
+// their results are visible. Nothing that a kernel may have written is read, and nothing written, before it.
+
+DEVICE void release_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// --- Clusters: blocks that run at the same time and read each other's shared memory.
+
+template <int BLOCKS>
+DEVICE int cluster_rank() {
+    if constexpr (BLOCKS == 1) return 0;
+    return static_cast<int>(blockIdx.x % BLOCKS);
+}
+
+template <int BLOCKS>
+DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        __syncwarp();  // "aligned": a warp arrives as one
+        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    } else
+#endif
+        __syncthreads();
+}
+
+// What stands at `mine`, in the shared memory of the cluster's block `rank`.
+template <int BLOCKS>
+DEVICE float cluster_load(const float& mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        float data;
+        asm volatile(
+            "{\n\t.reg .u32 remote;\n\t"
+            "mapa.shared::cluster.u32 remote, %1, %2;\n\t"
+            "ld.shared::cluster.f32 %0, [remote];\n\t}"
+            : "=f"(data)
+            : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&mine))), "r"(rank)
+            : "memory");
+        return data;
+    }
+#endif
+    return mine;
+}
+
+// --- Sums in a fixed order, so that the same input gives the same bits.
+
+// Over the lanes of a warp whose numbers differ in the bits from `from` up: all get it.
+DEVICE float warp_sum(float x, int from = 1) {
+    for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+    return x;
+}
+
+#endif

@@ -1,0 +1,37 @@
+// The vectors that are sparsified elsewhere, in full: what a dense layer reads.
+#include "block.cuh"
+#include "values.cuh"
+
+constexpr int THREADS = 1024;
+
+SHARED(Block<THREADS>);
+
+// One block a vector.
+KERNEL(THREADS, 1)
+rms_norm(const float* input, int width, Vector gain, float eps, float* result) {
+    Block<THREADS>& block = shared_memory<Block<THREADS>>();
+    const long long row = blockIdx.x;
+    input += row * width;
+
+    release_dependents();
+    if (threadIdx.x == 0) gain.fetch(width);
+    wait_for_inputs();
+    float squares = 0.0f;
+    for (int i = static_cast<int>(threadIdx.x); i < width; i += THREADS) {
+        const float x = load_fresh(input + i);
+        squares = fmaf(x, x, squares);
+    }
+    const float inverse = inverse_rms(block.sum(squares), width, eps);
+    for (int i = static_cast<int>(threadIdx.x); i < width; i += THREADS)
+        result[row * width + i] = load_fresh(input + i) * inverse * gain.at(i, 1.0f);
+}
+
+KERNEL(THREADS, 1)
+silu_mul(const float* gate_up, int width, float* result) {
+    const long long row = blockIdx.y;
+    const int i = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
+
+    release_dependents();
+    wait_for_inputs();
+    if (i < width) result[row * width + i] = silu_mul_at(gate_up + row * 2 * width, i, width);
+}

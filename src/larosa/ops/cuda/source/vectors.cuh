@@ -1,0 +1,72 @@
+// Vectors and matrices of any of the three float formats, as kernel parameters.
+#ifndef LAROSA_VECTORS
+#define LAROSA_VECTORS
+
+#include "device.cuh"
+
+// A short vector (gain, bias, score) of a format known at run time; null where there is none.
+struct Vector {
+    const void* data;
+    long long type;  // 0 float32, 1 bfloat16, 2 float16
+
+    DEVICE float at(int i, float otherwise) const {
+        if (data == nullptr) return otherwise;
+        if (type == 1) return widen(static_cast<const BFloat16*>(data)[i]);
+        if (type == 2) return widen(static_cast<const Half*>(data)[i]);
+        return static_cast<const float*>(data)[i];
+    }
+
+    // Brings its first `size` entries near, whole pieces of 16 bytes of them. For one thread.
+    DEVICE void fetch(int size) const {
+        if (data != nullptr && reinterpret_cast<unsigned long long>(data) % 16 == 0)
+            prefetch(data, static_cast<unsigned>(size) * (type == 0 ? 4u : 2u) / 16 * 16);
+    }
+};
+
+// One of the matrices [outputs, inputs] whose products stand side by side in the result.
+struct Matrix {
+    const void* weights;
+    Vector bias;
+    long long stride;   // elements between its columns (sparse) or rows (dense)
+    long long outputs;
+    long long first;    // its first output among all
+    long long tile;     // its first tile among all
+};
+
+constexpr int MOST_MATRICES = 4;
+
+struct Matrices {
+    Matrix matrix[MOST_MATRICES];  // those that are not there start at a tile beyond all
+
+    DEVICE const Matrix& of(int tile) const {
+        int i = 0;
+        while (i + 1 < MOST_MATRICES && tile >= matrix[i + 1].tile) ++i;
+        return matrix[i];
+    }
+};
+
+template <class Weight>
+constexpr int WIDTH = 16 / sizeof(Weight);
+
+// WIDTH neighbouring weights in registers, as they stand in memory.
+template <class Weight>
+union Pack {
+    uint4 data;
+    Weight weight[WIDTH<Weight>];
+
+    DEVICE Pack() : data{0, 0, 0, 0} {}
+
+    // From an address that is a multiple of 16 where WHOLE, and with `count` weights to be had there.
+    template <bool WHOLE>
+    DEVICE void load(const Weight* from, int count) {
+        if constexpr (WHOLE) {
+            if (count > 0) data = load_once(from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < WIDTH<Weight>; ++i)
+                if (i < count) weight[i] = from[i];
+        }
+    }
+};
+
+#endif

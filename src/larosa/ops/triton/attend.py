@@ -1,0 +1,165 @@
+"""One position's attention over the cache: prepare the heads, attend in parts of the positions, merge the parts."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from larosa.ops import checks
+
+_PART = 256  # positions a program attends to
+_STEP = 32  # at a time
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is."""
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin))
+    key_heads, length, size = keys.shape
+    checks.vector("q_gain", q_gain, size)
+    checks.vector("k_gain", k_gain, size)
+    block = triton.next_power_of_2(size)
+    parts = triton.cdiv(min(window, length) if window else length, _PART)
+    queries, result = qkv.new_empty(query_heads, size), qkv.new_empty(1, query_heads * size)
+    partial = qkv.new_empty(query_heads, parts, size + 2)  # weighted values, maximum, sum
+    _prepare_kernel[(query_heads + 2 * key_heads,)](
+        *(qkv, queries, keys, values, position, cos, sin, q_gain, k_gain),
+        *(eps, scale, length, query_heads, key_heads, size, block),
+    )
+    _part_kernel[(query_heads, parts)](
+        *(queries, keys, values, position, partial, length, query_heads // key_heads, window, size),
+        *(_PART, _STEP, block),
+    )
+    _merge_kernel[(query_heads,)](partial, result, parts, size, triton.next_power_of_2(parts), block)
+    return result
+
+
+@triton.jit
+def _prepare_kernel(
+    qkv_ptr,
+    queries_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_gain_ptr,
+    k_gain_ptr,
+    eps,
+    scale,
+    length,
+    query_heads,
+    key_heads,
+    size,
+    BLOCK: tl.constexpr,
+):
+    """One head: queries are normed, rotated and scaled, keys normed and rotated, and with values put in the cache."""
+    head = tl.program_id(0)
+    position = tl.load(position_ptr)
+    inside = (position >= 0) & (position < length)
+    i = tl.arange(0, BLOCK)
+    there = i < size
+    half = size // 2
+    partner = tl.where(i < half, i + half, i - half)  # what rotation mixes in
+    x = tl.load(qkv_ptr + head * size + i, mask=there, other=0.0)
+    turned = tl.load(qkv_ptr + head * size + partner, mask=there, other=0.0)
+    turned = tl.where(i < half, -turned, turned)
+    if head < query_heads + key_heads:
+        is_query = head < query_heads
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x) / size + eps)
+        if q_gain_ptr is not None:
+            if is_query:
+                x *= inverse * tl.load(q_gain_ptr + i, mask=there, other=0.0).to(tl.float32)
+                turned *= inverse * tl.load(q_gain_ptr + partner, mask=there, other=0.0).to(tl.float32)
+        if k_gain_ptr is not None:
+            if not is_query:
+                x *= inverse * tl.load(k_gain_ptr + i, mask=there, other=0.0).to(tl.float32)
+                turned *= inverse * tl.load(k_gain_ptr + partner, mask=there, other=0.0).to(tl.float32)
+        if cos_ptr is not None:
+            cos = tl.load(cos_ptr + position * size + i, mask=there & inside, other=0.0)
+            sin = tl.load(sin_ptr + position * size + i, mask=there & inside, other=0.0)
+            x = x * cos + turned * sin
+        if is_query:
+            tl.store(queries_ptr + head * size + i, x * scale, mask=there)
+        else:
+            place = ((head - query_heads) * length + position) * size + i
+            tl.store(keys_ptr + place, x.to(keys_ptr.dtype.element_ty), mask=there & inside)
+    else:
+        place = ((head - query_heads - key_heads) * length + position) * size + i
+        tl.store(values_ptr + place, x.to(values_ptr.dtype.element_ty), mask=there & inside)
+
+
+@triton.jit
+def _part_kernel(
+    queries_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    partial_ptr,
+    length,
+    group,
+    window,
+    size,
+    PART: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One query head and one part of the positions: a running softmax."""
+    head, part = tl.program_id(0), tl.program_id(1)
+    position = tl.load(position_ptr)
+    position = tl.where((position >= 0) & (position < length), position, -1)
+    start = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0)
+    begin = start + part * PART
+    end = tl.minimum(begin + PART, position + 1)
+    i = tl.arange(0, BLOCK)
+    there = i < size
+    query = tl.load(queries_ptr + head * size + i, mask=there, other=0.0)
+    cache = (head // group).to(tl.int64) * length
+    maximum = -float("inf")
+    total = 0.0
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for step in range(0, PART, STEP):
+        at = begin + step + tl.arange(0, STEP)
+        seen = at < end
+        place = (cache + at)[:, None] * size + i[None, :]
+        mask = seen[:, None] & there[None, :]
+        key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(key * query[None, :], 1), -float("inf"))
+        larger = tl.maximum(maximum, tl.max(score))
+        old = tl.where(maximum == -float("inf"), 0.0, tl.exp(maximum - larger))
+        weight = tl.where(score == -float("inf"), 0.0, tl.exp(score - larger))
+        total = total * old + tl.sum(weight)
+        weighted = weighted * old + tl.sum(weight[:, None] * value, 0)
+        maximum = larger
+    out = partial_ptr + (head * tl.num_programs(1) + part) * (size + 2)
+    tl.store(out + i, weighted, mask=there)
+    tl.store(out + size, maximum)
+    tl.store(out + size + 1, total)
+
+
+@triton.jit
+def _merge_kernel(partial_ptr, result_ptr, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    i = tl.arange(0, BLOCK)
+    there = i < size
+    rows = partial_ptr + (head * parts + part) * (size + 2)
+    maximum = tl.load(rows + size, mask=part < parts, other=-float("inf"))
+    total = tl.load(rows + size + 1, mask=part < parts, other=0.0)
+    scale = tl.where(maximum == -float("inf"), 0.0, tl.exp(maximum - tl.max(maximum)))
+    weighted = tl.load(rows[:, None] + i[None, :], mask=(part < parts)[:, None] & there[None, :], other=0.0)
+    result = tl.sum(scale[:, None] * weighted, 0) / tl.sum(scale * total)
+    tl.store(result_ptr + head * size + i, result, mask=there)

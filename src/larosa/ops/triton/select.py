@@ -1,0 +1,92 @@
+"""Exact Top-K of one vector by one program, with what produces the vector."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from larosa.ops import checks
+from larosa.ops.select import Selection
+
+_AS_IS, _NORMED, _GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_NAN_KEY = tl.constexpr(0x7F800001)  # all NaN alike, above infinity
+
+
+def top_k(x: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    """See `top_k_reference`."""
+    _, width = checks.vectors("x", x)
+    return _select(_AS_IS, x, width, k, score)
+
+
+def rms_norm_top_k(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None = None
+) -> Selection:
+    """See `rms_norm_top_k_reference`."""
+    _, width = checks.vectors("x", x)
+    return _select(_NORMED, x, width, k, score, gain, eps)
+
+
+def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
+    """See `silu_mul_top_k_reference`."""
+    _, width = checks.vectors("gate_up", gate_up)
+    return _select(_GATED, gate_up, width // 2, k, score)
+
+
+def _select(
+    source: tl.constexpr,
+    x: torch.Tensor,
+    width: int,
+    k: int,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> Selection:
+    checks.kept(k, width)
+    checks.vector("gain", gain, width)
+    checks.vector("score", score, width)
+    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
+    if len(x) and k:
+        block = triton.next_power_of_2(width)
+        _select_kernel[(len(x),)](
+            x, gain, score, values, indices, width, k, eps, source, block, num_warps=min(32, max(4, block // 512))
+        )
+    return values, indices
+
+
+@triton.jit
+def _select_kernel(
+    x_ptr, gain_ptr, score_ptr, values_ptr, indices_ptr, width, k, eps, SOURCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    there = at < width
+    if SOURCE == _GATED:
+        gate = tl.load(x_ptr + row * 2 * width + at, mask=there, other=0.0)
+        up = tl.load(x_ptr + row * 2 * width + width + at, mask=there, other=0.0)
+        x = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        x = tl.load(x_ptr + row * width + at, mask=there, other=0.0)
+    if SOURCE == _NORMED:
+        x *= 1.0 / tl.sqrt_rn(tl.sum(x * x) / width + eps)
+        if gain_ptr is not None:
+            x *= tl.load(gain_ptr + at, mask=there, other=0.0).to(tl.float32)
+    weighted = x
+    if score_ptr is not None:
+        weighted = x * tl.load(score_ptr + at, mask=there, other=0.0).to(tl.float32)
+    # The bits of a magnitude, read as an integer, sort like the magnitude; what is not there comes last.
+    key = tl.minimum(weighted.to(tl.int32, bitcast=True) & 0x7FFFFFFF, _NAN_KEY)
+    key = tl.where(there, key, -1)
+
+    # The k-th largest key, bit by bit from the highest.
+    threshold = tl.full((), 0, tl.int32)
+    for i in range(31):
+        candidate = threshold | (1 << (30 - i))
+        threshold = tl.where(tl.sum((key >= candidate).to(tl.int32)) >= k, candidate, threshold)
+    larger = key > threshold
+    tied = key == threshold
+    room = k - tl.sum(larger.to(tl.int32))
+    kept = larger | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
+    place = row * k + tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(values_ptr + place, x, mask=kept)
+    tl.store(indices_ptr + place, at, mask=kept)

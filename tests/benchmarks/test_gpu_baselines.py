@@ -1,0 +1,106 @@
+"""What the benchmarks on a GPU compare with computes what it should; on a CPU here, and small."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from larosa.benchmarks.compiled_decoder import CompiledDecoder, compiled_step
+
+CPU = torch.device("cpu")
+LENGTH = 12
+
+
+def config(**overrides):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
+    return LlamaConfig(**{**sizes, **overrides})
+
+
+def as_transformers(decoder, settings):
+    """The same weights in transformers' model."""
+    model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval().requires_grad_(False)
+    model.model.embed_tokens.weight.copy_(decoder.embedding)
+    model.lm_head.weight.copy_(decoder.head)
+    for layer, own in zip(model.model.layers, decoder.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = [attention.q_proj, attention.k_proj, attention.v_proj]
+        parts = own.product["h1"].weight.split([linear.out_features for linear in joined])
+        for linear, part in zip(joined, parts, strict=True):
+            linear.weight.copy_(part)
+        gate, up = own.product["h3"].weight.chunk(2)
+        for linear, weight in (
+            (attention.o_proj, own.product["h2"].weight),
+            (mlp.gate_proj, gate),
+            (mlp.up_proj, up),
+            (mlp.down_proj, own.product["h4"].weight),
+        ):
+            linear.weight.copy_(weight)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_the_plain_decoder_is_the_model_of_transformers(key_heads):
+    torch.manual_seed(0)
+    settings = config(num_key_value_heads=key_heads)
+    decoder = CompiledDecoder(settings, LENGTH, torch.float32, CPU)
+    tokens = torch.randint(96, (LENGTH,))
+    expected = as_transformers(decoder, settings)(tokens[None]).logits[0]
+    for position in range(LENGTH):
+        logits = decoder(tokens[position : position + 1], torch.tensor([position]))
+        torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_compiled_step_is_the_decoder():
+    device = torch.device("cuda")
+    decoder = CompiledDecoder(config(), LENGTH, torch.float32, device)
+    step = compiled_step(decoder)
+    token = torch.tensor([3], device=device)
+    for position in range(LENGTH):
+        at = torch.tensor([position], device=device)
+        assert torch.equal(step(token, at), decoder(token, at).argmax(-1))
+
+
+def teal():
+    pytest.importorskip("triton")
+    from larosa.benchmarks import teal_kernel
+
+    return teal_kernel
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 100), (300, 33), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_threshold_kernel_reads_what_exceeds_the_threshold(outputs, inputs, dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+    for threshold in (0.0, 0.7, 100.0):
+        kept = torch.where(x.abs() > threshold, x, 0).double()
+        result = teal().threshold_linear(x.to(DEVICE), weight.t().contiguous().to(DEVICE), threshold, 32, 16, 4)
+        torch.testing.assert_close(result.cpu().double(), kept @ weight.double().t(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_thresholds_leave_out_the_share_asked_for():
+    torch.manual_seed(0)
+    kernel = teal()
+    decoder = CompiledDecoder(config(), LENGTH, torch.float32, DEVICE, kernel.threshold_products({}))
+    token, position = torch.tensor([3], device=DEVICE), torch.tensor([0], device=DEVICE)
+    dense = decoder(token, position)
+    kernel.set_thresholds(decoder, 0.5, token, position)
+    assert not torch.allclose(decoder(token, position), dense)
+    first = decoder.layers[0].product["h1"]
+    assert (first.last.abs() <= first.threshold).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    kernel.set_thresholds(decoder, 0.0, token, position)
+    torch.testing.assert_close(decoder(token, position), dense)

@@ -1,0 +1,78 @@
+"""The kernels of a GPU, on one where there is one, and without: CUDA C++ in the emulator, Triton in its interpreter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from larosa.ops.cuda import kernels as cuda_kernels
+from larosa.ops.cuda.launch import Machine
+
+from .cases import Target
+from .emulator import Emulator
+
+#: As many multiprocessors as make the plans use clusters of every size on the small cases of the tests.
+SMALL_H200 = Machine(capability=(9, 0), multiprocessors=8, shared_memory=227 * 1024)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_results() -> Iterator[None]:
+    """Memory that PyTorch allocates is filled with NaN, so that an entry nobody wrote does not pass for a result."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    if not shutil.which("g++"):
+        pytest.skip("the emulator of CUDA kernels is compiled by g++")
+    return Emulator(tmp_path_factory.mktemp("kernels"), SMALL_H200)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "emulated cuda",
+        "interpreted triton",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param("triton", marks=pytest.mark.gpu),
+    ],
+)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The operators of one set of kernels, and where their tensors live."""
+    name = request.param
+    if name == "emulated cuda":
+        emulator: Emulator = request.getfixturevalue("emulator")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_kernels, "launch", emulator.launch)
+            patch.setattr(cuda_kernels, "machine", emulator.machine)
+            yield Target(cuda_kernels, torch.device("cpu"))
+        return
+    if name == "cuda":
+        yield Target(cuda_kernels, torch.device("cuda"))
+        return
+    if name == "interpreted triton" and torch.cuda.is_available():
+        pytest.skip("Triton interprets or compiles, one of the two in a process")
+    interpreted = name == "interpreted triton"
+    yield Target(_triton_kernels(), torch.device("cpu" if interpreted else "cuda"), truncates=interpreted)
+
+
+def _triton_kernels() -> Any:
+    pytest.importorskip("triton")
+    from larosa.ops.triton import kernels
+
+    return kernels
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of compiled kernels."""
+    monkeypatch.setenv("LAROSA_CACHE", str(tmp_path))
+    return tmp_path / "cuda"

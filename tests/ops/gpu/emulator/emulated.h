@@ -1,0 +1,301 @@
+// The meaning of source/device.cuh and of CUDA's built-ins on a CPU: every thread is a fiber, blocks of a cluster run
+// together, clusters one after the other. Threads take turns in an order that can be chosen, and give way only where
+// they wait for each other, so a barrier that is missing shows as a result that depends on the order.
+#ifndef LAROSA_DEVICE
+#define LAROSA_DEVICE
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define KERNEL(threads, blocks) static void
+#define DEVICE inline
+#define SHARED(type) extern "C" unsigned shared_bytes; unsigned shared_bytes = sizeof(type)
+
+using std::max;
+using std::min;
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+
+namespace emulator {
+
+// Threads that wait for each other, `size` of them.
+struct Barrier {
+    unsigned size = 0;
+    unsigned arrived = 0;
+    unsigned generation = 0;
+};
+
+struct Warp {
+    Barrier barrier;
+    uint64_t slots[32];
+};
+
+struct Block {
+    Barrier barrier;
+    std::vector<Warp> warps;
+    std::vector<unsigned char> shared;
+};
+
+struct Thread {
+    Index thread, block;
+    Block* of = nullptr;
+    Warp* warp = nullptr;
+    ucontext_t context;  // to start it
+    jmp_buf place;       // to go on: jumps spare the system calls of ucontext
+    std::unique_ptr<char[]> stack;
+    bool started = false;
+    bool waited = false;    // has called wait_for_inputs
+    bool released = false;  // has called release_dependents
+    bool done = false;
+};
+
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline Barrier cluster;
+inline Thread* current = nullptr;
+inline jmp_buf scheduler;
+inline bool moved = false;  // some thread got on since the scheduler last looked
+inline std::string failure;
+inline Index grid;
+inline void (*body)(void**) = nullptr;
+inline void** arguments = nullptr;
+
+inline void fail(const std::string& what) {
+    if (failure.empty()) failure = what;
+}
+
+inline void give_way() {
+    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& thread) {
+    current = &thread;
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.context);
+}
+
+inline void wait_at(Barrier& barrier) {
+    const unsigned generation = barrier.generation;
+    moved = true;
+    if (++barrier.arrived == barrier.size) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+        return;
+    }
+    while (barrier.generation == generation) give_way();
+    moved = true;
+}
+
+// Every lane gives `x`, and gets what `choose` makes of the warp's 32 numbers.
+template <class T, class Choose>
+T exchange(T x, Choose choose) {
+    Warp& warp = *current->warp;
+    std::memcpy(&warp.slots[current->thread.x % 32], &x, sizeof x);
+    wait_at(warp.barrier);
+    T all[32];
+    for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], &warp.slots[lane], sizeof x);
+    wait_at(warp.barrier);
+    return choose(all);
+}
+
+inline uint32_t hash(uint32_t x, uint32_t seed) { return (x * 0x9e3779b1u ^ seed) * 0x85ebca6bu; }
+
+inline void start() {
+    body(arguments);
+    if (!current->waited || !current->released) fail("a thread ended without waiting for inputs or releasing others");
+    current->done = true;
+    moved = true;
+    _longjmp(scheduler, 1);
+}
+
+inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned threads, unsigned shared, unsigned seed) {
+    constexpr size_t STACK = 64 * 1024;
+    blocks = std::vector<Block>(size);
+    cluster = {size * threads};
+    std::vector<Thread> all(size * threads);
+    for (unsigned b = 0; b < size; ++b) {
+        blocks[b].barrier = {threads};
+        blocks[b].warps.resize(threads / 32);
+        for (Warp& warp : blocks[b].warps) warp.barrier = {32};
+        blocks[b].shared.assign(shared + 16, 0xff);  // NaN, and far out of bounds as an index
+    }
+    for (unsigned i = 0; i < all.size(); ++i) {
+        Thread& thread = all[i];
+        thread.of = &blocks[i / threads];
+        thread.thread.x = i % threads;
+        thread.warp = &thread.of->warps[thread.thread.x / 32];
+        thread.block = {first + i / threads, y, 0};
+        thread.stack = std::make_unique<char[]>(STACK);
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = STACK;
+        makecontext(&thread.context, start, 0);
+    }
+    std::vector<unsigned> order(all.size());
+    for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+    if (seed == 1) std::reverse(order.begin(), order.end());
+    if (seed > 1) std::sort(order.begin(), order.end(), [=](unsigned a, unsigned b) { return hash(a, seed) < hash(b, seed); });
+    do {
+        moved = false;
+        for (unsigned i : order) {
+            if (all[i].done) continue;
+            resume(all[i]);
+            if (!failure.empty()) return;
+        }
+    } while (moved);
+    for (const Thread& thread : all)
+        if (!thread.done) return fail("threads wait for others that never come");
+}
+
+template <class... A>
+void call(void (*kernel)(A...), void** from) {
+    [&]<size_t... I>(std::index_sequence<I...>) {
+        kernel(*static_cast<std::remove_reference_t<A>*>(from[I])...);
+    }(std::index_sequence_for<A...>());
+}
+
+}  // namespace emulator
+
+// Runs the kernel; the arguments come as cuLaunchKernel takes them. Returns what went wrong, or null.
+template <void (*KERNEL_CALL)(void**)>
+const char* emulate(unsigned x, unsigned y, unsigned cluster, unsigned threads, unsigned shared, unsigned seed,
+                    void** arguments) {
+    using namespace emulator;
+    failure.clear();
+    grid = {x, y, 1};
+    body = KERNEL_CALL;
+    emulator::arguments = arguments;
+    if (x % cluster) fail("the grid is no multiple of the cluster");
+    for (unsigned j = 0; j < y; ++j)
+        for (unsigned i = 0; i < x && failure.empty(); i += cluster) run_cluster(i, j, cluster, threads, shared, seed);
+    return failure.empty() ? nullptr : failure.c_str();
+}
+
+#define threadIdx (emulator::current->thread)
+#define blockIdx (emulator::current->block)
+#define gridDim (emulator::grid)
+
+inline void __syncthreads() { emulator::wait_at(emulator::current->of->barrier); }
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int lanes) {
+    const unsigned from = threadIdx.x % 32 ^ lanes;
+    return emulator::exchange(x, [&](const T* all) { return all[from]; });
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int lanes) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return emulator::exchange(x, [&](const T* all) { return all[lane >= lanes ? lane - lanes : lane]; });
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    return emulator::exchange(static_cast<unsigned>(x), [](const unsigned* all) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < 32; ++lane) votes |= all[lane] << lane;
+        return votes;
+    });
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+    return emulator::exchange(x, [](const unsigned* all) { return std::accumulate(all, all + 32, 0u); });
+}
+inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+
+struct Half {
+    unsigned short bits;
+};
+struct BFloat16 {
+    unsigned short bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+inline float widen(Half x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, Half& to) { to.bits = std::bit_cast<unsigned short>(static_cast<_Float16>(x)); }
+inline void narrow(float x, BFloat16& to) {
+    const unsigned bits = __float_as_uint(x);
+    to.bits = std::isnan(x) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class T>
+T& shared_memory() {
+    const auto address = reinterpret_cast<uintptr_t>(emulator::current->of->shared.data());
+    return *reinterpret_cast<T*>((address + 15) / 16 * 16);
+}
+
+namespace emulator {
+inline void check(const void* from, unsigned alignment) {
+    if (!current->waited) fail("a load before wait_for_inputs");
+    if (reinterpret_cast<uintptr_t>(from) % alignment) fail("a load from a misaligned address");
+}
+}  // namespace emulator
+
+template <class T>
+const T* at_offset(const T* base, unsigned offset) {
+    return base + offset;
+}
+inline uint4 load_once(const void* from) {
+    emulator::check(from, 16);
+    return *static_cast<const uint4*>(from);
+}
+template <class T>
+T load_fresh(const T* from) {
+    emulator::check(from, sizeof(T));
+    return *from;
+}
+inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
+inline void prefetch(const void* from, unsigned bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
+}
+inline void release_dependents() { emulator::current->released = true; }
+inline void wait_for_inputs() { emulator::current->waited = true; }
+
+template <int BLOCKS>
+int cluster_rank() {
+    return static_cast<int>(blockIdx.x % BLOCKS);
+}
+template <int BLOCKS>
+void cluster_sync() {
+    emulator::wait_at(BLOCKS > 1 ? emulator::cluster : emulator::current->of->barrier);
+}
+template <int BLOCKS>
+float cluster_load(const float& mine, int rank) {
+    const auto base = [](const emulator::Block& block) {
+        return (reinterpret_cast<uintptr_t>(block.shared.data()) + 15) / 16 * 16;
+    };
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*emulator::current->of);
+    return *reinterpret_cast<const float*>(base(emulator::blocks[rank]) + offset);
+}
+inline float warp_sum(float x, int from = 1) {
+    for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+    return x;
+}
+
+#endif

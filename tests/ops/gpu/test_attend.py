@@ -1,0 +1,102 @@
+"""`attend` against float64."""
+
+import pytest
+import torch
+
+from larosa.errors import LarosaError
+from larosa.ops.attend import attend_reference
+
+from .cases import DTYPES, doubled, entries
+
+
+def check(target, dtype, query_heads, key_heads, size, length, position, *, window=0, rotated=True, gained=False):
+    qkv = entries("normal", 1, (query_heads + 2 * key_heads) * size, seed=0)
+    keys, values = (entries("normal", key_heads, length, size, seed=seed).to(dtype) for seed in (1, 2))
+    for cache in (keys, values):
+        cache[:, position:] = torch.nan  # what stands beyond the position is not read
+    tables = [entries("normal", length, size, seed=seed) if rotated else None for seed in (3, 4)]
+    gains = [entries("normal", size, seed=seed).to(dtype) if gained else None for seed in (5, 6)]
+    before = keys.clone(), values.clone()
+    at = torch.tensor([position])
+    result = target("attend", qkv, keys, values, at, *tables, *gains, 1e-6, size**-0.5, window)
+
+    exact_keys, exact_values = (cache.double() for cache in before)
+    doubles = [doubled(tensor) for tensor in (*tables, *gains)]
+    attend_reference(qkv.double(), exact_keys, exact_values, at, *doubles, 1e-6, size**-0.5, window)
+    rounding = torch.finfo(dtype).eps
+    written = exact_values[:, position]
+    if target.truncates:
+        torch.testing.assert_close(values[:, position].double(), written, rtol=rounding, atol=0)
+    else:
+        assert torch.equal(values[:, position], written.to(dtype))
+    torch.testing.assert_close(keys[:, position].double(), exact_keys[:, position], rtol=rounding, atol=1e-5)
+    for cache, old in zip((keys, values), before, strict=True):
+        others = torch.arange(length) != position
+        assert torch.equal(bytes_of(cache[:, others]), bytes_of(old[:, others]))
+    # The row just written is rounded: compare with what was written, by a reference that finds it there.
+    exact = attend_reference(qkv.double(), keys.double(), values.double(), at, *doubles, 1e-6, size**-0.5, window)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * rounding
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def bytes_of(x):
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 1, 31, 32, 299])
+def test_positions(target, dtype, position):
+    check(target, dtype, 4, 2, 16, 300, position)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "size"),
+    [(1, 1, 8), (2, 2, 64), (8, 1, 128), (7, 1, 64), (12, 1, 16), (6, 2, 80), (1, 1, 128)],
+)
+def test_heads(target, query_heads, key_heads, size):
+    for position in (5, 63):
+        check(target, torch.float16, query_heads, key_heads, size, 64, position, gained=True)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40, 300, 1000])
+def test_windows(target, window):
+    for position in (0, 39, 299):
+        check(target, torch.float32, 2, 1, 16, 300, position, window=window)
+
+
+def test_without_rotation(target):
+    check(target, torch.bfloat16, 4, 2, 16, 40, 20, rotated=False)
+    check(target, torch.bfloat16, 4, 2, 16, 40, 20, rotated=False, gained=True)
+
+
+def test_a_cache_of_one_position(target):
+    check(target, torch.float32, 2, 1, 16, 1, 0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_give_what_softmax_gives(target, bad):
+    for position in (0, 5, 200):
+        qkv = torch.ones(1, 3 * 8)
+        keys, values = torch.ones(1, 300, 8), entries("normal", 1, 300, 8, seed=0)
+        keys[0, min(position, 3), 2] = bad
+        at = torch.tensor([position])
+        expected = attend_reference(qkv.double(), keys.double(), values.double(), at, *[None] * 4, 0.0, 1.0, 0)
+        result = target("attend", qkv, keys, values, at, *[None] * 4, 0.0, 1.0, 0)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("position", [-1, 4, 2**40])
+def test_a_position_outside_the_cache_gives_nan_and_writes_nothing(target, position):
+    keys, values = torch.zeros(2, 1, 4, 8)
+    result = target("attend", torch.ones(1, 24), keys, values, torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0)
+    assert result.isnan().all()
+    assert not keys.any()
+    assert not values.any()
+
+
+def test_heads_that_are_not_whole_pieces(emulator):
+    from larosa.ops.cuda import kernels
+
+    keys, values = torch.zeros(2, 1, 4, 6)
+    with pytest.raises(LarosaError, match="16 to 512 bytes in steps of 16, not of 6 float32 entries: set LAROSA_CUDA"):
+        kernels.attend(torch.ones(1, 18), keys, values, torch.tensor([0]), *[None] * 4, 0.0, 1.0, 0)

@@ -1,0 +1,149 @@
+"""Compilation by NVRTC, its cache on disk, and what is said where something is missing."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from larosa.errors import LarosaError
+from larosa.ops import backend
+from larosa.ops.cuda import compiler, launch
+
+KERNELS = (
+    *(
+        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": aligned})
+        for weight, lanes, cluster, aligned in (
+            ("Half", "32", "8", "true"),
+            ("BFloat16", "16", "4", "true"),
+            ("float", "4", "1", "false"),
+        )
+    ),
+    *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
+    *(
+        ("select.cu", {"SOURCE": source, "EACH": each})
+        for source, each in (("AS_IS", "4"), ("GATED", "11"), ("NORMED", "8"))
+    ),
+    ("elementwise.cu", {}),
+    ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8"}),
+    ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1"}),
+)
+
+
+@pytest.fixture(autouse=True)
+def needs_nvrtc() -> None:
+    try:
+        compiler._version()
+    except LarosaError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("source", "macros"), KERNELS)
+def test_every_kernel_compiles_for_every_generation(cache, architecture, source, macros):
+    if architecture == "sm_80":
+        macros = {name: "1" if name == "CLUSTER" else text for name, text in macros.items()}
+    assert compiler.compiled(source, macros, architecture).startswith(b"\x7fELF")
+
+
+def test_what_was_compiled_is_kept(cache, monkeypatch):
+    code = compiler.compiled("elementwise.cu", {}, "sm_90")
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(compiler, "_compile", None)
+    assert compiler.compiled("elementwise.cu", {}, "sm_90") == code
+
+
+def test_other_options_sources_and_compilers_are_kept_apart(cache, monkeypatch):
+    compiler.compiled("elementwise.cu", {}, "sm_90")
+    compiler.compiled("elementwise.cu", {}, "sm_80")
+    compiler.compiled("elementwise.cu", {"UNUSED": "1"}, "sm_90")
+    texts = compiler._texts()
+    monkeypatch.setattr(compiler, "_texts", lambda: texts | {"values.cuh": texts["values.cuh"] + "// changed\n"})
+    compiler.compiled("elementwise.cu", {}, "sm_90")
+    monkeypatch.setattr(compiler, "_version", lambda: "99.0")
+    compiler.compiled("elementwise.cu", {}, "sm_90")
+    assert len(list(cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:40] + b"!" + data[41:]]
+)
+def test_a_damaged_file_is_compiled_again(cache, damage):
+    code = compiler.compiled("elementwise.cu", {}, "sm_90")
+    (file,) = cache.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert compiler.compiled("elementwise.cu", {}, "sm_90") == code
+    assert compiler._read(file) == code
+
+
+def test_several_may_fill_the_cache_at_once(cache):
+    script = "from larosa.ops.cuda.compiler import compiled; print(len(compiled('elementwise.cu', {}, 'sm_90')))"
+    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sizes = {process.communicate(timeout=300)[0] for process in processes}
+    assert len(sizes) == 1
+    (file,) = cache.iterdir()
+    assert compiler._read(file) is not None
+
+
+def test_readers_never_see_half_a_file(cache):
+    path, done = cache / "x.cubin", threading.Event()
+    code = bytes(range(256)) * 4096
+    compiler._write(path, code)
+
+    def write() -> None:
+        for _ in range(50):
+            compiler._write(path, code)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert compiler._read(path) == code
+    writer.join()
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("LAROSA_CACHE", str(file))
+    with pytest.warns(UserWarning, match="cannot be kept in .*set LAROSA_CACHE"):
+        assert compiler.compiled("elementwise.cu", {}, "sm_90").startswith(b"\x7fELF")
+
+
+def test_architectures_that_the_compiler_does_not_know(cache):
+    with pytest.raises(LarosaError, match=r"does not compile for sm_30 .* LAROSA_CUDA_KERNELS=triton"):
+        compiler.compiled("elementwise.cu", {}, "sm_30")
+
+
+def test_a_source_that_does_not_compile_says_why(cache):
+    with pytest.raises(RuntimeError, match=r"linear.cu does not compile with .*"):
+        compiler.compiled("linear.cu", {}, "sm_90")
+
+
+def test_launch_attributes():
+    """The structures that go to the driver, as its bindings make them."""
+    gpu = launch.Machine((9, 0), 132, 232448)
+    config = launch._configuration(gpu, launch.Grid(384, 2, 256, 8), 17000, 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (384, 2, 1)
+    assert (config.blockDimX, config.sharedMemBytes, config.numAttrs) == (256, 17000, 2)
+    early, cluster = config.attrs
+    assert early.value.programmaticStreamSerializationAllowed == 1
+    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (8, 1, 1)
+    ampere = launch.Machine((8, 0), 108, 166912)
+    assert launch._configuration(ampere, launch.Grid(1, 1, 256), 0, 0).numAttrs == 0
+
+
+def test_an_unknown_choice_of_kernels(monkeypatch):
+    monkeypatch.setenv("LAROSA_CUDA_KERNELS", "opencl")
+    with pytest.raises(LarosaError, match="LAROSA_CUDA_KERNELS=opencl is unknown: set it to cuda or triton"):
+        backend.chosen_kernels()
+
+
+def test_gpus_that_are_too_old(monkeypatch):
+    class Properties:
+        name, major, minor, multi_processor_count = "Tesla V100", 7, 0, 80
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    with pytest.raises(LarosaError, match=r"8.0 or newer, Tesla V100 is not: set LAROSA_CUDA_KERNELS=triton"):
+        launch.machine(torch.device("cuda", 99))

@@ -1,0 +1,49 @@
+"""The decode engine's steps over the GPU's kernels give the logits of the model's own forward."""
+
+import pytest
+import torch
+
+from larosa.decoding import Engine
+
+OPERATORS = ("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend")
+TOKENS = 6
+
+
+@pytest.fixture
+def engine(target, monkeypatch):
+    """engine(model): an engine whose operators are the target's, and where they are."""
+    for name in OPERATORS:
+        monkeypatch.setattr(torch.ops.larosa, name, getattr(target.kernels, name))
+    # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
+    monkeypatch.setattr(Engine, "_replayed", Engine._run)
+    return lambda model: Engine(model.to(target.device), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("family", "sparsity", "dtype"),
+    [
+        ("llama", 0.0, torch.float32),
+        ("llama", 0.5, torch.float32),
+        ("llama", 0.5, torch.bfloat16),
+        ("mistral", 0.5, torch.float32),
+        ("qwen3", 0.0, torch.bfloat16),
+        ("qwen3", 0.5, torch.float32),
+    ],
+)
+def test_steps_are_the_models_forward(target, engine, make_model, quick_convert, token_ids, family, sparsity, dtype):
+    model = make_model(family, head_dim=16, num_hidden_layers=2)
+    if sparsity:
+        model = quick_convert(model, sparsity=sparsity)
+    tokens = token_ids(1, TOKENS, seed=3)
+    with torch.inference_mode():
+        expected = model(tokens).logits[0]
+    runner = engine(model.to(dtype))
+    runner.prefill(tokens[:, :3])
+    for position in range(3, TOKENS):
+        at = torch.tensor([position], device=target.device)
+        logits = runner.step(tokens[0, position : position + 1].to(target.device), at)[0].cpu()
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
+        else:  # rounded weights choose some other entries
+            likeness = torch.nn.functional.cosine_similarity(logits, expected[position], dim=0)
+            assert likeness > (0.8 if sparsity else 0.98)

@@ -1,0 +1,60 @@
+"""How products and attention are divided: all blocks at once where sizes allow it, and every output once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from larosa.ops.cuda.launch import Machine
+from larosa.ops.cuda.plan import attend_plan, linear_blocks, sparse_plan
+
+H200 = Machine((9, 0), 132, 232448)
+A100 = Machine((8, 0), 108, 166912)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "k"),
+    [
+        ([4096, 4096, 4096], 2048),
+        ([4096], 2048),
+        ([11008, 11008], 2048),
+        ([4096], 5504),
+        ([4096, 1024, 1024], 2048),
+        ([14336, 14336], 2048),
+        ([4096], 7168),
+        ([3584], 9472),
+        ([18944, 18944], 1792),
+    ],
+)
+def test_7b_products_fill_an_h200_in_one_round(outputs, k):
+    plan = sparse_plan(H200, outputs, k, 1, 2)
+    blocks = plan.cluster * sum(-(-size // plan.tile) for size in outputs)
+    assert 0.5 * 3 * 132 <= blocks <= 3 * 132
+    assert plan.tile * 2 >= 256, "pieces of memory as wide as that"
+
+
+@given(
+    st.sampled_from([H200, A100]),
+    st.lists(st.integers(1, 40000), min_size=1, max_size=4),
+    st.integers(0, 32768),
+    st.integers(0, 8),
+    st.sampled_from([2, 4]),
+)
+def test_any_product_has_a_plan(gpu, outputs, k, batch, element_size):
+    plan = sparse_plan(gpu, outputs, k, batch, element_size)
+    assert plan.lanes in (4, 8, 16, 32)
+    assert plan.tile == plan.lanes * 16 // element_size
+    assert plan.cluster in ((1, 2, 4, 8) if gpu.overlaps else (1,))
+    assert plan.tile % plan.cluster == 0
+
+
+@given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))
+def test_any_attention_has_a_plan(gpu, key_heads, group, length):
+    plan = attend_plan(gpu, key_heads * group, key_heads, length)
+    assert group % plan.heads == 0
+    assert 1 <= plan.heads <= 8
+    assert plan.cluster in ((1, 2, 4, 8) if gpu.overlaps else (1,))
+
+
+def test_dense_products_run_in_one_round():
+    assert linear_blocks(H200, 256) == 256
+    assert linear_blocks(H200, 2000) == 396

@@ -1,0 +1,130 @@
+"""`linear` and `sparse_linear` against float64, on every layout that weights may have."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops import column_major
+from larosa.ops.linear import linear_reference, sparse_linear_reference
+
+from .cases import DTYPES, doubled, entries, seeded
+
+EPS = torch.finfo(torch.float32).eps
+#: With outputs that are whole pieces of 16 bytes, and that are not.
+OUTPUTS = st.lists(st.integers(1, 24).map(lambda n: 8 * n) | st.integers(1, 150), min_size=1, max_size=4)
+
+
+@st.composite
+def problems(draw):
+    seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(DTYPES))
+    rows, depth, outputs = draw(st.integers(0, 2)), draw(st.integers(1, 400)), draw(OUTPUTS)
+    weights = [entries("normal", n, depth, seed=seed + i).to(dtype) for i, n in enumerate(outputs)]
+    biases = [entries("normal", n, seed=seed).to(draw(st.sampled_from(DTYPES))) for n in outputs]
+    biases = [bias if draw(st.booleans()) else None for bias in biases]
+    residual = entries("normal", rows, sum(outputs), seed=seed) if draw(st.booleans()) else None
+    return rows, depth, weights, biases, residual, seed
+
+
+def check(result, reference, operands, weights, biases, residual) -> None:
+    """Within the bound that holds for any order of summation."""
+    exact = reference(*operands, [doubled(w) for w in weights], [doubled(b) for b in biases], doubled(residual))
+    absolute = [operand.abs() if operand.is_floating_point() else operand for operand in operands]
+    bound = reference(
+        *absolute,
+        [w.double().abs() for w in weights],
+        [None if b is None else b.double().abs() for b in biases],
+        None if residual is None else residual.double().abs(),
+    )
+    assert result.dtype == torch.float32
+    assert ((result.double() - exact).abs() <= (operands[0].shape[1] + 4) * EPS * bound + 1e-44).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(problems(), st.data())
+def test_sparse_linear(target, problem, data):
+    rows, depth, weights, biases, residual, seed = problem
+    k = data.draw(st.integers(0, depth) | st.sampled_from([0, depth]))
+    values = entries("normal", rows, k, seed=seed)
+    order = torch.rand(rows, depth, generator=seeded(seed)).argsort(1)[:, :k]
+    indices = order.sort(1).values.int()
+    result = target("sparse_linear", values, indices, [column_major(w) for w in weights], biases, residual)
+    check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual)
+
+
+@settings(deadline=None, max_examples=20)
+@given(problems())
+def test_linear(target, problem):
+    rows, depth, weights, biases, residual, seed = problem
+    x = entries("normal", rows, depth, seed=seed)
+    result = target("linear", x, weights, biases, residual)
+    check(result, linear_reference, (x.double(),), weights, biases, residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "depth", "k"), [(96, 9000, 4500), (2048, 300, 150), (40, 3000, 3000)])
+def test_large_sizes(target, dtype, outputs, depth, k):
+    weight = entries("normal", outputs, depth, seed=0).to(dtype)
+    values = entries("normal", 1, k, seed=1)
+    indices = torch.randperm(depth, generator=seeded(2))[:k].sort().values.int()[None]
+    result = target("sparse_linear", values, indices, [column_major(weight)], [None], None)
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], None)
+    x = entries("normal", 1, depth, seed=3)
+    check(target("linear", x, [weight], [None], None), linear_reference, (x.double(),), [weight], [None], None)
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_larger_matrices(target, dtype, start):
+    """A slice starts anywhere in memory, and its columns or rows are further apart than it is high or wide."""
+    whole = entries("normal", 128, 128, seed=0).to(dtype)
+    columns = column_major(whole)[start : start + 64]
+    values, indices = entries("normal", 1, 50, seed=1), torch.arange(0, 100, 2, dtype=torch.int32)[None]
+    result = target("sparse_linear", values, indices, [columns], [None], None)
+    check(result, sparse_linear_reference, (values.double(), indices), [columns], [None], None)
+    x = entries("normal", 1, 64, seed=2)
+    rows = whole[:, start : start + 64]
+    check(target("linear", x, [rows], [None], None), linear_reference, (x.double(),), [rows], [None], None)
+
+
+def test_columns_that_are_not_listed_do_not_show(target):
+    weight = torch.full((40, 30), torch.nan)
+    weight[:, 3], weight[:, 5] = 1.0, torch.inf
+    values = torch.tensor([[2.0, 1.0]])
+    listed = torch.tensor([[3, 5]], dtype=torch.int32)
+    assert target("sparse_linear", values, listed, [column_major(weight)], [None], None).eq(torch.inf).all()
+    one = target("sparse_linear", values[:, :1], listed[:, :1], [column_major(weight)], [None], None)
+    assert one.eq(2.0).all()
+
+
+def test_weights_that_are_not_finite_spread(target):
+    for bad in (torch.nan, torch.inf):
+        weight = torch.ones(3, 20)
+        weight[1, 19] = bad
+        result = target("linear", torch.ones(1, 20), [weight], [None], None)
+        torch.testing.assert_close(result, torch.tensor([[20.0, bad, 20.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "complaint"),
+    [
+        ("linear", (torch.zeros(1, 4), [torch.zeros(4, 3).t()], [None], None), "row-major: weight.contiguous()"),
+        ("linear", (torch.zeros(1, 4), [torch.zeros(3, 5)], [None], None), r"\[N, 4\], not of shape \(3, 5\)"),
+        ("linear", (torch.zeros(1, 4), [torch.zeros(3, 4)], [torch.zeros(4)], None), "bias must be"),
+        ("linear", (torch.zeros(1, 4).double(), [torch.zeros(3, 4)], [None], None), "x must be contiguous float32"),
+        ("linear", (torch.zeros(1, 4), [torch.zeros(3, 4)], [None], torch.zeros(1, 4)), "residual must be"),
+        (
+            "sparse_linear",
+            (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32), [torch.zeros(3, 4)], [None], None),
+            "larosa.ops.column_major",
+        ),
+        (
+            "sparse_linear",
+            (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(4, 3).t()], [None], None),
+            "indices must be contiguous int32",
+        ),
+    ],
+)
+def test_what_cannot_be_multiplied(target, name, arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        target(name, *arguments)

@@ -1,0 +1,94 @@
+"""The same input gives the same bits: in any order of threads in the emulator, on every run and replay on a GPU."""
+
+import pytest
+import torch
+
+from larosa.ops import column_major
+from larosa.ops.cuda import kernels
+
+from .cases import bits, entries
+
+ops = torch.ops.larosa
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_order_of_threads_does_not_matter(emulator, target, order):
+    if target.kernels is not kernels or target.device.type != "cpu":
+        pytest.skip("the emulator's")
+    weight = entries("normal", 200, 600, seed=0).half()
+    cache = [entries("normal", 2, 90, 16, seed=seed).half() for seed in (1, 2)]
+    indices = torch.arange(0, 600, 2, dtype=torch.int32)[None]
+
+    def results():
+        x = entries("normal", 1, 600, seed=3)
+        yield from target("top_k", x, 300, None)
+        yield from target("rms_norm_top_k", x, None, 1e-5, 300, None)
+        yield target("rms_norm", x, None, 1e-5)
+        yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], None)
+        yield target("linear", x, [weight], [None], None)
+        at = torch.tensor([80])
+        yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
+
+    expected = list(results())
+    emulator.order = order
+    try:
+        for result, first in zip(results(), expected, strict=True):
+            assert torch.equal(result, first)
+    finally:
+        emulator.order = 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [4096, 11008])
+def test_replays_of_a_graph_give_the_bits_of_separate_calls(width):
+    device = torch.device("cuda")
+    x, residual = torch.randn(1, width, device=device), torch.randn(1, 1024, device=device)
+    score = torch.rand(width, device=device)
+    weight = torch.randn(1024, width, device=device).half()
+    columns = column_major(weight)
+    cache = [torch.randn(4, 512, 64, device=device).half() for _ in range(2)]
+    position = torch.tensor([0], device=device)
+
+    def run():
+        chosen = ops.rms_norm_top_k(x, None, 1e-5, width // 2, score)
+        y = ops.sparse_linear(*chosen, [columns], [None], residual)
+        y = ops.linear(y, [weight[:, :1024].contiguous()], [None], y)
+        attended = ops.attend(y[:, :768].contiguous(), *cache, position, *[None] * 4, 0.0, 0.125, 0)
+        return [*chosen, y, attended, *ops.top_k(attended, 100)]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for at in (0, 1, 100, 511):
+        x.normal_()
+        position.fill_(at)
+        for result in captured:
+            result.fill_(-1)
+        expected = [result.clone() for result in run()]
+        for _ in range(20):
+            graph.replay()
+            for result, first in zip(captured, expected, strict=True):
+                same = (
+                    torch.equal(bits(result), bits(first)) if result.is_floating_point() else torch.equal(result, first)
+                )
+                assert same
+
+
+@pytest.mark.gpu
+def test_side_streams_do_not_mix():
+    """Operators on two streams at once, each with its own result: nothing is shared between launches."""
+    device = torch.device("cuda")
+    weight = column_major(torch.randn(4096, 4096, device=device).half())
+    inputs = [torch.randn(1, 4096, device=device) for _ in range(2)]
+    expected = [ops.sparse_linear(*ops.top_k(x, 2048), [weight], [None]) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        results = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ops.sparse_linear(*ops.top_k(x, 2048), [weight], [None]))
+        torch.cuda.synchronize()
+        for result, first in zip(results, expected, strict=True):
+            assert torch.equal(result, first)
