@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from larosa.architectures import Heads
 from larosa.benchmarks.bandwidth import ReadTest
 from larosa.benchmarks.machine import machine
+from larosa.benchmarks.results import Benchmark, DecodeRow, per_token
 from larosa.benchmarks.shapes import (
     check_room,
     random_model,
@@ -36,50 +37,15 @@ TRANSFORMERS, DENSE = "transformers dense", "engine dense"
 _ROUND = 8
 
 
-@dataclass(frozen=True)
-class DecodeRow:
-    """One model in one engine; times in milliseconds per token, `tokens_per_second` by their median.
+@dataclass(frozen=True, kw_only=True)
+class CpuDecodeRow(DecodeRow):
+    """One model in one engine; `speedup` is over the engine dense."""
 
-    `bytes_per_token` is what a token has to read: weights, scores, adapters, head, keys and values. The floor is
-    the time of that at the read bandwidth of the same run, `floor_fraction` how much of the median it makes up.
-    """
-
-    shape: str
-    dtype: str
     threads: int
-    row: str
-    sparsity: float
-    prompt_tokens: int
-    tokens: int
-    ms_per_token: float
-    ms_per_token_p95: float
-    tokens_per_second: float
-    speedup: float
     speedup_over_transformers: float
-    bytes_per_token: int
-    floor_ms: float
-    floor_fraction: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
-@dataclass(frozen=True)
-class DecodeBenchmark:
-    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
-
-    machine: dict[str, str | int]
-    bandwidth: float
-    rows: list[DecodeRow]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {
-            "machine": self.machine,
-            "bandwidth": self.bandwidth,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+DecodeBenchmark = Benchmark[CpuDecodeRow]
 
 
 def measure_shape(
@@ -217,12 +183,11 @@ class _Subjects:
                         tick()
         return DecodeBenchmark(machine(), reading.bandwidth, list(self._rows(reading.bandwidth)))
 
-    def _rows(self, bandwidth: float) -> Iterator[DecodeRow]:
+    def _rows(self, bandwidth: float) -> Iterator[CpuDecodeRow]:
         medians = {subject.name: statistics.median(subject.seconds) for subject in self._subjects[:2]}
         for subject in self._subjects:
             median = statistics.median(subject.seconds)
-            floor = subject.bytes / bandwidth
-            yield DecodeRow(
+            yield CpuDecodeRow(
                 shape=self._shape,
                 dtype=subject.dtype,
                 threads=torch.get_num_threads(),
@@ -230,14 +195,9 @@ class _Subjects:
                 sparsity=subject.sparsity,
                 prompt_tokens=self._prompt_tokens,
                 tokens=self._tokens,
-                ms_per_token=1e3 * median,
-                ms_per_token_p95=1e3 * statistics.quantiles(subject.seconds, n=20, method="inclusive")[-1],
-                tokens_per_second=1 / median,
                 speedup=medians[DENSE] / median,
                 speedup_over_transformers=medians[TRANSFORMERS] / median,
-                bytes_per_token=subject.bytes,
-                floor_ms=1e3 * floor,
-                floor_fraction=floor / median,
+                **per_token(subject.seconds, subject.bytes, bandwidth),
             )
 
 

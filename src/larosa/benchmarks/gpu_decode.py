@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from larosa.architectures import Heads
 from larosa.benchmarks.compiled_decoder import CompiledDecoder, compiled_step
 from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth
+from larosa.benchmarks.results import Benchmark, DecodeRow, per_token
 from larosa.benchmarks.shapes import (
     check_room,
     random_model,
@@ -36,46 +37,17 @@ COMPILED, TEAL, DENSE, LAROSA = "compiled PyTorch", "TEAL's kernel in it", "engi
 _ROUND = 32
 
 
-@dataclass(frozen=True)
-class GpuDecodeRow:
-    """One decoder at one sparsity; times in milliseconds per token, `tokens_per_second` by their median.
+@dataclass(frozen=True, kw_only=True)
+class GpuDecodeRow(DecodeRow):
+    """One decoder at one sparsity; `speedup` is over compiled PyTorch.
 
-    `bytes_per_token` is what a token has to read: weights, scores, adapters, head, keys and values. The floor is
-    the time of that at the read bandwidth of the same run, `floor_fraction` how much of the median it makes up.
-    `speedup` is over compiled PyTorch, `speedup_over_teal` over TEAL's kernel at the same sparsity.
+    `speedup_over_teal` is over TEAL's kernel at the same sparsity; None where that was not measured.
     """
 
-    shape: str
-    dtype: str
-    row: str
-    sparsity: float
-    prompt_tokens: int
-    tokens: int
-    ms_per_token: float
-    ms_per_token_p95: float
-    tokens_per_second: float
-    speedup: float
     speedup_over_teal: float | None
-    bytes_per_token: int
-    floor_ms: float
-    floor_fraction: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
 
 
-@dataclass(frozen=True)
-class GpuDecodeBenchmark:
-    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
-
-    machine: dict[str, str | int]
-    bandwidth: float
-    rows: list[GpuDecodeRow]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"machine": self.machine, "bandwidth": self.bandwidth, "rows": [row.to_dict() for row in self.rows]}
+GpuDecodeBenchmark = Benchmark[GpuDecodeRow]
 
 
 def measure_gpu_decode(
@@ -247,7 +219,7 @@ class _Rows:
         medians = {(row.name, row.sparsity): statistics.median(row.seconds) for row in self._rows}
         base = medians.get((COMPILED, 0.0), medians[DENSE, 0.0])
         for row in self._rows:
-            median, floor = medians[row.name, row.sparsity], row.bytes / bandwidth
+            median = medians[row.name, row.sparsity]
             teal = medians.get((TEAL, row.sparsity))
             yield GpuDecodeRow(
                 shape=self._shape,
@@ -256,14 +228,9 @@ class _Rows:
                 sparsity=row.sparsity,
                 prompt_tokens=self._prompt_tokens,
                 tokens=self._tokens,
-                ms_per_token=1e3 * median,
-                ms_per_token_p95=1e3 * statistics.quantiles(row.seconds, n=20, method="inclusive")[-1],
-                tokens_per_second=1 / median,
                 speedup=base / median,
                 speedup_over_teal=None if teal is None else teal / median,
-                bytes_per_token=row.bytes,
-                floor_ms=1e3 * floor,
-                floor_fraction=floor / median,
+                **per_token(row.seconds, row.bytes, bandwidth),
             )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Heads
 from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_captured
+from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import shape_config
 from larosa.benchmarks.timing import Call, Timing
 from larosa.ops import column_major
@@ -44,17 +45,7 @@ class GpuKernelRow:
         return asdict(self) | {"time": self.time.to_dict()}
 
 
-@dataclass(frozen=True)
-class GpuKernelBenchmark:
-    """What ran where, the measured read bandwidth in bytes a second, and the rows."""
-
-    machine: dict[str, str | int]
-    bandwidth: float
-    rows: list[GpuKernelRow]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {"machine": self.machine, "bandwidth": self.bandwidth, "rows": [row.to_dict() for row in self.rows]}
+GpuKernelBenchmark = Benchmark[GpuKernelRow]
 
 
 def measure_gpu_kernels(

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.benchmarks.bandwidth import read_bandwidth
 from larosa.benchmarks.machine import machine
+from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.timing import Timing, time_in_turns
 from larosa.ops import column_major
 
@@ -83,13 +84,8 @@ class Row:
         return row | {"speedup": self.speedup, "floor": self.floor, "bandwidth_fraction": self.bandwidth_fraction}
 
 
-@dataclass(frozen=True)
-class KernelBenchmark:
+class KernelBenchmark(Benchmark[Row]):
     """What ran where, the read bandwidth at the start in bytes a second, and the rows."""
-
-    machine: dict[str, str | int]
-    bandwidth: float
-    rows: list[Row]
 
     @property
     def selection_share(self) -> float | None:
@@ -104,12 +100,7 @@ class KernelBenchmark:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {
-            "machine": self.machine,
-            "bandwidth": self.bandwidth,
-            "selection_share": self.selection_share,
-            "rows": [row.to_dict() for row in self.rows],
-        }
+        return super().to_dict() | {"selection_share": self.selection_share}
 
 
 def measure_kernels(
