@@ -98,9 +98,10 @@ class _Layer(nn.Module):
         q, k = (_rotate(part, cos, sin) for part in (q, k))
         self.keys[:, :, position] = k
         self.values[:, :, position] = v
-        keys, values = (_shared(cache, sizes.queries // sizes.keys) for cache in (self.keys, self.values))
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        x = x + self.product["h2"](attended.transpose(1, 2).reshape(1, -1))
+        # Queries that share keys as if they were positions of one head: the cache is not repeated for each of them.
+        grouped = q.reshape(1, sizes.keys, -1, sizes.head)
+        attended = F.scaled_dot_product_attention(grouped, self.keys, self.values, attn_mask=mask)
+        x = x + self.product["h2"](attended.reshape(1, -1))
         gate, up = self.product["h3"](_rms_norm(x, self.second_norm, sizes.eps)).chunk(2, dim=-1)
         return x + self.product["h4"](F.silu(gate) * up)
 
@@ -176,10 +177,6 @@ def _random(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 
 def _gain(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.ones(sizes.hidden, dtype=dtype, device=device), requires_grad=False)
-
-
-def _shared(cache: torch.Tensor, group: int) -> torch.Tensor:
-    return cache if group == 1 else cache.repeat_interleave(group, dim=1)
 
 
 def _rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
