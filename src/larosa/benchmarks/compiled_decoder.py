@@ -155,6 +155,9 @@ class CompiledDecoder(nn.Module):
 def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A step from token to next token [1], greedily, compiled with CUDA graphs and tuned kernels.
 
+    Every decoder is compiled for its own thresholds: PyTorch would make arguments of those that differ from the decoder
+    before, and leaves CUDA graphs out where an argument is on the CPU.
+
     The settings are process-wide, as PyTorch has them; they change nothing that is not compiled.
     """
     import torch._inductor.config as inductor
@@ -166,7 +169,7 @@ def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Ten
         return decoder(token, position).argmax(dim=-1)
 
     compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
-        step, mode="reduce-overhead", fullgraph=True
+        step, mode="reduce-overhead", fullgraph=True, dynamic=False
     )
     return compiled
 
