@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Heads
+from larosa.benchmarks.shapes import cache_bytes
+from larosa.sparsity import SiteSizes
 
 #: Makes the module that multiplies [1, D] by a matrix [N, D], which reads a site ("h1" to "h4") of a layer. What it
 #: holds must be parameters or buffers: CUDA graphs copy everything else at each step.
@@ -150,6 +152,13 @@ class CompiledDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x, position, mask, cos, sin)
         return F.linear(_rms_norm(x, self.norm, self.eps), self.head)
+
+
+def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+    """What the weights and the cache of a `CompiledDecoder` take; it never shares the embedding with the head."""
+    sizes = SiteSizes.of(config)
+    weights = (sizes.linear_weights + 2 * sizes.vocabulary * sizes.hidden) * dtype.itemsize
+    return weights + cache_bytes(config, dtype, length)
 
 
 def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
