@@ -68,34 +68,6 @@ def residual(x: torch.Tensor | None, rows: int, outputs: int) -> None:
         raise ValueError(f"residual must be contiguous float32 of shape {(rows, outputs)}")
 
 
-def site(
-    rows: int,
-    width: int,
-    k: int,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-    gated: bool,
-    added: torch.Tensor | None,
-    adapter: torch.Tensor | None,
-) -> int:
-    """Outputs of a whole site; `added` is the residual, which an adapter may change the basis of."""
-    kept(k, width)
-    outputs = matrices(weights, biases, width, column_major=True)
-    if gated:
-        if len(weights) != 2 or len(weights[0]) != len(weights[1]) or added is not None:
-            raise ValueError("a gated site has two matrices of one shape, gate and up, and no residual")
-        return outputs // 2
-    if adapter is None:
-        residual(added, rows, outputs)
-        return outputs
-    if added is None or adapter.dtype != weights[0].dtype:
-        raise ValueError("an adapter goes with a residual, and has the format of the weights")
-    if matrices([adapter], [None], adapter.shape[1], column_major=True) != outputs:
-        raise ValueError(f"the adapter must have {outputs} outputs, not {len(adapter)}")
-    residual(added, rows, adapter.shape[1])
-    return outputs
-
-
 def attention(
     qkv: torch.Tensor,
     keys: torch.Tensor,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_uint, c_void_p
+from ctypes import c_float, c_int, c_void_p
 
 import torch
 
@@ -15,16 +14,13 @@ from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
 from larosa.ops.cuda.plan import (
     AHEAD_BYTES,
     LINEAR_TILE,
-    SITE_THREADS,
     THREADS,
     attend_plan,
     linear_blocks,
-    site_plan,
     sparse_plan,
 )
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
-from larosa.ops.site import site_by_parts
 
 _ROW = 1024  # threads of a block, in select.cu and elementwise.cu
 _WIDEST = 32 * _ROW
@@ -111,48 +107,6 @@ def sparse_linear(
     arguments = (_address(values), _address(indices), c_int(k), matrices, _address(residual), _address(result))
     grid = Grid(tiles * plan.cluster, rows, THREADS, plan.cluster)
     _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, (*arguments, c_int(outputs), c_int(ahead)))
-    return result
-
-
-def site(
-    x: torch.Tensor,
-    normed: bool,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    gated: bool = False,
-    residual: torch.Tensor | None = None,
-    adapter: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See `site_reference`; weights and adapter are column-major.
-
-    One launch where every column is whole pieces of 16 bytes and x has at most 32768 entries; else one for each part.
-    """
-    rows, width = checks.vectors("x", x)
-    outputs = checks.site(rows, width, k, weights, biases, gated, residual, adapter)
-    pack = 16 // weights[0].element_size()
-    aligned = _aligned(weights if adapter is None else [*weights, adapter], [len(weight) for weight in weights], along=1)
-    if aligned == "false" or width > _WIDEST or any(weight.stride(1) * width >= 2**32 for weight in weights):
-        parts = gain, eps, k, score, weights, biases, gated, residual, adapter
-        return site_by_parts(sys.modules[__name__], x, normed, *parts)
-    result = x.new_empty(rows, outputs)
-    matrices, packs = Matrices.of(weights, biases, pack, along=1)
-    plan = site_plan(machine(x.device), packs, gated)
-    macros = {
-        "WEIGHT": TYPE_NAMES[weights[0].dtype],
-        "EACH": str(-(-width // SITE_THREADS)),
-        "DENSE": str(k == width).lower(),
-    }
-    wide = 0 if adapter is None else adapter.shape[1]
-    ahead = min(0 if adapter is None else adapter.numel() * adapter.element_size(), AHEAD_BYTES) // 16 * 16
-    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
-    sizes = c_int(gated), c_int(plan.packs), c_int(plan.at_once)
-    adapted = _address(residual), _address(adapter), c_int(wide), c_uint(ahead)
-    arguments = (_address(x), c_int(width), c_int(k), c_int(normed), *vectors, matrices, *sizes, *adapted, _address(result))
-    _launch(x, "site.cu", "site", macros, Grid(plan.blocks, rows, SITE_THREADS), (*arguments, c_int(outputs)))
     return result
 
 

@@ -9,8 +9,6 @@ from larosa.ops.cuda.launch import Machine
 
 THREADS = 256  # of a block, in linear.cu, sparse_linear.cu and attend.cu
 LINEAR_TILE = 16  # TILE in linear.cu
-SITE_THREADS = 512  # of a block, in site.cu
-_LANES = 64  # packs of a column that a block reads side by side, at most
 #: Of weights that sparse_linear.cu fetches before it knows the list: about what memory gives in the time that
 #: making a list takes, with room for wrong guesses.
 AHEAD_BYTES = 4 * 2**20
@@ -58,30 +56,6 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
             if worth > best_worth * 1.02:
                 best, best_worth = SparsePlan(lanes, cluster, lanes * width), worth
     return best
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """`packs` of 16 bytes of outputs over `blocks`, each of which takes `at_once` of its own at a time."""
-
-    packs: int
-    blocks: int
-    at_once: int
-
-
-def site_plan(gpu: Machine, packs: int, gated: bool) -> SitePlan:
-    """One block a multiprocessor, with as equal shares as whole pieces of 16 bytes allow.
-
-    Args:
-        gpu: for its number of multiprocessors.
-        packs: pieces of 16 bytes of outputs, of all matrices.
-        gated: whether they are an MLP's gate and up, whose outputs go in pairs.
-    """
-    count = packs // 2 if gated else packs
-    blocks = min(count, gpu.multiprocessors)
-    share = -(-count // max(blocks, 1))
-    passes = max(-(-share // (_LANES // 2 if gated else _LANES)), 1)
-    return SitePlan(count, blocks, -(-share // passes))
 
 
 def linear_blocks(gpu: Machine, tiles: int) -> int:

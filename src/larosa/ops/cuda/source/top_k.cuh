@@ -57,7 +57,6 @@ struct TopK {
         return {prefix << 10 | third.digit, third.need, third.need == third.there};
     }
 
-private:
     // The digit that holds the key which `need` keys are at least as large as. Thread t looks at the t-th highest bins.
     template <int BINS>
     DEVICE Digit find(Block<THREADS>& block, const unsigned (&histogram)[BINS], unsigned need) {
