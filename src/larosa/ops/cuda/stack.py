@@ -73,7 +73,8 @@ class Stack:
         self._sizes = _sizes(layers)
         self._grid = Grid(launch.machine(self._device).multiprocessors, 1, THREADS, together=True)
         self._macros = _macros(first)
-        packed = bytes((_Layer * len(layers))(*(_layer(layer) for layer in layers)))
+        self._vectors: list[torch.Tensor] = []
+        packed = bytes((_Layer * len(layers))(*map(self._layer, layers)))
         self._packed = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self._device)
         heads, hidden, inner = self._sizes.query_heads, self._sizes.hidden, self._sizes.inner
         widths = hidden, (heads + 2 * key_heads) * size, heads * size, inner, self._grid.x * _MOST_HEADS * (size + 2)
@@ -96,6 +97,41 @@ class Stack:
         arguments = (c_void_p(self._packed.data_ptr()), self._sizes, exchange, *addresses)
         launch.launch(self._device, "stack.cu", "stack", self._macros, self._grid, arguments)
         return hidden
+
+    def _layer(self, layer: DecodeLayer) -> _Layer:
+        attention, hidden = layer.attention, layer.h1.weights[0].shape[1]
+        size = attention.keys.shape[2]
+        first, second = layer.h1.source, layer.h3.source
+        return _Layer(
+            self._site(layer.h1),
+            self._site(layer.h2, layer.attention_adapter),
+            self._site(layer.h3),
+            self._site(layer.h4, layer.residual_adapter),
+            *(self._vector("gain", norm.gain, hidden) for norm in (first, second)),
+            attention.keys.data_ptr(),
+            attention.values.data_ptr(),
+            *(self._vector("gain", gain, size) for gain in (attention.q_gain, attention.k_gain)),
+            *(first.eps, second.eps, attention.eps, attention.scale),
+            *(attention.window, attention.cos is not None),
+        )
+
+    def _site(self, site: Site, adapter: torch.Tensor | None = None) -> _Site:
+        piece = _PIECE // site.weights[0].element_size()
+        biases = [self._float(bias) for bias in site.biases]
+        matrices, _ = Matrices.of(site.weights, biases, piece, along=1)
+        width = site.weights[0].shape[1]
+        k = width if site.k is None else site.k
+        return _Site(matrices, self._vector("score", site.score, width), _address(adapter), k)
+
+    def _vector(self, name: str, tensor: torch.Tensor | None, size: int) -> Vector:
+        return Vector.of(name, self._float(tensor), size)
+
+    def _float(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """In the one format of the kernel, which saves it code, and held as long as it may run."""
+        if tensor is None:
+            return None
+        self._vectors.append(tensor.float())
+        return self._vectors[-1]
 
 
 def obstacle(layers: Sequence[DecodeLayer]) -> str | None:
@@ -147,43 +183,15 @@ def _macros(layer: DecodeLayer) -> dict[str, str]:
     sizes = _sizes([layer])
     group = sizes.query_heads // sizes.key_heads
     together = max(heads for heads in range(1, min(group, _MOST_HEADS) + 1) if group % heads == 0)
-    hidden, heads, inner = (str(-(-width // THREADS)) for width in _widths(layer))
     kind = TYPE_NAMES[layer.h1.weights[0].dtype]
     return {
         "WEIGHT": kind,
         "CACHE": kind,
         "SIZE": str(layer.attention.keys.shape[2]),
         "HEADS": str(together),
-        "EACH_HIDDEN": hidden,
-        "EACH_HEADS": heads,
-        "EACH_INNER": inner,
+        "HIDDEN": str(sizes.hidden),
+        "WIDEST": str(max(_widths(layer))),
     }
-
-
-def _site(site: Site, adapter: torch.Tensor | None = None) -> _Site:
-    piece = _PIECE // site.weights[0].element_size()
-    matrices, _ = Matrices.of(site.weights, site.biases, piece, along=1)
-    width = site.weights[0].shape[1]
-    k = width if site.k is None else site.k
-    return _Site(matrices, Vector.of("score", site.score, width), _address(adapter), k)
-
-
-def _layer(layer: DecodeLayer) -> _Layer:
-    attention, hidden = layer.attention, layer.h1.weights[0].shape[1]
-    size = attention.keys.shape[2]
-    first, second = layer.h1.source, layer.h3.source
-    return _Layer(
-        _site(layer.h1),
-        _site(layer.h2, layer.attention_adapter),
-        _site(layer.h3),
-        _site(layer.h4, layer.residual_adapter),
-        *(Vector.of("gain", norm.gain, hidden) for norm in (first, second)),
-        attention.keys.data_ptr(),
-        attention.values.data_ptr(),
-        *(Vector.of("gain", gain, size) for gain in (attention.q_gain, attention.k_gain)),
-        *(first.eps, second.eps, attention.eps, attention.scale),
-        *(attention.window, attention.cos is not None),
-    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -34,6 +34,9 @@ struct Index {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) ulonglong2 {
+    unsigned long long x, y;
+};
 struct float4 {
     float x, y, z, w;
 };

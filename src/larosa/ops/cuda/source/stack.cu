@@ -10,17 +10,15 @@
 #include "values.cuh"
 
 #ifndef HEADS
-#error "WEIGHT, CACHE, SIZE, HEADS and EACH_HIDDEN, EACH_HEADS, EACH_INNER (entries of a thread) are given by the launcher"
+#error "WEIGHT, CACHE, SIZE, HEADS, HIDDEN (entries of the residual stream) and WIDEST (of any vector) are given"
 #endif
 
 constexpr int THREADS = 512;
-constexpr int DEPTH = 12;             // loads in flight in each thread
+constexpr int DEPTH = 8;              // loads in flight in each thread
 constexpr int PACK = WIDTH<WEIGHT>;   // outputs of a pack
 constexpr int SHARE = THREADS / PACK; // packs that a block takes at once, at most
-constexpr int WIDEST = (EACH_INNER > EACH_HIDDEN ? EACH_INNER > EACH_HEADS ? EACH_INNER : EACH_HEADS
-                        : EACH_HIDDEN > EACH_HEADS ? EACH_HIDDEN : EACH_HEADS) * THREADS;
 
-// What is read of one vector; the weights are column-major.
+// What is read of one vector; the weights are column-major, vectors float32.
 struct Site {
     Matrices matrices;
     Vector score;
@@ -64,10 +62,11 @@ struct Shared {
     union {
         struct {
             float x[WIDEST];
-            float residual[EACH_HIDDEN * THREADS];
+            float residual[HIDDEN];
+            float gain[HIDDEN];
             unsigned short chosen[WIDEST];
             union {
-                Chooser<THREADS> chooser;
+                Chooser<THREADS, WIDEST> chooser;
                 float sums[THREADS * PACK];
             };
             float partial[THREADS];
@@ -95,61 +94,62 @@ struct Phase {
     }
 };
 
-// Leaves a vector in shared memory, zero beyond its end; returns this thread's sum of squares.
-template <int EACH>
+// Leaves a vector in shared memory; returns this thread's sum of squares.
 DEVICE float stage(float* to, const float* from, int width) {
-    constexpr int AT_ONCE = EACH < 8 ? EACH : 8;  // loads in flight
-    const int thread = static_cast<int>(threadIdx.x);
+    constexpr int AT_ONCE = 8;  // loads in flight
     float squares = 0.0f;
 #pragma unroll 1
-    for (int first = 0; first < EACH; first += AT_ONCE) {
+    for (int first = static_cast<int>(threadIdx.x); first < width; first += AT_ONCE * THREADS) {
         float own[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) own[i] = load_fresh(from + min((first + i) * THREADS + thread, width - 1));
+        for (int i = 0; i < AT_ONCE; ++i) own[i] = load_fresh(from + min(first + i * THREADS, width - 1));
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int at = (first + i) * THREADS + thread;
-            if (at < width) squares = fmaf(own[i], own[i], squares);
-            if (at < EACH * THREADS) to[at] = at < width ? own[i] : 0.0f;
-        }
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (first + i * THREADS < width) {
+                squares = fmaf(own[i], own[i], squares);
+                to[first + i * THREADS] = own[i];
+            }
     }
     return squares;
 }
 
-// One thread's part of reading columns: `start` has the first loads under way, `finish` adds them and all others.
+// One thread's part of reading columns: those on a list, or all of them where it is null. `start` has the first loads
+// under way, `finish` adds them and all others.
 struct Columns {
     const WEIGHT* weights;
+    const unsigned short* list;
     unsigned stride;
     int first, step, count;
     Pack<WEIGHT> pack[DEPTH];
 
-    template <class Index>
-    DEVICE void start(Index index) {
+    DEVICE void start() {
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j)
-            if (first + j * step < count) load(j, index(first + j * step));
+            if (first + j * step < count) load(j, first + j * step);
     }
 
-    template <class Index, class Value>
-    DEVICE void finish(float (&sum)[PACK], Index index, Value value) {
+    // `values` has an entry for each column.
+    DEVICE void finish(float (&sum)[PACK], const float* values) {
 #pragma unroll 1
         for (int from = first; from < count; from += DEPTH * step) {
 #pragma unroll
             for (int j = 0; j < DEPTH; ++j) {
                 const int i = from + j * step;
                 if (i < count) {
-                    const float x = value(i);
+                    const float x = values[column(i)];
 #pragma unroll
                     for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x, widen(pack[j].weight[e]), sum[e]);
-                    if (i + DEPTH * step < count) load(j, index(i + DEPTH * step));
+                    if (i + DEPTH * step < count) load(j, i + DEPTH * step);
                 }
             }
         }
     }
 
 private:
-    DEVICE void load(int j, int column) {
-        pack[j].template load<true>(at_offset(weights, static_cast<unsigned>(column) * stride), PACK);
+    DEVICE int column(int i) const { return list ? list[i] : i; }
+
+    DEVICE void load(int j, int i) {
+        pack[j].template load<true>(at_offset(weights, static_cast<unsigned>(column(i)) * stride), PACK);
     }
 };
 
@@ -166,8 +166,8 @@ struct Part {
         pack = lane < here ? first + lane : packs + first + lane - here;
     }
 
-    DEVICE Columns columns(const WEIGHT* weights, long long stride, int count) const {
-        return {weights, static_cast<unsigned>(stride), group, groups, group < groups ? count : 0};
+    DEVICE Columns columns(const WEIGHT* weights, long long stride, const unsigned short* list, int count) const {
+        return {weights, list, static_cast<unsigned>(stride), group, groups, group < groups ? count : 0};
     }
 };
 
@@ -201,7 +201,7 @@ struct Task {
 };
 
 // The whole of a site. What is read in any case is under way before `wait` says that the vector is there.
-template <int EACH, class Wait>
+template <class Wait>
 DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wait) {
     const int thread = static_cast<int>(threadIdx.x);
     const int packs = task.outputs / PACK;
@@ -213,8 +213,6 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
     }
     const int k = static_cast<int>(site.k);
     const bool dense = k == task.width;
-    const auto itself = [](int i) { return i; };
-    const auto chosen = [&](int i) { return static_cast<int>(shared.chosen[i]); };
     const int passes = (end - begin + SHARE - 1) / SHARE;
     for (int pass = 0; pass < passes; ++pass) {
         const int first = begin + (end - begin) * pass / passes;
@@ -222,27 +220,29 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
         const Matrix& matrix = site.matrices.of(part.pack);
         Columns columns =
             part.columns(static_cast<const WEIGHT*>(matrix.weights) + (part.pack - matrix.tile) * PACK, matrix.stride,
-                         k);
-        Columns adapter = part.columns(site.adapter + part.pack * PACK, task.outputs,
+                         dense ? nullptr : shared.chosen, k);
+        Columns adapter = part.columns(site.adapter + part.pack * PACK, task.outputs, nullptr,
                                        site.adapter ? task.residual_width : 0);
-        adapter.start(itself);
+        adapter.start();
         if (pass == 0) {
-            if (!dense) shared.chooser.clear();
+            typename Chooser<THREADS, WIDEST>::Own own;
+            if (!dense) shared.chooser.prepare(own, task.width, site.score);
+            if (task.gain)
+                for (int at = thread; at < task.width; at += THREADS) shared.gain[at] = task.gain->plain(at, 1.0f);
             wait();
-            if (site.adapter) stage<EACH_HIDDEN>(shared.residual, task.residual, task.residual_width);
-            const float squares = stage<EACH>(shared.x, task.x, task.width);
+            if (site.adapter) stage(shared.residual, task.residual, task.residual_width);
+            const float squares = stage(shared.x, task.x, task.width);
             if (task.gain) {
                 const float inverse = inverse_rms(shared.block.sum(squares), task.width, task.eps);
-                for (int at = thread; at < task.width; at += THREADS) shared.x[at] *= inverse * task.gain->at(at, 1.0f);
+#pragma unroll 4
+                for (int at = thread; at < task.width; at += THREADS) shared.x[at] *= inverse * shared.gain[at];
             }
             __syncthreads();
             if (!dense && k > 0)
-                shared.chooser.template choose<EACH>(shared.block, shared.x, task.width, k, site.score, shared.chosen);
+                shared.chooser.choose(shared.block, own, shared.x, task.width, k, site.score,
+                                      shared.chosen);
         }
-        if (dense)
-            columns.start(itself);
-        else
-            columns.start(chosen);
+        columns.start();
         // What is added to the sum is on its way meanwhile.
         const int total = part.here * PACK;
         const int place = first * PACK + thread;
@@ -251,14 +251,11 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
         float bias = 0.0f;
         if (thread < total && !task.gated) {
             if (task.residual && !site.adapter) before = load_fresh(task.residual + place);
-            bias = of.bias.at(place - static_cast<int>(of.first), 0.0f);
+            bias = of.bias.plain(place - static_cast<int>(of.first), 0.0f);
         }
         float sum[PACK] = {};
-        adapter.finish(sum, itself, [&](int i) { return shared.residual[i]; });
-        if (dense)
-            columns.finish(sum, itself, [&](int i) { return shared.x[i]; });
-        else
-            columns.finish(sum, chosen, [&](int i) { return shared.x[shared.chosen[i]]; });
+        adapter.finish(sum, shared.residual);
+        columns.finish(sum, shared.x);
 
         __syncthreads();  // what stood where the sums go has been read
 #pragma unroll
@@ -270,8 +267,8 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
             __syncthreads();
             const float up = gather(shared, total, total, part.groups, apart);
             if (thread < total)
-                task.result[place] = silu_mul(product + site.matrices.matrix[0].bias.at(place, 0.0f),
-                                              up + site.matrices.matrix[1].bias.at(place, 0.0f));
+                task.result[place] = silu_mul(product + site.matrices.matrix[0].bias.plain(place, 0.0f),
+                                              up + site.matrices.matrix[1].bias.plain(place, 0.0f));
         } else if (thread < total) {
             task.result[place] = before + (product + bias);
         }
@@ -343,7 +340,6 @@ stack(const Layer* layers, Sizes sizes, Exchange exchange, const long long* posi
     const int thread = static_cast<int>(threadIdx.x);
     const int heads = sizes.query_heads * SIZE;
     Phase phase = {exchange.arrived, 0};
-    const auto wait = [&] { phase.wait(); };
     const auto copy = [&](int layer) {
         constexpr int PIECES = sizeof(Layer) / 16;
         if (layer < sizes.layers && thread < PIECES)
@@ -360,32 +356,35 @@ stack(const Layer* layers, Sizes sizes, Exchange exchange, const long long* posi
     copy(0);
     __syncthreads();
 
-    for (int l = 0; l < sizes.layers; ++l) {
-        const Layer& layer = shared.layers[l % 2];
-        run_site<EACH_HIDDEN>(shared, layer.h1,
-                              {exchange.hidden, sizes.hidden, &layer.h1_gain, layer.h1_eps, false, nullptr, 0,
-                               exchange.qkv, (sizes.query_heads + 2 * sizes.key_heads) * SIZE},
-                              [&] { if (l > 0) phase.wait(); });
-        phase.arrive();
-        copy(l + 1);
-        phase.wait();
-        attend(shared, layer, sizes, exchange, position);
-        phase.arrive();
-        run_site<EACH_HEADS>(shared, layer.h2,
-                             {exchange.attended, heads, nullptr, 0.0f, false, exchange.hidden, sizes.hidden,
-                              exchange.middle, sizes.hidden},
-                             wait);
-        phase.arrive();
-        run_site<EACH_HIDDEN>(shared, layer.h3,
-                              {exchange.middle, sizes.hidden, &layer.h3_gain, layer.h3_eps, true, nullptr, 0,
-                               exchange.inner, sizes.inner},
-                              wait);
-        phase.arrive();
-        run_site<EACH_INNER>(shared, layer.h4,
-                             {exchange.inner, sizes.inner, nullptr, 0.0f, false, exchange.middle, sizes.hidden,
-                              exchange.hidden, sizes.hidden},
-                             wait);
-        if (l + 1 < sizes.layers) phase.arrive();
+    // All sites go through the same code, so that it stays in the instruction cache.
+    const int phases = 4 * sizes.layers;
+#pragma unroll 1
+    for (int number = 0; number < phases; ++number) {
+        const Layer& layer = shared.layers[number / 4 % 2];
+        const int at = number % 4;
+        const Site& site = at == 0 ? layer.h1 : at == 1 ? layer.h2 : at == 2 ? layer.h3 : layer.h4;
+        Task task = {};
+        if (at == 0) {
+            const int outputs = (sizes.query_heads + 2 * sizes.key_heads) * SIZE;
+            task = {exchange.hidden, sizes.hidden, &layer.h1_gain, layer.h1_eps, false, nullptr, 0, exchange.qkv, outputs};
+        } else if (at == 1) {
+            task = {exchange.attended, heads, nullptr, 0.0f, false, exchange.hidden, sizes.hidden, exchange.middle,
+                    sizes.hidden};
+        } else if (at == 2) {
+            task = {exchange.middle, sizes.hidden, &layer.h3_gain, layer.h3_eps, true, nullptr, 0, exchange.inner,
+                    sizes.inner};
+        } else {
+            task = {exchange.inner, sizes.inner, nullptr, 0.0f, false, exchange.middle, sizes.hidden, exchange.hidden,
+                    sizes.hidden};
+        }
+        run_site(shared, site, task, [&] { if (number > 0) phase.wait(); });
+        if (number + 1 < phases) phase.arrive();
+        if (at == 0) {
+            copy(number / 4 + 1);
+            phase.wait();
+            attend(shared, layer, sizes, exchange, position);
+            phase.arrive();
+        }
     }
     release_dependents();
     __syncthreads();
