@@ -94,8 +94,8 @@ inline void add_columns(const typename Type::Element *const *columns, const type
 }
 
 template <class Type>
-inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                         int64_t first, int64_t count, float *sums) {
+inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                         const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     using Element = typename Type::Element;
     const Element *weight = static_cast<const Element *>(matrix.weight) + first;
     const auto column = [&](int64_t i) { return weight + int64_t(indices[i]) * matrix.outputs; };
@@ -104,7 +104,7 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
         const Element *columns[kGroup], *next[kGroup];
         for (int64_t i = 0; i < kGroup; ++i) {
             columns[i] = column(at + i);
-            next[i] = column(at + kGroup + i < k ? at + kGroup + i : at + i);
+            next[i] = column(at + kGroup + i < listed ? at + kGroup + i : at + i);
         }
         add_columns<Type, kGroup>(columns, next, values + at, count, sums);
     }
@@ -114,12 +114,12 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
     }
 }
 
-inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                           int64_t first, int64_t count, float *sums) {
+inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                           const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
     with_type(matrix.dtype, [&](auto type) {
         using Type = decltype(type);
-        sparse_strip<Type>(values, indices, k, matrix, first, count, sums);
+        sparse_strip<Type>(values, indices, k, listed, matrix, first, count, sums);
         if (Type::mixed) unmix(sums, count / columns_step<Type>() * columns_step<Type>());
     });
 }
