@@ -269,6 +269,9 @@ inline uint4 load_once(const void* from) {
     emulator::check(from, 16);
     return *static_cast<const uint4*>(from);
 }
+inline void load_once_if(bool wanted, const void* from, uint4& data) {
+    if (wanted) data = load_once(from);
+}
 template <class T>
 T load_fresh(const T* from) {
     emulator::check(from, sizeof(T));

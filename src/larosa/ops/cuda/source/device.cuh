@@ -58,6 +58,16 @@ DEVICE uint4 load_once(const void* from) {
     return data;
 }
 
+// The same on a condition, without a branch: after one, the compiler may copy what was loaded, and so wait for it.
+DEVICE void load_once_if(bool wanted, const void* from, uint4& data) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %5, 0;\n\t"
+        "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "+r"(data.x), "+r"(data.y), "+r"(data.z), "+r"(data.w)
+        : "l"(from), "r"(static_cast<unsigned>(wanted)));
+}
+
 // What the kernel before this one wrote: from the second cache, the first may hold what stood there earlier.
 DEVICE float load_fresh(const float* from) {
     float data;

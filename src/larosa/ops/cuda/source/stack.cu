@@ -127,32 +127,52 @@ struct Part {
     }
 };
 
-// One thread's part of reading columns: `count` on a list, or the first ones where it is null. `values` has an entry for
-// each column.
-DEVICE void add_columns(float (&sum)[PACK], const Part& part, const WEIGHT* weights, long long apart,
-                        const unsigned short* list, int count, const float* values) {
+// One thread's part of reading `count` columns; `column(i)` is the i-th, and `values` has an entry for each.
+template <class Column>
+DEVICE void add_columns(float (&sum)[PACK], const Part& part, const WEIGHT* weights, long long apart, int count,
+                        const float* values, Column column) {
+    if (count == 0) return;
     const unsigned stride = static_cast<unsigned>(apart);
     const int step = part.groups;
-    const auto column = [&](int i) { return list ? static_cast<int>(list[i]) : i; };
+    const auto there = [&](int i) { return column(min(i, count - 1)); };
+    const auto place = [&](int at) { return at_offset(weights, static_cast<unsigned>(at) * stride); };
     Pack<WEIGHT> pack[DEPTH];
-    const auto load = [&](int j, int i) {
-        pack[j].template load<true>(at_offset(weights, static_cast<unsigned>(column(i)) * stride), PACK);
-    };
 #pragma unroll
-    for (int j = 0; j < DEPTH; ++j)
-        if (part.group + j * step < count) load(j, part.group + j * step);
-    // As soon as one load has been added, the next takes its registers: DEPTH are always under way.
+    for (int j = 0; j < DEPTH; ++j) {
+        const int i = part.group + j * step;
+        load_once_if(i < count, place(there(i)), pack[j].data);
+    }
+    int from = part.group;
+    // As soon as one load has been added, the next takes its registers: DEPTH are always under way. Without a condition
+    // in between, or the compiler waits at each.
 #pragma unroll 1
-    for (int from = part.group; from < count; from += DEPTH * step) {
+    for (; from + (2 * DEPTH - 1) * step < count; from += DEPTH * step) {
+        float x[DEPTH];
+        const WEIGHT* next[DEPTH];
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            x[j] = values[column(from + j * step)];
+            next[j] = place(column(from + (j + DEPTH) * step));
+        }
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+#pragma unroll
+            for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x[j], widen(pack[j].weight[e]), sum[e]);
+            pack[j].data = load_once(next[j]);
+        }
+    }
+#pragma unroll 1
+    for (; from < count; from += DEPTH * step) {
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
             const int i = from + j * step;
-            if (i < count) {
-                const float x = values[column(i)];
+            const int next = i + DEPTH * step;
+            const bool counts = i < count;
+            const float x = counts ? values[there(i)] : 0.0f;
+            if (!counts) pack[j] = Pack<WEIGHT>();  // zero times infinity would not be zero
 #pragma unroll
-                for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x, widen(pack[j].weight[e]), sum[e]);
-                if (i + DEPTH * step < count) load(j, i + DEPTH * step);
-            }
+            for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x, widen(pack[j].weight[e]), sum[e]);
+            load_once_if(next < count, place(there(next)), pack[j].data);
         }
     }
 }
@@ -191,7 +211,10 @@ SEPARATE void receive(Shared& shared, const Site& site, const Task& task, const 
     const int thread = static_cast<int>(threadIdx.x);
     const int k = static_cast<int>(site.k);
     const bool chooses = 0 < k && k < task.width;
-    if (chooses) shared.chooser.prepare(task.width, site.score);
+    if (chooses)
+        shared.chooser.prepare(task.width, site.score);
+    else
+        for (int i = thread; i < k; i += THREADS) shared.chosen[i] = static_cast<unsigned short>(i);
     if (task.gain)
         for (int at = thread; at < task.width; at += THREADS) shared.gain[at] = task.gain->plain(at, 1.0f);
     phase.wait();
@@ -233,10 +256,10 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, const P
         float sum[PACK] = {};
         if (part.group < part.groups) {
             if (site.adapter)
-                add_columns(sum, part, site.adapter + part.pack * PACK, task.outputs, nullptr, task.residual_width,
-                            shared.residual);
-            add_columns(sum, part, weights, matrix.stride, site.k == task.width ? nullptr : shared.chosen,
-                        static_cast<int>(site.k), shared.x);
+                add_columns(sum, part, site.adapter + part.pack * PACK, task.outputs, task.residual_width,
+                            shared.residual, [](int i) { return i; });
+            add_columns(sum, part, weights, matrix.stride, static_cast<int>(site.k), shared.x,
+                        [&](int i) { return static_cast<int>(shared.chosen[i]); });
         }
         __syncthreads();  // what stood where the sums go has been read
 #pragma unroll
