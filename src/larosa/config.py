@@ -52,6 +52,14 @@ class Rotation(StrEnum):
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
 
+    def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
+        """The consecutive layers that share a basis, first layer first; the last group may be shorter.
+
+        An adapter carries the residual stream from one group's basis to the next.
+        """
+        size = layers_per_rotation if self in (Rotation.LAYER, Rotation.BLOCK) else layers
+        return [range(layers)[first : first + size] for first in range(0, layers, size)]
+
 
 class Covariance(StrEnum):
     """Which site's second moment the PCA of a layer is taken of."""
@@ -229,6 +237,7 @@ class LarosaConfig(_Block):
     keep: KeepCounts | None = Field(default=None, validate_default=True)
     thresholds: Thresholds | None = Field(default=None, validate_default=True)
     rotation: Rotation
+    layers_per_rotation: int = 1
     covariance: Covariance | None = None
     rotation_objective: RotationObjective | None = None
     value_rotation: bool = False
@@ -250,6 +259,11 @@ class LarosaConfig(_Block):
         if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
         return value
+
+    @field_validator("layers_per_rotation")
+    @classmethod
+    def _check_layers_per_rotation(cls, value: int, info: ValidationInfo) -> int:
+        return check_layers_per_rotation(value, info.data.get("rotation", Rotation.LAYER))
 
     @field_validator("score")
     @classmethod
@@ -304,3 +318,16 @@ def check_sparsity(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise LarosaError(f"sparsity {sparsity:g} is outside [0, 1): give a fraction, 0.5 for 50%")
     return sparsity
+
+
+def check_layers_per_rotation(layers: int, rotation: Rotation = Rotation.LAYER) -> int:
+    """Return `layers` if so many consecutive ones can share a basis with this rotation.
+
+    Raises:
+        LarosaError: there must be one at least, and only with rotation `layer` can there be more.
+    """
+    if layers < 1:
+        raise LarosaError(f"{layers} layers per rotation: give at least 1")
+    if layers > 1 and rotation is not Rotation.LAYER:
+        raise LarosaError(f"{layers} layers per rotation: only rotation 'layer' has a choice, '{rotation}' has none")
+    return layers

@@ -147,6 +147,16 @@ def test_saving_what_was_loaded_changes_nothing(make_model, quick_convert, tmp_p
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saves_and_loads_layers_that_share_a_rotation(make_model, quick_convert, token_ids, tmp_path, family):
+    model = quick_convert(make_model(family), layers_per_rotation=2)
+    model.save_pretrained(tmp_path / "out")
+    loaded = realigned(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert loaded.config.larosa["layers_per_rotation"] == 2
+    assert [name for name in loaded.state_dict() if "adapter" in name] == ["model.layers.1.residual_adapter.weight"]
+    assert torch.equal(loaded(token_ids(2, 15)).logits, model(token_ids(2, 15)).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_survives(make_model, quick_convert, token_ids, tmp_path, dtype):
     model = quick_convert(make_model("llama", dtype))

@@ -88,6 +88,8 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         LarosaError: the counts do not fit the model's layers or sizes.
     """
     layers: list[Any] = list(architecture.layers(model))
+    groups = config.rotation.groups(len(layers), config.layers_per_rotation)
+    before_change = {group[-1] for group in groups[:-1]}
     key, noun = ("thresholds", "thresholds") if config.method.uses_thresholds else ("keep", "counts")
     if config.layers != len(layers):
         raise LarosaError(
@@ -104,10 +106,8 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
             if isinstance(selector, TopK):
                 _check_count(selector.k, weight.shape[1], site, index)
             _PLACES[site].put(architecture, layer, site, selector)
-        last = index == len(layers) - 1
-        block, layered = config.rotation is Rotation.BLOCK, config.rotation is Rotation.LAYER
-        layer.attention_adapter = _adapter(layer, architecture) if block else None
-        layer.residual_adapter = _adapter(layer, architecture) if (block or layered) and not last else None
+        layer.attention_adapter = _adapter(layer, architecture) if config.rotation is Rotation.BLOCK else None
+        layer.residual_adapter = _adapter(layer, architecture) if index in before_change else None
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:
