@@ -66,6 +66,16 @@ def test_bytes_of_a_token(tiny):
     assert rows[2].bytes_per_token == 2 * (3 * (attention + mlp) // 2 + head + cache + adapters + scores)
 
 
+def test_fewer_rotations_mean_fewer_bytes(tiny):
+    tiny("llama", num_hidden_layers=5)
+    options = {"sparsities": (0.5,), "dtype": torch.bfloat16, "prompt_tokens": 4, "tokens": 8}
+    every = measure_shape("tiny", **options).rows
+    shared = measure_shape("tiny", layers_per_rotation=2, **options).rows
+    assert {row.shape for row in shared} == {"tiny, 2 layers per rotation"}
+    assert shared[1].bytes_per_token == every[1].bytes_per_token
+    assert every[2].bytes_per_token - shared[2].bytes_per_token == 2 * (4 - 2) * 32 * 32
+
+
 def test_rows_take_turns(tiny, monkeypatch):
     tiny("llama")
     turns = []
@@ -80,20 +90,27 @@ def test_rows_take_turns(tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_random_models_are_of_their_size_and_compute_something(family_config, family):
     config = family_config(family, tie_word_embeddings=True)
-    for make, sparse in ((random_model, False), (random_sparse_model, True)):
-        model = make(config, torch.bfloat16, CPU)
+    shared = {"layers_per_rotation": 2}
+    for make, sparse, options in (
+        (random_model, False, {}),
+        (random_sparse_model, True, {}),
+        (random_sparse_model, True, shared),
+    ):
+        model = make(config, torch.bfloat16, CPU, **options)
         assert all(weight.isfinite().all() for weight in model.parameters())
         size = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
-        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse)
+        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse, **options)
         logits = Engine(model, 8).prefill(torch.tensor([[5, 6, 7]]))
         assert 0.1 < float(logits.std()) < 100
 
 
 def test_the_sparsity_of_a_random_model_can_be_set(family_config):
-    model = random_sparse_model(family_config("llama"), torch.float32, CPU)
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layers_per_rotation=2)
     for sparsity in (0.5, 0.25, 0.0):
         set_sparsity(model, sparsity)
-        assert larosa.inspect(model).sparsity.weights == pytest.approx(sparsity)
+        report = larosa.inspect(model)
+        assert report.sparsity.weights == pytest.approx(sparsity)
+        assert report.adapter_bytes == 4 * 32 * 32
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -143,6 +160,7 @@ def test_speedups_need_one_dense_model(checkpoints, number):
         ({"layers": 4}, "--layers 4: tiny has 3"),
         ({"vocab_size": 0}, "--vocab-size must be at least 1"),
         ({"sparsities": (50.0,)}, "give a fraction"),
+        ({"layers_per_rotation": 0}, "0 layers per rotation: give at least 1"),
         ({"prompt_tokens": 0}, "--prompt-tokens must be at least 1"),
         ({"tokens": 1}, "--tokens at least 2"),
     ],

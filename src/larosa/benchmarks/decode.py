@@ -20,10 +20,11 @@ from larosa.benchmarks.shapes import (
     random_sparse_model,
     set_sparsity,
     shape_config,
+    shape_title,
     weight_bytes,
 )
 from larosa.checkpoint import load
-from larosa.config import check_sparsity
+from larosa.config import check_layers_per_rotation, check_sparsity
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
@@ -55,6 +56,7 @@ def measure_shape(
     dtype: torch.dtype = torch.bfloat16,
     layers: int | None = None,
     vocab_size: int | None = None,
+    layers_per_rotation: int = 1,
     prompt_tokens: int = 128,
     tokens: int = 64,
 ) -> DecodeBenchmark:
@@ -66,6 +68,7 @@ def measure_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
+        layers_per_rotation: LaRoSA's layers that share a basis, without an adapter between them.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
 
@@ -75,16 +78,18 @@ def measure_shape(
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
+    check_layers_per_rotation(layers_per_rotation)
     config = shape_config(shape, layers=layers, vocab_size=vocab_size)
     # Beside the models one matrix is held twice for a moment while it is laid out by columns: a tenth covers it.
-    needed = sum(weight_bytes(config, dtype, sparse=sparse) for sparse in ([False, True] if sparsities else [False]))
+    needed = weight_bytes(config, dtype, sparse=False)
+    if sparsities:
+        needed += weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
     check_room(round(1.1 * needed), device)
-    name = shape if layers is None else f"{shape}, {layers} layers"
-    subjects = _Subjects(name, prompt_tokens, tokens)
+    subjects = _Subjects(shape_title(shape, layers, layers_per_rotation), prompt_tokens, tokens)
     dense = random_model(config, dtype, device)
     subjects.add_dense(dense)
     if sparsities:
-        sparse = random_sparse_model(config, dtype, device)
+        sparse = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
         for sparsity in sparsities:
             set_sparsity(sparse, sparsity)
             subjects.add("LaRoSA", sparse)

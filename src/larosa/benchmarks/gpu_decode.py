@@ -21,9 +21,10 @@ from larosa.benchmarks.shapes import (
     random_sparse_model,
     set_sparsity,
     shape_config,
+    shape_title,
     weight_bytes,
 )
-from larosa.config import check_sparsity
+from larosa.config import check_layers_per_rotation, check_sparsity
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
@@ -59,6 +60,7 @@ def measure_gpu_decode(
     dtype: torch.dtype = torch.float16,
     layers: int | None = None,
     vocab_size: int | None = None,
+    layers_per_rotation: int = 1,
     prompt_tokens: int = 128,
     tokens: int = 256,
     compiled: bool = True,
@@ -73,6 +75,7 @@ def measure_gpu_decode(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
+        layers_per_rotation: LaRoSA's layers that share a basis, without an adapter between them.
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
@@ -82,23 +85,25 @@ def measure_gpu_decode(
     """
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
+    check_layers_per_rotation(layers_per_rotation)
     if prompt_tokens < 1 or tokens < 2:
         raise LarosaError("--prompt-tokens must be at least 1 and --tokens at least 2")
     config = shape_config(shape, layers=layers, vocab_size=vocab_size)
     config.dtype = dtype
     decoders = 1 + len(teal_sparsities) if compiled else 0
     kinds = [False] * (1 + decoders) + [True] * (any(sparsities) + (0.0 in sparsities))
-    check_room(round(1.1 * sum(weight_bytes(config, dtype, sparse=kind) for kind in kinds)), device)
-    name = shape if layers is None else f"{shape}, {layers} layers"
-    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens)
+    shared = {"layers_per_rotation": layers_per_rotation}
+    check_room(round(1.1 * sum(weight_bytes(config, dtype, sparse=kind, **shared) for kind in kinds)), device)
+    title = shape_title(shape, layers, layers_per_rotation)
+    rows = _Rows(title, config, device, dtype, prompt_tokens, tokens)
     if compiled:
         rows.add_compiled()
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
     rows.add_engine(DENSE, random_model(config, dtype, device), 0.0)
     if 0.0 in sparsities:  # an engine that keeps everything lays its weights out by rows: not those of the others
-        rows.add_engine(LAROSA, random_sparse_model(config, dtype, device), 0.0)
-    sparse = random_sparse_model(config, dtype, device) if any(sparsities) else None
+        rows.add_engine(LAROSA, random_sparse_model(config, dtype, device, **shared), 0.0)
+    sparse = random_sparse_model(config, dtype, device, **shared) if any(sparsities) else None
     for sparsity in sparsities:
         if sparsity > 0:
             set_sparsity(sparse, sparsity)

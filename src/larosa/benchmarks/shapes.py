@@ -98,12 +98,19 @@ def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None
     return config
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool) -> int:
+def shape_title(name: str, layers: int | None, layers_per_rotation: int) -> str:
+    """What a benchmark calls a shape: its name, and what differs from the whole shape with a rotation a layer."""
+    cut = "" if layers is None else f", {layers} layers"
+    return name + cut + ("" if layers_per_rotation == 1 else f", {layers_per_rotation} layers per rotation")
+
+
+def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool, layers_per_rotation: int = 1) -> int:
     """What the weights of a dense or sparsified model of this configuration take."""
     sizes = SiteSizes.of(config)
     tables = 1 if config.tie_word_embeddings and not sparse else 2
     elements = sizes.linear_weights + tables * sizes.vocabulary * sizes.hidden
-    return (elements + (sizes.adapter_weights(Rotation.LAYER) if sparse else 0)) * dtype.itemsize
+    adapters = sizes.adapter_weights(Rotation.LAYER, layers_per_rotation) if sparse else 0
+    return (elements + adapters) * dtype.itemsize
 
 
 def check_room(needed: int, device: torch.device) -> None:
@@ -130,25 +137,27 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: in
     return model.eval().requires_grad_(False)
 
 
-def random_sparse_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """The same as LaRoSA converts it: an adapter between each two layers, a score at each site. Keeps everything."""
+def random_sparse_model(
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, *, layers_per_rotation: int = 1
+) -> Any:
+    """The same as LaRoSA converts it: an adapter between each two rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0))
+        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layers_per_rotation))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Let a sparsified random model skip another fraction of its weights."""
-    block = _block(model.config, sparsity)
+    block = _block(model.config, sparsity, LarosaConfig.parse(model.config.larosa).layers_per_rotation)
     assert block.keep is not None, "method larosa counts"
     set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
     model.config.larosa = block.model_dump(mode="json")
 
 
-def _block(config: Any, sparsity: float) -> LarosaConfig:
+def _block(config: Any, sparsity: float, layers_per_rotation: int) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -156,6 +165,7 @@ def _block(config: Any, sparsity: float) -> LarosaConfig:
         budget=Budget.WEIGHTS,
         keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
         rotation=Rotation.LAYER,
+        layers_per_rotation=layers_per_rotation,
         score=Score.WEIGHTS,
         search=Search.NONE,
     )

@@ -25,6 +25,7 @@ def decode(
     sparsity: Annotated[str, typer.Option(help="Sparsities of --shape, separated by commas.")] = "0.25,0.5",
     layers: Annotated[int | None, typer.Option(help="Only so many layers of --shape.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
+    layers_per_rotation: Annotated[int, typer.Option(help="Layers of --shape that share a rotation.")] = 1,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
@@ -38,16 +39,25 @@ def decode(
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
-    if shape is None and (layers is not None or vocab_size is not None):
-        raise LarosaError("--layers and --vocab-size are for --shape")
+    if shape is None and (layers is not None or vocab_size is not None or layers_per_rotation != 1):
+        raise LarosaError("--layers, --vocab-size and --layers-per-rotation are for --shape")
     where = find_device(device)
     options.check_json_file(json)
     if where.type == "cuda":
         if shape is None:
             raise LarosaError("on a GPU give --shape: checkpoints are measured on the CPU (--device cpu)")
-        settings = {"layers": layers, "vocab_size": vocab_size, "prompt_tokens": prompt_tokens, "tokens": tokens}
-        number_format = torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype)
-        bench_gpu.decode(shape, where, json, sparsities=_fractions(sparsity), dtype=number_format, **settings)
+        bench_gpu.decode(
+            shape,
+            where,
+            json,
+            sparsities=_fractions(sparsity),
+            dtype=torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype),
+            layers=layers,
+            vocab_size=vocab_size,
+            layers_per_rotation=layers_per_rotation,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+        )
         return
     if threads is not None:
         torch.set_num_threads(threads)
@@ -60,6 +70,7 @@ def decode(
             dtype=torch.bfloat16 if dtype is options.Dtype.AUTO else getattr(torch, dtype),
             layers=layers,
             vocab_size=vocab_size,
+            layers_per_rotation=layers_per_rotation,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
         )
