@@ -40,11 +40,8 @@ class FisherReference(Reference):
                 self.H[at] = self.H.get(at, 0) + g.T @ g / sequences.numel()
         embedding.requires_grad_(False)
 
-    def rotate(self, rotation, layers_per_rotation=1):
-        """Eigenvectors of C / tr C + H / tr H, on the residual stream and of each value head.
-
-        Layers that share a rotation have those of their sum.
-        """
+    def rotate(self, rotation, groups=((0,), (1,), (2,))):
+        """Eigenvectors of C / tr C + H / tr H, summed over a group's layers, and of the same for each value head."""
 
         def basis(*pairs):
             return torch.linalg.eigh(sum(C / C.trace() + H / H.trace() for C, H in pairs))[1]
@@ -54,7 +51,7 @@ class FisherReference(Reference):
         for i in self.layers:
             for site in ("h1", "h3"):
                 sources = {"block": [site], "layer": ["h1", "h3"]}[rotation]
-                group = [j for j in self.layers if j // layers_per_rotation == i // layers_per_rotation]
+                (group,) = (group for group in groups if i in group)
                 self.bases[i, site] = basis(*([sum(M[j, s] for s in sources) for M in (self.C, self.H)] for j in group))
             blocks = []
             for first in range(0, self.config.num_attention_heads, group_size):
@@ -89,7 +86,7 @@ def test_layers_that_share_a_rotation_keep_scores_and_values_of_their_own(
     model = make_model("llama", torch.float64, **plain("llama"))
     reference, ids = FisherReference(model, scored=True), token_ids(20, seed=5)
     reference.observe(calibration_ids(text_file, tokenizer)[calibration_order(4, 2)], 2)
-    reference.rotate("layer", layers_per_rotation=2)
+    reference.rotate("layer", groups=((0,), (1, 2)))
     expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
     converted = quick_convert(model, layers_per_rotation=2, seed=2, search="none", **FISHER)
     assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8

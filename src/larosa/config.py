@@ -53,12 +53,13 @@ class Rotation(StrEnum):
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
 
     def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
-        """The consecutive layers that share a basis, first layer first; the last group may be shorter.
+        """The consecutive layers that share a basis, first layer first; the first group may be shorter.
 
-        An adapter carries the residual stream from one group's basis to the next.
+        An adapter carries the residual stream from one group's basis to the next. What does not divide evenly is
+        left over at the beginning, as the first layers have the least in common with others.
         """
         size = layers_per_rotation if self in (Rotation.LAYER, Rotation.BLOCK) else layers
-        return [range(layers)[first : first + size] for first in range(0, layers, size)]
+        return [range(layers)[max(end - size, 0) : end] for end in range(layers, 0, -size)][::-1]
 
 
 class Covariance(StrEnum):

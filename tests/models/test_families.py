@@ -153,7 +153,7 @@ def test_saves_and_loads_layers_that_share_a_rotation(make_model, quick_convert,
     model.save_pretrained(tmp_path / "out")
     loaded = realigned(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert loaded.config.larosa["layers_per_rotation"] == 2
-    assert [name for name in loaded.state_dict() if "adapter" in name] == ["model.layers.1.residual_adapter.weight"]
+    assert [name for name in loaded.state_dict() if "adapter" in name] == ["model.layers.0.residual_adapter.weight"]
     assert torch.equal(loaded(token_ids(2, 15)).logits, model(token_ids(2, 15)).logits)
 
 
