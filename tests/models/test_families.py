@@ -157,6 +157,27 @@ def test_saves_and_loads_layers_that_share_a_rotation(make_model, quick_convert,
     assert torch.equal(loaded(token_ids(2, 15)).logits, model(token_ids(2, 15)).logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"rotation": "block"}, {"layers_per_rotation": 2}], ids=str)
+def test_adapters_read_the_stream_from_before_what_they_go_past(make_model, quick_convert, token_ids, family, options):
+    model = quick_convert(make_model(family), **options)
+    read = {}
+
+    def listen(module, place):
+        module.register_forward_pre_hook(lambda _module, inputs: read.__setitem__(place, inputs[0]))
+
+    layers = list(enumerate(model.model.layers))
+    for index, layer in layers:
+        for adapter, norm in (("attention", layer.input_layernorm), ("residual", layer.post_attention_layernorm)):
+            listen(norm, (index, adapter, "before"))
+            if getattr(layer, f"{adapter}_adapter") is not None:
+                listen(getattr(layer, f"{adapter}_adapter"), (index, adapter, "read"))
+    model(token_ids(2, 9))
+    found = [at for at in read if at[2] == "read"]
+    assert len(found) == sum(name.endswith("_adapter.weight") for name in model.state_dict()) > 0
+    assert all(torch.equal(read[at], read[*at[:2], "before"]) for at in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_survives(make_model, quick_convert, token_ids, tmp_path, dtype):
     model = quick_convert(make_model("llama", dtype))
