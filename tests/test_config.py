@@ -89,6 +89,12 @@ def test_a_missing_block_says_that_the_checkpoint_is_not_converted(value):
         LarosaConfig.parse(value)
 
 
+@pytest.mark.parametrize("version", range(FORMAT_VERSION))
+def test_an_older_format_is_refused_before_its_keys_are_read(version):
+    with pytest.raises(LarosaError, match=rf"format version {version}, .* reads {FORMAT_VERSION}: convert .* again$"):
+        LarosaConfig.parse({"format_version": version, "something": "old"})
+
+
 def test_a_newer_format_is_refused_before_its_keys_are_read():
     with pytest.raises(LarosaError, match=rf"format version {FORMAT_VERSION + 1}.*pip install --upgrade larosa"):
         LarosaConfig.parse({"format_version": FORMAT_VERSION + 1, "something": "new"})

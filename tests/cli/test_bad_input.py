@@ -242,10 +242,18 @@ def test_reference_of_another_vocabulary(refused, converted, make_model, tokeniz
 
 
 def test_newer_format_version(refused, converted):
-    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=2))
+    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=3))
     message = refused("eval", converted)
-    assert "format version 2" in message
+    assert "format version 3" in message
     assert "pip install --upgrade larosa" in message
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect", "generate"])
+def test_older_format_version(refused, converted, command):
+    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=1))
+    message = refused(command, converted, *(("--prompt", "w5") if command == "generate" else ()))
+    assert "format version 1" in message
+    assert "convert the dense model again" in message
 
 
 def test_unknown_key_in_the_larosa_block(refused, converted):
