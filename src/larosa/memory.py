@@ -1,5 +1,6 @@
 """How much memory the process has needed, and how much there is."""
 
+import gc
 import resource
 import sys
 
@@ -22,3 +23,10 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
+
+
+def release_memory(device: torch.device) -> None:
+    """Hand back what nobody uses any more: reference cycles, and what PyTorch keeps of a GPU's memory for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -11,7 +11,16 @@ import larosa
 from larosa import LarosaError
 from larosa.benchmarks import decode
 from larosa.benchmarks.decode import DENSE, TRANSFORMERS, measure_checkpoints, measure_shape
-from larosa.benchmarks.shapes import SHAPES, random_model, random_sparse_model, set_sparsity, shape_config, weight_bytes
+from larosa.benchmarks.shapes import (
+    SHAPES,
+    random_model,
+    random_sparse_model,
+    set_sparsity,
+    shape_config,
+    sparse_copies,
+    sparse_models,
+    weight_bytes,
+)
 from larosa.decoding import Engine
 from larosa.sparsity import SiteSizes
 
@@ -113,6 +122,26 @@ def test_the_sparsity_of_a_random_model_can_be_set(family_config):
         assert report.adapter_bytes == 4 * 32 * 32
 
 
+@pytest.mark.parametrize("sparsities", [(0.5, 0.25), (0.0, 0.5, 0.0, 0.25), (0.0,), ()])
+@pytest.mark.parametrize("layers_per_rotation", [1, 2])
+def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities, layers_per_rotation):
+    config = family_config("llama")
+    prompt, token, position = token_ids(1, 5), torch.tensor([7]), torch.tensor([5])
+    engines, made = [], set()
+    for sparsity, model in sparse_models(config, torch.float32, CPU, sparsities, layers_per_rotation):
+        engines.append((sparsity, Engine(model, 8)))
+        engines[-1][1].prefill(prompt)
+        made.add(id(model))
+    assert [sparsity for sparsity, _ in engines] == list(sparsities)
+    assert len(made) == sparse_copies(sparsities)
+    for sparsity, engine in engines:  # all together, as a benchmark runs them
+        alone = random_sparse_model(config, torch.float32, CPU, layers_per_rotation=layers_per_rotation)
+        set_sparsity(alone, sparsity)
+        expected = Engine(alone, 8)
+        expected.prefill(prompt)
+        torch.testing.assert_close(engine.step(token, position), expected.step(token, position))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_can_be_cut(name):
     config = shape_config(name, layers=2, vocab_size=100)
@@ -150,6 +179,24 @@ def test_speedups_need_one_dense_model(checkpoints, number):
     dense, sparse = checkpoints
     with pytest.raises(LarosaError, match=f"{number} of the checkpoints are dense"):
         measure_checkpoints([sparse, *[dense] * number], prompt_tokens=3, tokens=4)
+
+
+def test_checkpoints_of_another_shape_or_format(checkpoints, tmp_path, make_model, quick_convert, tokenizer):
+    others = {"wide": {"intermediate_size": 64}, "grouped": {"num_key_value_heads": 1}, "half": {}}
+    for name, sizes in others.items():
+        dtype = torch.bfloat16 if name == "half" else torch.float32
+        quick_convert(make_model("llama", dtype=dtype, **sizes)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        path = str(tmp_path / name)
+        message = (
+            "is in bfloat16 and .*dense in float32: give a --dtype" if name == "half" else "has another shape than"
+        )
+        with pytest.raises(LarosaError, match=f"{name} {message}"):
+            measure_checkpoints([path, checkpoints[0]], prompt_tokens=3, tokens=4)
+    rows = measure_checkpoints(
+        [str(tmp_path / "half"), checkpoints[0]], dtype="float32", prompt_tokens=3, tokens=4
+    ).rows
+    assert {row.dtype for row in rows} == {"float32"}
 
 
 @pytest.mark.parametrize(

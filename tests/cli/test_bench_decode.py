@@ -39,6 +39,15 @@ def test_checkpoints(cli, checkpoint, converted, tmp_path):
     assert [row["row"] for row in report["rows"]] == ["transformers dense", "engine dense", str(converted)]
 
 
+@pytest.mark.gpu
+def test_checkpoints_on_a_gpu(cli, checkpoint, converted, tmp_path):
+    options = ("--device", "cuda", "--json", tmp_path / "d.json")
+    outcome = cli("bench", "decode", checkpoint, converted, *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "d.json").read_text("utf-8"))
+    assert [row["row"] for row in report["rows"]] == ["compiled PyTorch", "engine dense", str(converted)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -97,6 +97,9 @@ def test_a_converted_model(refused, cli, dense, options, tmp_path):  # noqa: F81
         ("--limit", 0),
         ("--sequence-length", 1),
         ("--sequence-length", 4096),
+        ("--lengths", "128,1"),
+        ("--lengths", ","),
+        ("--lengths", "128,long"),
     ],
 )
 def test_sizes_out_of_range(refused, dense, options, tmp_path, option, value):  # noqa: F811

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Heads
+from larosa.benchmarks.shapes import cache_bytes
+from larosa.sparsity import SiteSizes
 
 #: Makes the module that multiplies [1, D] by a matrix [N, D], which reads a site ("h1" to "h4") of a layer. What it
 #: holds must be parameters or buffers: CUDA graphs copy everything else at each step.
@@ -98,9 +100,10 @@ class _Layer(nn.Module):
         q, k = (_rotate(part, cos, sin) for part in (q, k))
         self.keys[:, :, position] = k
         self.values[:, :, position] = v
-        keys, values = (_shared(cache, sizes.queries // sizes.keys) for cache in (self.keys, self.values))
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        x = x + self.product["h2"](attended.transpose(1, 2).reshape(1, -1))
+        # Queries that share keys as if they were positions of one head: the cache is not repeated for each of them.
+        grouped = q.reshape(1, sizes.keys, -1, sizes.head)
+        attended = F.scaled_dot_product_attention(grouped, self.keys, self.values, attn_mask=mask)
+        x = x + self.product["h2"](attended.reshape(1, -1))
         gate, up = self.product["h3"](_rms_norm(x, self.second_norm, sizes.eps)).chunk(2, dim=-1)
         return x + self.product["h4"](F.silu(gate) * up)
 
@@ -151,8 +154,18 @@ class CompiledDecoder(nn.Module):
         return F.linear(_rms_norm(x, self.norm, self.eps), self.head)
 
 
+def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+    """What the weights and the cache of a `CompiledDecoder` take; it never shares the embedding with the head."""
+    sizes = SiteSizes.of(config)
+    weights = (sizes.linear_weights + 2 * sizes.vocabulary * sizes.hidden) * dtype.itemsize
+    return weights + cache_bytes(config, dtype, length)
+
+
 def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A step from token to next token [1], greedily, compiled with CUDA graphs and tuned kernels.
+
+    Every decoder is compiled for its own thresholds: PyTorch would make arguments of those that differ from the decoder
+    before, and leaves CUDA graphs out where an argument is on the CPU.
 
     The settings are process-wide, as PyTorch has them; they change nothing that is not compiled.
     """
@@ -165,7 +178,7 @@ def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Ten
         return decoder(token, position).argmax(dim=-1)
 
     compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
-        step, mode="reduce-overhead", fullgraph=True
+        step, mode="reduce-overhead", fullgraph=True, dynamic=False
     )
     return compiled
 
@@ -176,10 +189,6 @@ def _random(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
 
 def _gain(sizes: _Sizes, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.ones(sizes.hidden, dtype=dtype, device=device), requires_grad=False)
-
-
-def _shared(cache: torch.Tensor, group: int) -> torch.Tensor:
-    return cache if group == 1 else cache.repeat_interleave(group, dim=1)
 
 
 def _rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:

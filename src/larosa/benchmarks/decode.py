@@ -10,29 +10,28 @@ from typing import Any
 
 import torch
 
-from larosa.architectures import Heads
 from larosa.benchmarks.bandwidth import ReadTest
+from larosa.benchmarks.checkpoints import load_alike
 from larosa.benchmarks.machine import machine
-from larosa.benchmarks.results import Benchmark, DecodeRow, per_token
+from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
+    cache_bytes,
     check_room,
     random_model,
-    random_sparse_model,
-    set_sparsity,
     shape_config,
-    shape_title,
+    shape_name,
+    sparse_copies,
+    sparse_models,
     weight_bytes,
 )
-from larosa.checkpoint import load
 from larosa.config import check_layers_per_rotation, check_sparsity
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
-from larosa.errors import LarosaError
 from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
 
-TRANSFORMERS, DENSE = "transformers dense", "engine dense"
+TRANSFORMERS, DENSE, LAROSA = "transformers dense", "engine dense", "LaRoSA"
 
 #: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
 _ROUND = 8
@@ -75,31 +74,46 @@ def measure_shape(
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
     """
+    return measure_config(
+        shape_name(shape, layers, layers_per_rotation),
+        shape_config(shape, layers=layers, vocab_size=vocab_size),
+        sparsities,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        layers_per_rotation=layers_per_rotation,
+    )
+
+
+def measure_config(
+    name: str,
+    config: Any,
+    sparsities: tuple[float, ...],
+    *,
+    dtype: torch.dtype,
+    prompt_tokens: int,
+    tokens: int,
+    layers_per_rotation: int = 1,
+) -> DecodeBenchmark:
+    """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_layers_per_rotation(layers_per_rotation)
-    config = shape_config(shape, layers=layers, vocab_size=vocab_size)
-    # Beside the models one matrix is held twice for a moment while it is laid out by columns: a tenth covers it.
-    needed = weight_bytes(config, dtype, sparse=False)
-    if sparsities:
-        needed += weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
-    check_room(round(1.1 * needed), device)
-    subjects = _Subjects(shape_title(shape, layers, layers_per_rotation), prompt_tokens, tokens)
-    dense = random_model(config, dtype, device)
-    subjects.add_dense(dense)
-    if sparsities:
-        sparse = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
-        for sparsity in sparsities:
-            set_sparsity(sparse, sparsity)
-            subjects.add("LaRoSA", sparse)
+    check_counts(prompt_tokens, tokens)
+    sparse = weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
+    check_room(weight_bytes(config, dtype, sparse=False) + sparse_copies(sparsities) * sparse, device)
+    subjects = _Subjects(name, prompt_tokens, tokens)
+    subjects.add_dense(random_model(config, dtype, device))
+    for _, model in sparse_models(config, dtype, device, sparsities, layers_per_rotation):
+        subjects.add(LAROSA, model)
     return subjects.measure()
 
 
 def measure_checkpoints(
     checkpoints: list[str], *, dtype: str = "auto", prompt_tokens: int = 128, tokens: int = 64
 ) -> DecodeBenchmark:
-    """Measure checkpoints, one of them dense; rows are called by their names.
+    """Measure a dense checkpoint and converted ones of its shape; rows are called by their names.
 
     Args:
         checkpoints: folders or hub names.
@@ -108,17 +122,15 @@ def measure_checkpoints(
         tokens: measured for each row.
 
     Raises:
-        LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, or too little memory.
+        LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, different shapes, or
+            too little memory.
     """
-    models = [(path, load(path, dtype=dtype, device="cpu").model) for path in checkpoints]
-    dense = [(path, model) for path, model in models if getattr(model.config, "larosa", None) is None]
-    if len(dense) != 1:
-        raise LarosaError(f"{len(dense)} of the checkpoints are dense: give the one that speedups are over")
-    subjects = _Subjects(dense[0][0], prompt_tokens, tokens)
-    subjects.add_dense(dense[0][1])
-    for path, model in models:
-        if model is not dense[0][1]:
-            subjects.add(path, model)
+    check_counts(prompt_tokens, tokens)
+    (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True)
+    subjects = _Subjects(name, prompt_tokens, tokens)
+    subjects.add_dense(dense)
+    for path, model in converted:
+        subjects.add(path, model)
     return subjects.measure()
 
 
@@ -130,7 +142,8 @@ class _Subject:
         self.name = name
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
-        self.bytes = report.bytes_sparse_total + report.head_bytes + _cache_bytes(model, prompt.shape[1] + tokens // 2)
+        cache = cache_bytes(model.config, model.dtype, prompt.shape[1] + tokens // 2)
+        self.bytes = report.bytes_sparse_total + report.head_bytes + cache
         self.seconds: list[float] = []
         self._engine = engine
         self._sampler = Sampler()
@@ -153,8 +166,6 @@ class _Subjects:
     """The rows of a benchmark, which take turns."""
 
     def __init__(self, shape: str, prompt_tokens: int, tokens: int) -> None:
-        if prompt_tokens < 1 or tokens < 2:
-            raise LarosaError("--prompt-tokens must be at least 1 and --tokens at least 2")
         self._shape = shape
         self._prompt_tokens = prompt_tokens
         self._tokens = tokens
@@ -204,9 +215,3 @@ class _Subjects:
                 speedup_over_transformers=medians[TRANSFORMERS] / median,
                 **per_token(subject.seconds, subject.bytes, bandwidth),
             )
-
-
-def _cache_bytes(model: Any, position: int) -> int:
-    """Keys and values that a token reads after so many positions, windows aside."""
-    heads = Heads.of(model.config)
-    return int(2 * model.config.num_hidden_layers * heads.keys * heads.size * position * model.dtype.itemsize)

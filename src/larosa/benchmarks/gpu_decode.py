@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,16 +13,19 @@ from typing import Any
 import torch
 
 from larosa.architectures import Heads
-from larosa.benchmarks.compiled_decoder import CompiledDecoder, compiled_step
-from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth
-from larosa.benchmarks.results import Benchmark, DecodeRow, per_token
+from larosa.benchmarks.checkpoints import is_converted, load_alike
+from larosa.benchmarks.compiled_decoder import CompiledDecoder, compiled_step, decoder_bytes
+from larosa.benchmarks.decode import DENSE, LAROSA
+from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
+from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
+    cache_bytes,
     check_room,
     random_model,
-    random_sparse_model,
-    set_sparsity,
     shape_config,
-    shape_title,
+    shape_name,
+    sparse_copies,
+    sparse_models,
     weight_bytes,
 )
 from larosa.config import check_layers_per_rotation, check_sparsity
@@ -32,7 +36,7 @@ from larosa.errors import LarosaError
 from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
 
-COMPILED, TEAL, DENSE, LAROSA = "compiled PyTorch", "TEAL's kernel in it", "engine dense", "LaRoSA"
+COMPILED, TEAL = "compiled PyTorch", "TEAL's kernel in it"
 
 #: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
 _ROUND = 32
@@ -51,7 +55,7 @@ class GpuDecodeRow(DecodeRow):
 GpuDecodeBenchmark = Benchmark[GpuDecodeRow]
 
 
-def measure_gpu_decode(
+def measure_gpu_shape(
     shape: str,
     *,
     device: torch.device,
@@ -83,32 +87,90 @@ def measure_gpu_decode(
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
     """
+    return measure_gpu_config(
+        shape_name(shape, layers, layers_per_rotation),
+        shape_config(shape, layers=layers, vocab_size=vocab_size),
+        sparsities,
+        device=device,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        layers_per_rotation=layers_per_rotation,
+        teal_sparsities=teal_sparsities,
+        compiled=compiled,
+    )
+
+
+def measure_gpu_config(
+    name: str,
+    config: Any,
+    sparsities: tuple[float, ...],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    prompt_tokens: int,
+    tokens: int,
+    layers_per_rotation: int = 1,
+    teal_sparsities: tuple[float, ...] = (),
+    compiled: bool = True,
+) -> GpuDecodeBenchmark:
+    """The same for any configuration, which rows call `name`."""
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
     check_layers_per_rotation(layers_per_rotation)
-    if prompt_tokens < 1 or tokens < 2:
-        raise LarosaError("--prompt-tokens must be at least 1 and --tokens at least 2")
-    config = shape_config(shape, layers=layers, vocab_size=vocab_size)
-    config.dtype = dtype
-    decoders = 1 + len(teal_sparsities) if compiled else 0
-    kinds = [False] * (1 + decoders) + [True] * (any(sparsities) + (0.0 in sparsities))
-    shared = {"layers_per_rotation": layers_per_rotation}
-    check_room(round(1.1 * sum(weight_bytes(config, dtype, sparse=kind, **shared) for kind in kinds)), device)
-    title = shape_title(shape, layers, layers_per_rotation)
-    rows = _Rows(title, config, device, dtype, prompt_tokens, tokens)
-    if compiled:
-        rows.add_compiled()
+    check_counts(prompt_tokens, tokens)
+    teal_sparsities = teal_sparsities if compiled else ()
+    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens)
+    sparse = weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
+    weights = weight_bytes(config, dtype, sparse=False) + sparse_copies(sparsities) * sparse
+    check_room(rows.bytes_needed(compiled + len(teal_sparsities), 1 + len(sparsities)) + weights, device)
+    with torch.cuda.device(device):  # streams and events are the current device's
+        if compiled:
+            rows.add_compiled()
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
-    rows.add_engine(DENSE, random_model(config, dtype, device), 0.0)
-    if 0.0 in sparsities:  # an engine that keeps everything lays its weights out by rows: not those of the others
-        rows.add_engine(LAROSA, random_sparse_model(config, dtype, device, **shared), 0.0)
-    sparse = random_sparse_model(config, dtype, device, **shared) if any(sparsities) else None
-    for sparsity in sparsities:
-        if sparsity > 0:
-            set_sparsity(sparse, sparsity)
-            rows.add_engine(LAROSA, sparse, sparsity)
-    return rows.measure()
+        dense = random_model(config, dtype, device)
+        rows.add_engine(DENSE, dense, Engine(dense, rows.length))
+        for _, model in sparse_models(config, dtype, device, sparsities, layers_per_rotation):
+            rows.add_engine(LAROSA, model, Engine(model, rows.length))
+        return rows.measure()
+
+
+def measure_gpu_checkpoints(
+    checkpoints: list[str], *, device: torch.device, dtype: str = "auto", prompt_tokens: int = 128, tokens: int = 256
+) -> GpuDecodeBenchmark:
+    """Measure checkpoints of one shape, at most one of them dense, beside compiled PyTorch with that shape.
+
+    Args:
+        checkpoints: folders or hub names.
+        device: a GPU.
+        dtype: number format to load them in; `auto` is their own.
+        prompt_tokens: random tokens before the first measured one.
+        tokens: measured for each row.
+
+    Raises:
+        LarosaError: a checkpoint that cannot be loaded or run, several that are dense, different shapes or number
+            formats, or too little memory.
+    """
+    check_counts(prompt_tokens, tokens)
+    models = load_alike(checkpoints, dtype, device, needs_dense=False)
+    name, first = models[0]
+    rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens)
+    check_room(rows.bytes_needed(1, len(models)), device, "give fewer checkpoints, or fewer --tokens")
+    # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
+    engines = [_engine(path, model, rows.length) for path, model in models]
+    with torch.cuda.device(device):
+        rows.add_compiled()
+        for (path, model), engine in zip(models, engines, strict=True):
+            rows.add_engine(path if is_converted(model.config) else DENSE, model, engine)
+        return rows.measure()
+
+
+def _engine(path: str, model: Any, length: int) -> Engine:
+    engine = Engine(model, length)
+    if not engine.fixed_shapes:
+        raise LarosaError(f"{path}: thresholds keep a number of entries that varies: measure it with --device cpu")
+    return engine
 
 
 @dataclass
@@ -139,15 +201,27 @@ class _Rows:
     def __init__(
         self, shape: str, config: Any, device: torch.device, dtype: torch.dtype, prompt_tokens: int, tokens: int
     ) -> None:
-        self._shape, self._config, self._device, self._dtype = shape, config, device, dtype
+        self._shape, self._device, self._dtype = shape, device, dtype
+        self._config = deepcopy(config)
+        self._config.dtype = dtype
         self._prompt_tokens, self._tokens = prompt_tokens, tokens
-        rounds = -(-tokens // _ROUND)
-        self._length = prompt_tokens + tokens + rounds + 2
+        #: Positions that an engine or decoder needs: each round runs a token that is not counted.
+        self.length = prompt_tokens + tokens + math.ceil(tokens / _ROUND) + 2
         self._rows: list[_Row] = []
+        # A decoder that an earlier benchmark compiled would count towards PyTorch's limit, and keep its memory.
+        torch.compiler.reset()
+
+    def bytes_needed(self, decoders: int, engines: int) -> int:
+        """What is held at once beside the engines' models: compiled decoders, caches, and the test of the bandwidth."""
+        return (
+            decoders * decoder_bytes(self._config, self.length, self._dtype)
+            + engines * cache_bytes(self._config, self._dtype, self.length)
+            + READ_BYTES
+        )
 
     def add_compiled(self) -> None:
         """The decoder of plain PyTorch."""
-        decoder = CompiledDecoder(self._config, self._length, self._dtype, self._device)
+        decoder = CompiledDecoder(self._config, self.length, self._dtype, self._device)
         self._add_decoder(COMPILED, decoder, 0.0)
 
     def add_teal(self, sparsity: float) -> None:
@@ -168,7 +242,7 @@ class _Rows:
         ]
         tiles = teal_kernel.fastest_tiles(shapes, self._dtype, self._device, sparsity)
         products = teal_kernel.threshold_products(tiles)
-        decoder = CompiledDecoder(self._config, self._length, self._dtype, self._device, products)
+        decoder = CompiledDecoder(self._config, self.length, self._dtype, self._device, products)
         _fill_cache(decoder)
         token, position = self._first()
         teal_kernel.set_thresholds(decoder, sparsity, token, position)
@@ -190,20 +264,19 @@ class _Rows:
         position.fill_(self._prompt_tokens)
         dense = inspect_config(self._config)
         skipped = round(sparsity * dense.bytes_dense_total)
-        self._add(name, sparsity, dense.bytes_dense_total - skipped + dense.head_bytes, run)
+        self.add(name, sparsity, dense.bytes_dense_total - skipped + dense.head_bytes, run)
 
-    def add_engine(self, name: str, model: Any, sparsity: float) -> None:
+    def add_engine(self, name: str, model: Any, engine: Engine) -> None:
         """The engine, from a prompt of random tokens on."""
-        loop = GraphLoop(Engine(model, self._length), Sampler(device=self._device))
+        loop = GraphLoop(engine, Sampler(device=self._device))
         generator = torch.Generator().manual_seed(0)
         loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
         report = inspect_config(model.config)
-        self._add(name, sparsity, report.bytes_sparse_total + report.head_bytes, loop.advance)
+        self.add(name, report.sparsity.nominal, report.bytes_sparse_total + report.head_bytes, loop.advance)
 
-    def _add(self, name: str, sparsity: float, weights: int, run: Callable[[], object]) -> None:
-        heads = Heads.of(self._config)
-        position = self._prompt_tokens + self._tokens // 2
-        cache = 2 * self._config.num_hidden_layers * heads.keys * heads.size * position * self._dtype.itemsize
+    def add(self, name: str, sparsity: float, weights: int, run: Callable[[], object]) -> None:
+        """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
+        cache = cache_bytes(self._config, self._dtype, self._prompt_tokens + self._tokens // 2)
         self._rows.append(_Row(name, sparsity, weights + cache, run, []))
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,13 +291,14 @@ class _Rows:
                 for row in self._rows:
                     row.run(min(_ROUND, self._tokens - first))
                     tick()
-        return GpuDecodeBenchmark(gpu_machine(self._device), bandwidth, list(self._results(bandwidth)))
+        return GpuDecodeBenchmark(gpu_machine(self._device), bandwidth, list(self.results(bandwidth)))
 
-    def _results(self, bandwidth: float) -> Iterator[GpuDecodeRow]:
+    def results(self, bandwidth: float) -> Iterator[GpuDecodeRow]:
+        """What the rows' times come to; speedups are over the first."""
         medians = {(row.name, row.sparsity): statistics.median(row.seconds) for row in self._rows}
-        base = medians.get((COMPILED, 0.0), medians[DENSE, 0.0])
+        base = statistics.median(self._rows[0].seconds)
         for row in self._rows:
-            median = medians[row.name, row.sparsity]
+            median = statistics.median(row.seconds)
             teal = medians.get((TEAL, row.sparsity))
             yield GpuDecodeRow(
                 shape=self._shape,

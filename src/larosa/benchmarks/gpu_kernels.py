@@ -73,13 +73,15 @@ def measure_gpu_kernels(
     """
     torch.manual_seed(seed)
     config = shape_config(shape)
-    bench = _Bench(device, dtype, gpu_read_bandwidth(device), rounds, bytes_of_copies)
-    rows = [
-        *(row for name, sizes in layer_matrices(config).items() for row in bench.products(name, *sizes, sparsities)),
-        *bench.selections(config.hidden_size, config.intermediate_size),
-        *(bench.attention(Heads.of(config), position) for position in positions),
-        *bench.layer(config, 0.5),
-    ]
+    matrices = layer_matrices(config)
+    with torch.cuda.device(device):  # streams and events are the current device's
+        bench = _Bench(device, dtype, gpu_read_bandwidth(device), rounds, bytes_of_copies)
+        rows = [
+            *(row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)),
+            *bench.selections(config.hidden_size, config.intermediate_size),
+            *(bench.attention(Heads.of(config), position) for position in positions),
+            *bench.layer(config, 0.5),
+        ]
     return GpuKernelBenchmark(gpu_machine(device), bench.bandwidth, rows)
 
 

@@ -12,7 +12,8 @@ from larosa.benchmarks.timing import Call, Timing
 from larosa.ops.backend import chosen_kernels
 from larosa.version import __version__
 
-_BYTES = 1 << 32
+#: What a test of the bandwidth reads, and holds meanwhile.
+READ_BYTES = 1 << 32
 
 
 def gpu_machine(device: torch.device) -> dict[str, str | int]:
@@ -37,7 +38,7 @@ def gpu_read_bandwidth(device: torch.device, rounds: int = 20) -> float:
 
     The fastest, for a floor is not to look nearer than it is.
     """
-    data = torch.ones(_BYTES // 4, device=device)
+    data = torch.ones(READ_BYTES // 4, device=device)
     seconds = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -46,7 +47,7 @@ def gpu_read_bandwidth(device: torch.device, rounds: int = 20) -> float:
         end.record()
         end.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
-    return _BYTES / min(seconds)
+    return READ_BYTES / min(seconds)
 
 
 def time_captured(calls: Mapping[str, Call], copies: int, rounds: int) -> dict[str, Timing]:

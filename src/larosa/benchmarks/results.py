@@ -6,6 +6,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from larosa.errors import LarosaError
+
 
 class Row(Protocol):
     """One measurement."""
@@ -57,6 +59,16 @@ class DecodeRow:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self)
+
+
+def check_counts(prompt_tokens: int, tokens: int) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        LarosaError: no prompt, or so few tokens that they have no percentiles.
+    """
+    if prompt_tokens < 1 or tokens < 2:
+        raise LarosaError("--prompt-tokens must be at least 1 and --tokens at least 2")
 
 
 def per_token(seconds: list[float], read: int, bandwidth: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from larosa.architectures import find_architecture
+from larosa.architectures import Heads, find_architecture
 from larosa.config import Budget, LarosaConfig, PerSite, Recipe, Rotation, Score, Search
 from larosa.demo import bundled_model
 from larosa.errors import LarosaError
-from larosa.memory import available_memory
+from larosa.memory import available_memory, release_memory
 from larosa.models import family_of, set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.version import __version__
@@ -98,8 +98,8 @@ def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None
     return config
 
 
-def shape_title(name: str, layers: int | None, layers_per_rotation: int) -> str:
-    """What a benchmark calls a shape: its name, and what differs from the whole shape with a rotation a layer."""
+def shape_name(name: str, layers: int | None, layers_per_rotation: int) -> str:
+    """What rows call a shape: its name, and what differs from the whole shape with a rotation a layer."""
     cut = "" if layers is None else f", {layers} layers"
     return name + cut + ("" if layers_per_rotation == 1 else f", {layers_per_rotation} layers per rotation")
 
@@ -113,17 +113,28 @@ def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool, layers_per_ro
     return (elements + adapters) * dtype.itemsize
 
 
-def check_room(needed: int, device: torch.device) -> None:
+def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
+    """Keys and values of so many positions, windows aside."""
+    heads = Heads.of(config)
+    return int(2 * config.num_hidden_layers * heads.keys * heads.size * positions * dtype.itemsize)
+
+
+def check_room(needed: int, device: torch.device, mend: str = "take fewer --layers or a smaller shape") -> None:
     """Refuse models that do not fit.
+
+    Args:
+        needed: bytes of all that will be held at once.
+        mend: what the message asks for.
 
     Raises:
         LarosaError: there is less memory; the message says how much is needed.
     """
+    release_memory(device)
     free = available_memory(device)
-    if needed > free:
+    # A tenth more: a matrix is held twice for a moment while it is laid out by columns, and activations take some.
+    if 1.1 * needed > free:
         raise LarosaError(
-            f"the models need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: "
-            "take fewer --layers or a smaller shape"
+            f"the models need {1.1 * needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: {mend}"
         )
 
 
@@ -147,6 +158,29 @@ def random_sparse_model(
         family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layers_per_rotation))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
+
+
+def sparse_copies(sparsities: tuple[float, ...]) -> int:
+    """How many models `sparse_models` makes."""
+    return any(sparsities) + (0.0 in sparsities)
+
+
+def sparse_models(
+    config: Any, dtype: torch.dtype, device: torch.device, sparsities: tuple[float, ...], layers_per_rotation: int = 1
+) -> Iterator[tuple[float, Any]]:
+    """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
+
+    They share their weights, which these engines lay out by columns; but where nothing is skipped an engine reads
+    by rows, so that 0 has a model of its own.
+    """
+    if 0.0 in sparsities:
+        whole = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
+    if any(sparsities):
+        shared = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
+    for sparsity in sparsities:
+        if sparsity > 0:
+            set_sparsity(shared, sparsity)
+        yield sparsity, shared if sparsity > 0 else whole
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
+from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_shape
 from larosa.checkpoint import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
@@ -43,47 +45,31 @@ def decode(
         raise LarosaError("--layers, --vocab-size and --layers-per-rotation are for --shape")
     where = find_device(device)
     options.check_json_file(json)
-    if where.type == "cuda":
-        if shape is None:
-            raise LarosaError("on a GPU give --shape: checkpoints are measured on the CPU (--device cpu)")
-        bench_gpu.decode(
-            shape,
-            where,
-            json,
-            sparsities=_fractions(sparsity),
-            dtype=torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype),
-            layers=layers,
-            vocab_size=vocab_size,
-            layers_per_rotation=layers_per_rotation,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-        )
-        return
     if threads is not None:
         torch.set_num_threads(threads)
+    settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens}
     if shape is None:
-        result = measure_checkpoints(checkpoints or [], dtype=dtype, prompt_tokens=prompt_tokens, tokens=tokens)
+        settings["dtype"] = dtype
+        if where.type == "cuda":
+            bench_gpu.show_decode(measure_gpu_checkpoints(checkpoints or [], device=where, **settings), json)
+        else:
+            _show(measure_checkpoints(checkpoints or [], **settings), json)
+        return
+    fractions = options.numbers("--sparsity", sparsity, float, "fractions separated by commas, 0.25,0.5")
+    settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size}
+    settings |= {"layers_per_rotation": layers_per_rotation}
+    usual = torch.float16 if where.type == "cuda" else torch.bfloat16
+    settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
+    if where.type == "cuda":
+        bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)
     else:
-        result = measure_shape(
-            shape,
-            sparsities=_fractions(sparsity),
-            dtype=torch.bfloat16 if dtype is options.Dtype.AUTO else getattr(torch, dtype),
-            layers=layers,
-            vocab_size=vocab_size,
-            layers_per_rotation=layers_per_rotation,
-            prompt_tokens=prompt_tokens,
-            tokens=tokens,
-        )
+        _show(measure_shape(shape, **settings), json)
+
+
+def _show(result: DecodeBenchmark, json: Path | None) -> None:
     console.print(options.machine_line(result.machine, result.bandwidth))
     console.print(_table(result))
     options.write_json(json, result.to_dict())
-
-
-def _fractions(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise LarosaError(f"--sparsity '{text}': give fractions separated by commas, 0.25,0.5") from None
 
 
 def _table(result: DecodeBenchmark) -> Table:

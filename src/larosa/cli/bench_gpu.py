@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from larosa.benchmarks.gpu_decode import GpuDecodeBenchmark, measure_gpu_decode
+from larosa.benchmarks.gpu_decode import GpuDecodeBenchmark
 from larosa.benchmarks.gpu_kernels import GpuKernelBenchmark, measure_gpu_kernels
 from larosa.cli import options
 from larosa.cli.options import console
 
 
-def decode(shape: str, device: torch.device, json: Path | None, **settings: Any) -> None:
-    """Measure decoding with a shape, print it and write it; `settings` are those of `measure_gpu_decode`."""
-    result = measure_gpu_decode(shape, device=device, **settings)
+def show_decode(result: GpuDecodeBenchmark, json: Path | None) -> None:
+    """Print what decoding took and write it."""
     console.print(_machine_line(result.machine, result.bandwidth))
     console.print(_decode_table(result))
     options.write_json(json, result.to_dict())

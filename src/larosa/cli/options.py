@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +16,8 @@ from larosa.errors import LarosaError
 from larosa.sparsity.report import Sparsity
 
 console = Console()
+
+NumberT = TypeVar("NumberT", int, float)
 
 
 class Dtype(StrEnum):
@@ -48,6 +51,14 @@ def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write the results where `--json` asked for them."""
     if path is not None:
         path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def numbers(option: str, text: str, kind: Callable[[str], NumberT], form: str) -> tuple[NumberT, ...]:
+    """What an option lists, separated by commas; `form` says how, for the message."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise LarosaError(f"{option} '{text}': give {form}") from None
 
 
 def add_sparsity(table: Table, sparsity: Sparsity) -> None:

@@ -13,6 +13,7 @@ from larosa.cli.options import console
 from larosa.errors import LarosaError
 from larosa.reproduce import ALL, EXPERIMENTS, ReproduceSettings
 from larosa.reproduce import reproduce as run_reproduction
+from larosa.reproduce.settings import LENGTHS
 
 _NAMES = [*EXPERIMENTS, ALL]
 
@@ -46,6 +47,9 @@ def reproduce(
     limit: Annotated[
         int | None, typer.Option(help="Items of each task for table1, and a twentieth of it per MMLU subject.")
     ] = None,
+    lengths: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
+    ] = ",".join(map(str, LENGTHS)),
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
@@ -69,6 +73,7 @@ def reproduce(
         search_sequences=search_sequences,
         task_data=task_data,
         limit=limit,
+        lengths=options.numbers("--lengths", lengths, int, "numbers of tokens separated by commas, 128,2048"),
         seed=seed,
         dtype=dtype,
         device=device,

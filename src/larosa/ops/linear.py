@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from larosa.ops.cpu.pages import empty_on_huge_pages
 from larosa.ops.schema import define
 
 Weights = list[torch.Tensor]
@@ -84,5 +85,13 @@ def sparse_linear_reference(
 
 
 def column_major(weight: torch.Tensor) -> torch.Tensor:
-    """The same matrix [N, D] with each column in one piece in memory; `weight` itself where it is so already."""
-    return weight if weight.t().is_contiguous() else weight.t().contiguous().t()
+    """The same matrix [N, D] with each column in one piece in memory; `weight` itself where it is so already.
+
+    On the CPU a copy lies on huge pages, where there are any.
+    """
+    columns = weight.t()
+    if columns.is_contiguous():
+        return weight
+    if not weight.is_cpu:
+        return columns.contiguous().t()
+    return empty_on_huge_pages(columns.shape, weight.dtype).copy_(columns).t()

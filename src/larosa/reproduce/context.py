@@ -180,6 +180,10 @@ class Context:
         set_keep_counts(model, self.architecture, keep_counts(sparsity, alphas, self.sizes))
         return model
 
+    def release(self) -> None:
+        """Let go of the model in memory: something else needs the room."""
+        self._held = None
+
     def _hold(self, key: Any, make: Callable[[], Any]) -> Any:
         if self._held is None or self._held[0] != key:
             self._held = None  # free the other one first

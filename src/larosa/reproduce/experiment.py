@@ -27,7 +27,8 @@ PAPER_BUDGET = (
 class Experiment:
     """What it is called, what the paper shows there, and how to run it.
 
-    `lacks` names what a run of everything cannot do without, or None; the experiment alone may still try.
+    `lacks` names what a run of everything cannot do without, or None; the experiment alone may still try. A run of
+    everything goes on, with the reason, without one that is `left_out_where_refused`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Experiment:
     claim: str
     run: Callable[[Context], Results]
     lacks: Callable[[ReproduceSettings], str | None] = lambda _: None
+    left_out_where_refused: bool = False
 
 
 def quality(found: dict[str, Any]) -> list[Cell]:

@@ -13,11 +13,13 @@ from larosa.reproduce import (
     calibration_sets,
     figure1,
     figure3,
+    figure4,
     figure5,
     gaussianity,
     recipe,
     table1,
     table2,
+    table3,
     table5,
     table6,
     table10,
@@ -40,6 +42,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (
         table2.EXPERIMENT,
         table1.EXPERIMENT,
+        table3.EXPERIMENT,
         table5.EXPERIMENT,
         table6.EXPERIMENT,
         calibration_sets.TABLE_7,
@@ -48,6 +51,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         table19.EXPERIMENT,
         figure1.EXPERIMENT,
         figure3.EXPERIMENT,
+        figure4.EXPERIMENT,
         figure5.EXPERIMENT,
         gaussianity.EXPERIMENT,
         recipe.EXPERIMENT,
@@ -113,9 +117,15 @@ def reproduce(name: str, model: str, folder: Path, settings: ReproduceSettings) 
 
 def _run(experiment: Experiment, context: Context, everything: bool) -> Section:
     lacking = experiment.lacks(context.settings) if everything else None
-    if lacking is not None:
-        return Section(experiment.name, experiment.title, experiment.claim, Results(), lacking)
-    return Section(experiment.name, experiment.title, experiment.claim, experiment.run(context))
+    results = Results()
+    if lacking is None:
+        try:
+            results = experiment.run(context)
+        except LarosaError as error:
+            if not (everything and experiment.left_out_where_refused):
+                raise
+            lacking = str(error)
+    return Section(experiment.name, experiment.title, experiment.claim, results, lacking)
 
 
 def used_settings(context: Context) -> dict[str, Any]:

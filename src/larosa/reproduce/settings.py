@@ -16,6 +16,9 @@ SPARSITIES = (0.25, 0.40, 0.50, 0.60)
 #: at every sparsity, as the paper's Table 11 has one set a model.
 MAIN_SPARSITY = 0.50
 
+#: The paper's output lengths (Figure 4).
+LENGTHS = (128, 256, 512, 1024, 2048)
+
 
 @dataclass(frozen=True)
 class ReproduceSettings:
@@ -23,7 +26,8 @@ class ReproduceSettings:
 
     `sequence_length` is of calibration and evaluation alike; None is 2048, or the model's context where that
     is shorter. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
-    folder of task files, without which tasks are downloaded; `limit` is the number of items of each task.
+    folder of task files, without which tasks are downloaded; `limit` is the number of items of each task. `lengths` are
+    the numbers of tokens that are decoded where speed is measured.
     """
 
     data: str = BUNDLED
@@ -35,6 +39,7 @@ class ReproduceSettings:
     search_sequences: int = 4
     task_data: Path | None = None
     limit: int | None = None
+    lengths: tuple[int, ...] = LENGTHS
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -46,6 +51,8 @@ class ReproduceSettings:
             least = 2 if name == "sequence_length" else 1
             if value is not None and value < least:
                 raise LarosaError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if not self.lengths or min(self.lengths) < 2:
+            raise LarosaError("--lengths must be at least 2 each, and at least one of them")
         if self.task_data is not None and not self.task_data.is_dir():
             raise LarosaError(f"{self.task_data}: no such folder (--task-data)")
 

@@ -28,7 +28,7 @@ class Adapters:
     residual: torch.Tensor | None = None
 
 
-#: Rows or columns converted to float64 at a time, so that a large vocabulary needs no float64 copy of itself.
+#: Rows or columns converted and checked at a time, so that a large vocabulary needs no float64 copy of itself.
 _PIECE = 8192
 
 
@@ -140,8 +140,8 @@ def _merge(weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor 
         if right is not None:
             wide = wide @ right
         piece.copy_(wide)
-    if not weight.isfinite().all():
-        raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {weight.dtype} once rotated")
+        if not piece.isfinite().all():
+            raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {weight.dtype} once rotated")
 
 
 @torch.no_grad()

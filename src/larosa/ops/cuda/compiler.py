@@ -15,7 +15,8 @@ from typing import Any
 from larosa.errors import LarosaError
 
 _SOURCES = Path(__file__).parent / "source"
-_OPTIONS = ("--std=c++17",)
+# Lambdas with `auto` count as host functions otherwise, which some versions refuse.
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 _DIGEST = hashlib.sha256().digest_size
 
 

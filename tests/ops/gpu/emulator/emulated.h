@@ -34,6 +34,9 @@ struct Index {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) ulonglong2 {
+    unsigned long long x, y;
+};
 struct float4 {
     float x, y, z, w;
 };
@@ -292,6 +295,18 @@ float cluster_load(const float& mine, int rank) {
     };
     const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*emulator::current->of);
     return *reinterpret_cast<const float*>(base(emulator::blocks[rank]) + offset);
+}
+inline void signal(unsigned* counter) {
+    ++*counter;
+    emulator::moved = true;
+}
+inline unsigned signal_and_count(unsigned* counter) {
+    emulator::moved = true;
+    return (*counter)++;
+}
+inline void wait_for_signals(const unsigned* counter, unsigned count) {
+    while (*counter < count) emulator::give_way();
+    emulator::moved = true;
 }
 inline float warp_sum(float x, int from = 1) {
     for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);

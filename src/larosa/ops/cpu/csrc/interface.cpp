@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kWorthSharing = 128 << 10;
 
 // The indices of a sparse product are cut into up to kSegments segments of at least kSegment.
-constexpr int64_t kSegments = 8, kSegment = 64;
+constexpr int64_t kSegments = 4, kSegment = 64;
 
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -190,8 +190,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
         const Block block = blocks.at(index);
         float *parts = sums + index * segments * padded(blocks.largest);
         const int64_t from = block.row * k + k * segment / segments, to = block.row * k + k * (segment + 1) / segments;
-        kernels().sparse_columns(values + from, indices + from, to - from, *block.matrix, block.first, block.count,
-                                 parts + segment * padded(block.count));
+        kernels().sparse_columns(values + from, indices + from, to - from, (block.row + 1) * k - from, *block.matrix,
+                                 block.first, block.count, parts + segment * padded(block.count));
         // Who completes the last segment adds them up, always in the same order.
         if (left[size_t(index)].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         const int64_t offset = block.row * blocks.outputs + block.offset;

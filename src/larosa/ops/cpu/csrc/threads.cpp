@@ -12,23 +12,57 @@
 namespace larosa {
 namespace {
 
-struct Job {
-    const int64_t tasks;
-    void (*const run)(void *, int64_t);
-    void *const context;
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
+// Tasks that follow each other, for one thread to take from the front, and for others from the back when they have
+// none of their own left. Fewer than 2^32, for both ends to fit one atomic.
+class Range {
+  public:
+    void set(int64_t first, int64_t end) { ends_.store(pack(first, end), std::memory_order_relaxed); }
 
-    Job(int64_t tasks, void (*run)(void *, int64_t), void *context) : tasks(tasks), run(run), context(context) {}
+    // A task, or -1 where none is left.
+    int64_t take(bool from_front) {
+        uint64_t ends = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const int64_t first = int64_t(ends & 0xffffffffu), end = int64_t(ends >> 32);
+            if (first == end) return -1;
+            const uint64_t left = from_front ? pack(first + 1, end) : pack(first, end - 1);
+            if (ends_.compare_exchange_weak(ends, left, std::memory_order_relaxed)) return from_front ? first : end - 1;
+        }
+    }
+
+  private:
+    static uint64_t pack(int64_t first, int64_t end) { return uint64_t(first) | uint64_t(end) << 32; }
+
+    alignas(64) std::atomic<uint64_t> ends_{0};
+};
+
+// Each thread has tasks that follow each other, as their weights do in memory: what the processor fetches past the end
+// of one is the beginning of the next.
+class Job {
+  public:
+    Job(int64_t tasks, int64_t threads, void (*run)(void *, int64_t), void *context)
+        : tasks_(tasks), ranges_(threads < kRanges ? threads : kRanges), run_(run), context_(context) {
+        for (int64_t i = 0; i < ranges_; ++i) range_[i].set(tasks * i / ranges_, tasks * (i + 1) / ranges_);
+    }
 
     // Takes tasks until none is left. Any number of threads may, so it does not matter how many come.
     void work() {
+        const int64_t own = arrived_.fetch_add(1, std::memory_order_relaxed);
         int64_t finished = 0;
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks; ++finished)
-            run(context, task);
-        if (finished) done.fetch_add(finished, std::memory_order_release);
+        for (int64_t i = 0; i < ranges_; ++i)
+            for (int64_t task; (task = range_[(own + i) % ranges_].take(i == 0)) >= 0; ++finished) run_(context_, task);
+        if (finished) done_.fetch_add(finished, std::memory_order_release);
     }
-    bool finished() const { return done.load(std::memory_order_acquire) == tasks; }
+    bool finished() const { return done_.load(std::memory_order_acquire) == tasks_; }
+
+  private:
+    static constexpr int64_t kRanges = 64;  // more threads than that share some
+
+    const int64_t tasks_, ranges_;
+    void (*const run_)(void *, int64_t);
+    void *const context_;
+    Range range_[kRanges];
+    std::atomic<int64_t> arrived_{0};
+    std::atomic<int64_t> done_{0};
 };
 
 // Threads that sleep until there is a job. A job is shared with them, for a thread may come when all is done.
@@ -92,10 +126,10 @@ void run_tasks(int64_t tasks, int64_t threads, void (*run)(void *, int64_t), voi
     }
     // Always as many threads as asked for, even for fewer tasks: OpenMP's team is costly to resize.
     if (const GompParallel parallel = gomp_parallel.load(std::memory_order_relaxed)) {
-        Job job(tasks, run, context);
+        Job job(tasks, threads, run, context);
         parallel([](void *job) { static_cast<Job *>(job)->work(); }, &job, unsigned(threads), 0);
     } else {
-        pool().run(std::make_shared<Job>(tasks, run, context), threads);
+        pool().run(std::make_shared<Job>(tasks, threads, run, context), threads);
     }
 }
 

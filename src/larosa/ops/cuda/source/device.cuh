@@ -143,6 +143,27 @@ DEVICE float cluster_load(const float& mine, int rank) {
     return mine;
 }
 
+// --- Signals between all blocks of a grid that runs at once. Each is for one thread; a barrier of the block before a
+// signal, or after a wait, makes it count for the whole block.
+
+// Adds one to a counter, after all that was written before.
+DEVICE void signal(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// The same, and how many were there before; what they wrote before theirs can be read then.
+DEVICE unsigned signal_and_count(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+DEVICE void wait_for_signals(const unsigned* counter, unsigned count) {
+    unsigned seen;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    while (seen < count);
+}
+
 // --- Sums in a fixed order, so that the same input gives the same bits.
 
 // Over the lanes of a warp whose numbers differ in the bits from `from` up: all get it.

@@ -10,6 +10,7 @@ constexpr int ROWS = 2;                     // of a warp
 constexpr int TILE = ROWS * THREADS / 32;   // rows of a block
 constexpr int DEPTH = 4;                    // loads in flight for each row
 constexpr int CHUNK = 8192;                 // entries of x held in shared memory
+constexpr unsigned AHEAD = 2048;            // bytes of a row fetched before x is there
 constexpr int STEP = 32 * WIDTH<WEIGHT>;    // entries a warp reads at once
 constexpr int PLANES = WIDTH<WEIGHT> / 4;   // x lies in planes of 4 entries out of WIDTH: no bank conflicts
 
@@ -26,9 +27,18 @@ SHARED(Shared);
 using Packed = Pack<WEIGHT>;
 
 DEVICE void stage(Shared& shared, const float* x, int count) {
+    constexpr int AT_ONCE = 8;  // loads in flight
     const int padded = (count + WIDTH<WEIGHT> - 1) / WIDTH<WEIGHT> * WIDTH<WEIGHT>;
-    for (int i = static_cast<int>(threadIdx.x); i < padded; i += THREADS)
-        shared.at(i) = i < count ? load_fresh(x + i) : 0.0f;
+    for (int first = static_cast<int>(threadIdx.x); first < padded; first += AT_ONCE * THREADS) {
+        float own[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) own[i] = load_fresh(x + min(first + i * THREADS, count - 1));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int at = first + i * THREADS;
+            if (at < padded) shared.at(at) = at < count ? own[i] : 0.0f;
+        }
+    }
 }
 
 DEVICE void add(float& sum, const Packed& pack, const Shared& shared, int place) {
@@ -50,19 +60,17 @@ linear(const float* x, int inputs, Matrices matrices, const float* residual, flo
     const long long vector = blockIdx.y;
 
     release_dependents();
-    const auto fetch = [&](int tile) {  // a tile's rows, one a thread
-        if (!ALIGNED || tile >= tiles || thread >= TILE) return;
-        const Matrix& matrix = matrices.of(tile);
-        const long long row = static_cast<long long>(tile - matrix.tile) * TILE + thread;
+    // The beginnings of the first tile's rows, one a thread, about as much as memory gives until x is there.
+    if (ALIGNED && static_cast<int>(blockIdx.x) < tiles && thread < TILE) {
+        const Matrix& matrix = matrices.of(blockIdx.x);
+        const long long row = (blockIdx.x - matrix.tile) * TILE + thread;
         if (row < matrix.outputs)
             prefetch(static_cast<const WEIGHT*>(matrix.weights) + row * matrix.stride,
-                     static_cast<unsigned>(inputs * sizeof(WEIGHT)));
-    };
-    fetch(blockIdx.x);
+                     min(AHEAD, static_cast<unsigned>(inputs * sizeof(WEIGHT))));
+    }
     wait_for_inputs();
 
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        fetch(tile + gridDim.x);
         const Matrix& matrix = matrices.of(tile);
         const int first = (tile - static_cast<int>(matrix.tile)) * TILE + thread / 32 * ROWS;
         const WEIGHT* rows[ROWS];

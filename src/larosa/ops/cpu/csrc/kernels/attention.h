@@ -56,6 +56,26 @@ inline Floats load_at(const typename Type::Element *from, int64_t at, int64_t co
     return count == kLanes ? load<Type>(from + at) : load_some<Type>(from + at, count);
 }
 
+// The sum of the values times their weights; several vectors of it side by side hide the latency of an addition.
+template <class Type>
+inline void mix_values(const float *weights, const typename Type::Element *values, int64_t count, int64_t size,
+                       float *out) {
+    constexpr int64_t together = 4;
+    int64_t at = 0;
+    for (; at + together * kLanes <= size; at += together * kLanes) {
+        Floats mixed[together] = {};
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t v = 0; v < together; ++v)
+                mixed[v] += weights[t] * load<Type>(values + t * size + at + v * kLanes);
+        for (int64_t v = 0; v < together; ++v) store(out + at + v * kLanes, mixed[v]);
+    }
+    for_vectors(size - at, [&](int64_t past, int64_t some) {
+        Floats mixed = {};
+        for (int64_t t = 0; t < count; ++t) mixed += weights[t] * load_at<Type>(values + t * size + at, past, some);
+        store_at(out + at, past, mixed, some);
+    });
+}
+
 template <class Type>
 inline void attend_typed(const float *query, const typename Type::Element *keys, const typename Type::Element *values,
                          int64_t count, int64_t size, float scale, float *part) {
@@ -80,11 +100,7 @@ inline void attend_typed(const float *query, const typename Type::Element *keys,
     });
     part[0] = largest;
     part[1] = sum(total);
-    for_vectors(size, [&](int64_t at, int64_t some) {
-        Floats mixed = {};
-        for (int64_t t = 0; t < count; ++t) mixed += weights[t] * load_at<Type>(values + t * size, at, some);
-        store_at(part + 2, at, mixed, some);
-    });
+    mix_values<Type>(weights, values, count, size, part + 2);
 }
 
 inline void attend_chunk(const float *query, const void *keys, const void *values, int64_t count, int64_t size,

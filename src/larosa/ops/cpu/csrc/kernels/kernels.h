@@ -7,7 +7,7 @@
 
 namespace larosa {
 
-constexpr int64_t kStrip = 4096;  // outputs of the sparse product summed up at once: 16 KiB of sums
+constexpr int64_t kStrip = 8192;  // outputs of the sparse product summed up at once: 32 KiB of sums
 constexpr int64_t kChunk = 128;   // positions attended to
 
 // Room for `count` floats in whole vectors of any instruction set.
@@ -26,8 +26,9 @@ struct Kernels {
 
     bool (*all_below)(const int32_t *indices, int64_t count, int64_t bound);
     // Sums of columns, for outputs [first, first + count) of one matrix, count <= kStrip. Room for padded(count) sums.
-    void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                           int64_t first, int64_t count, float *sums);
+    // Of the `listed` >= k indices those past k say what to fetch for the call that is likely to follow.
+    void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                           const larosa_matrix &matrix, int64_t first, int64_t count, float *sums);
     // residual + (sum of the `parts`, padded(count) apart, + bias) for those outputs; residual and out are of output 0.
     void (*finish)(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
                    const float *residual, float *out);

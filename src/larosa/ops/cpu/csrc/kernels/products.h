@@ -94,8 +94,8 @@ inline void add_columns(const typename Type::Element *const *columns, const type
 }
 
 template <class Type>
-inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                         int64_t first, int64_t count, float *sums) {
+inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                         const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     using Element = typename Type::Element;
     const Element *weight = static_cast<const Element *>(matrix.weight) + first;
     const auto column = [&](int64_t i) { return weight + int64_t(indices[i]) * matrix.outputs; };
@@ -104,7 +104,7 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
         const Element *columns[kGroup], *next[kGroup];
         for (int64_t i = 0; i < kGroup; ++i) {
             columns[i] = column(at + i);
-            next[i] = column(at + kGroup + i < k ? at + kGroup + i : at + i);
+            next[i] = column(at + kGroup + i < listed ? at + kGroup + i : at + i);
         }
         add_columns<Type, kGroup>(columns, next, values + at, count, sums);
     }
@@ -114,12 +114,12 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
     }
 }
 
-inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, const larosa_matrix &matrix,
-                           int64_t first, int64_t count, float *sums) {
+inline void sparse_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                           const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
     with_type(matrix.dtype, [&](auto type) {
         using Type = decltype(type);
-        sparse_strip<Type>(values, indices, k, matrix, first, count, sums);
+        sparse_strip<Type>(values, indices, k, listed, matrix, first, count, sums);
         if (Type::mixed) unmix(sums, count / columns_step<Type>() * columns_step<Type>());
     });
 }
@@ -135,22 +135,26 @@ inline void arrange(const float *x, int64_t depth, int64_t dtype, float *out) {
     __builtin_memcpy(out + mixed, x + mixed, size_t(depth - mixed) * sizeof *x);
 }
 
-// The dot products of x with `group` rows that follow each other.
+// The dot products of x with `group` rows that follow each other. As many rows after them are fetched meanwhile, in the
+// order of memory, so that no row's beginning is waited for.
 template <class Type, int group>
 inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t depth, float *sums) {
-    constexpr int64_t ahead = 1024 / int64_t(sizeof(typename Type::Element));
+    constexpr int64_t line = kCacheLine / int64_t(sizeof(typename Type::Element));
+    constexpr int64_t step = kChains * kLanes;
     Floats total[group][kChains] = {};
     int64_t at = 0;
-    for (; at + kChains * kLanes <= depth; at += kChains * kLanes)
+    for (; at + step <= depth; at += step) {
+        const auto *after = rows + group * (depth + at);
+        for (int64_t ahead = 0; ahead < group * step; ahead += line) __builtin_prefetch(after + ahead, 0, 2);
         for (int i = 0; i < group; ++i)
             for (int c = 0; c < kChains; c += 2) {
                 const int64_t from = at + c * kLanes;
-                __builtin_prefetch(rows + i * depth + from + ahead, 0, 2);
                 Floats pair[2];
                 load_pair<Type>(rows + i * depth + from, pair);
                 total[i][c] += load(x + from) * pair[0];
                 total[i][c + 1] += load(x + from + kLanes) * pair[1];
             }
+    }
     for (; at < depth; at += kLanes) {
         const int64_t some = depth - at < kLanes ? depth - at : kLanes;
         for (int i = 0; i < group; ++i) {

@@ -142,13 +142,21 @@ inline void store_at(float *to, int64_t at, Floats x, int64_t count) {
     }
 }
 
-// The lanes' sum, by halves.
-inline float sum(Floats x) {
-    float lanes[kLanes];
-    store(lanes, x);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+template <int64_t lanes>
+struct Lanes {
+    typedef float Vector __attribute__((vector_size(4 * lanes)));
+};
+
+// The lanes' sum, by halves, without a way through memory.
+template <int64_t lanes = kLanes>
+inline float sum(typename Lanes<lanes>::Vector x) {
+    if constexpr (lanes == 2) {
+        return x[0] + x[1];
+    } else {
+        typename Lanes<lanes / 2>::Vector halves[2];
+        __builtin_memcpy(halves, &x, sizeof halves);
+        return sum<lanes / 2>(halves[0] + halves[1]);
+    }
 }
 
 inline double sum(const Doubles &x) {

@@ -1,0 +1,53 @@
+"""Checkpoints to be measured beside each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from larosa.architectures import Heads
+from larosa.checkpoint import load, load_config
+from larosa.errors import LarosaError
+from larosa.sparsity import SiteSizes
+
+
+def load_alike(checkpoints: list[str], dtype: str, device: torch.device, *, needs_dense: bool) -> list[tuple[str, Any]]:
+    """Load a dense model and what it was converted to: names and models, the dense one first.
+
+    What cannot be compared is refused before any weights are loaded, as far as configurations tell.
+
+    Args:
+        checkpoints: folders or hub names, one at least.
+        dtype: number format to load them in; `auto` is each checkpoint's own.
+        device: where to load them.
+        needs_dense: whether one must be dense; more than one never may.
+
+    Raises:
+        LarosaError: a checkpoint that cannot be loaded, too many or too few dense ones, or models that differ in shape
+            or number format.
+    """
+    configs = {path: load_config(path) for path in checkpoints}
+    dense = [path for path in checkpoints if not is_converted(configs[path])]
+    if len(dense) > 1 or (needs_dense and not dense):
+        mend = "give the one that speedups are over" if needs_dense else "give one at most"
+        raise LarosaError(f"{len(dense)} of the checkpoints are dense: {mend}")
+    first, *others = [*dense, *(path for path in checkpoints if path not in dense)]
+    for path in others:
+        if _shape(configs[path]) != _shape(configs[first]):
+            raise LarosaError(f"{path} has another shape than {first}: measure them apart")
+    models = [(path, load(path, dtype=dtype, device=str(device)).model) for path in (first, *others)]
+    for path, model in models[1:]:
+        if model.dtype != models[0][1].dtype:
+            formats = [str(each.dtype).removeprefix("torch.") for each in (model, models[0][1])]
+            raise LarosaError(f"{path} is in {formats[0]} and {first} in {formats[1]}: give a --dtype")
+    return models
+
+
+def is_converted(config: Any) -> bool:
+    """Whether a configuration is of a model that larosa has sparsified."""
+    return getattr(config, "larosa", None) is not None
+
+
+def _shape(config: Any) -> tuple[SiteSizes, Heads]:
+    return SiteSizes.of(config), Heads.of(config)

@@ -1,0 +1,190 @@
+"""The decode benchmark of a GPU: what needs none is tested without one, the rest where there is one."""
+
+from __future__ import annotations
+
+import json
+from statistics import median
+
+import pytest
+import torch
+
+from larosa import LarosaError
+from larosa.benchmarks import gpu_decode
+from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
+from larosa.benchmarks.decode import DENSE, LAROSA
+from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_checkpoints, measure_gpu_config, measure_gpu_shape
+from larosa.benchmarks.results import Benchmark
+from larosa.benchmarks.shapes import SHAPES
+from larosa.cli.bench_gpu import show_decode
+
+CPU = torch.device("cpu")
+SECONDS = {
+    (COMPILED, 0.0): [4.0, 5.0, 6.0],
+    (TEAL, 0.5): [4.0, 4.0, 4.0],
+    (DENSE, 0.0): [4.5, 4.4, 4.6],
+    (LAROSA, 0.25): [3.0, 3.0, 3.1],
+    (LAROSA, 0.5): [2.0, 2.0, 2.0],
+}
+MACHINE = {"gpu": "a GPU", "torch": "2", "kernels": "cuda"}
+
+
+READ = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def small_read_test(monkeypatch):
+    """A machine without a GPU need not have room for one's read test."""
+    monkeypatch.setattr("larosa.benchmarks.gpu_decode.READ_BYTES", READ)
+
+
+@pytest.fixture
+def measured(family_config):
+    """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
+    rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
+    for (name, sparsity), seconds in SECONDS.items():
+        rows.add(name, sparsity, 1000, lambda: None)
+        rows._rows[-1].seconds += seconds
+    return Benchmark(MACHINE, 1e6, list(rows.results(1e6)))
+
+
+def test_rows_are_what_the_times_come_to(measured):
+    cache = 2 * 3 * 2 * 8 * (4 + 4) * 2  # layers, key heads, size, the mean position, float16
+    for row, ((name, sparsity), seconds) in zip(measured.rows, SECONDS.items(), strict=True):
+        assert (row.row, row.sparsity, row.dtype, row.tokens) == (name, sparsity, "float16", 8)
+        assert row.tokens_per_second == pytest.approx(1 / median(seconds))
+        assert row.bytes_per_token == 1000 + cache
+        assert row.floor_fraction == pytest.approx((1000 + cache) / 1e6 / median(seconds))
+        assert row.speedup == pytest.approx(5 / median(seconds))
+        assert row.speedup_over_teal == (pytest.approx(4 / median(seconds)) if sparsity == 0.5 else None)
+
+
+def test_rows_are_shown_and_written(measured, tmp_path, capsys):
+    show_decode(measured, tmp_path / "d.json")
+    shown = capsys.readouterr().out
+    assert "a GPU" in shown
+    assert all(name in shown for name in (COMPILED, TEAL, DENSE, LAROSA))
+    report = json.loads((tmp_path / "d.json").read_text("utf-8"))
+    assert [row["speedup_over_teal"] for row in report["rows"]] == [None, 1, None, None, 2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_a_decoder_are_those_it_takes(family_config, tied):
+    config = family_config("llama", tie_word_embeddings=tied)
+    decoder = CompiledDecoder(config, 20, torch.bfloat16, CPU)
+    parts = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    taken = sum(part.nbytes for name, part in parts.items() if part.dim() > 1 and name not in ("cos", "sin"))
+    assert decoder_bytes(config, 20, torch.bfloat16) == taken
+
+
+@pytest.fixture
+def save(tmp_path, tokenizer):
+    """save(model, name): the folder of a model."""
+
+    def write(model, name):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def dense(save, make_model):
+    return save(make_model("llama"), "dense")
+
+
+def test_checkpoints_that_no_graph_can_run_are_refused_first(dense, save, make_model, quick_convert):
+    teal = save(quick_convert(make_model("llama"), method="teal"), "teal")
+    cats = save(quick_convert(make_model("llama"), method="cats", sparsity=0.25), "cats")
+    with pytest.raises(LarosaError, match=r"teal: thresholds keep .* varies: measure it with --device cpu"):
+        measure_gpu_checkpoints([dense, teal], device=CPU, prompt_tokens=3, tokens=4)
+    with pytest.raises(LarosaError, match="does not run method cats"):
+        measure_gpu_checkpoints([cats], device=CPU, prompt_tokens=3, tokens=4)
+
+
+def test_checkpoints_that_cannot_be_compared(dense, save, make_model, monkeypatch):
+    with pytest.raises(LarosaError, match="2 of the checkpoints are dense: give one at most"):
+        measure_gpu_checkpoints([dense, dense], device=CPU)
+    with pytest.raises(LarosaError, match="--tokens at least 2"):
+        measure_gpu_checkpoints([dense], device=CPU, tokens=1)
+    monkeypatch.setattr("larosa.benchmarks.shapes.available_memory", lambda device: 1000)
+    with pytest.raises(LarosaError, match=r"cpu has 0\.0 GB free: give fewer checkpoints"):
+        measure_gpu_checkpoints([dense], device=CPU)
+
+
+def test_memory_that_a_shape_needs(family_config, monkeypatch):
+    """Weights of every model and decoder, every cache, and the read test; found by what is refused."""
+    config = family_config("llama")
+    asked = []
+
+    def refuse(needed, device):
+        asked.append(needed)
+        raise LarosaError("no room")
+
+    monkeypatch.setattr(gpu_decode, "check_room", refuse)
+    cases = [
+        *[((), (), False, 1), ((), (), True, 1), ((0.25, 0.5), (0.5,), True, 1)],
+        *[((0.0, 0.5), (), True, 1), ((0.0, 0.5), (), True, 2)],
+    ]
+    for sparsities, teal, compiled, layers_per_rotation in cases:
+        with pytest.raises(LarosaError, match="no room"):
+            measure_gpu_config(
+                *("tiny", config, sparsities),
+                **{"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8},
+                **{"teal_sparsities": teal, "compiled": compiled, "layers_per_rotation": layers_per_rotation},
+            )
+    linear, table, adapter = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32, 32 * 32
+    cache = 2 * 3 * 2 * 8 * (4 + 8 + 1 + 2)
+    dense, sparse = linear + 2 * table, linear + 2 * table + 2 * adapter
+    decoder = dense + cache
+    assert [needed - READ for needed in asked] == [
+        2 * elements
+        for elements in (
+            dense + cache,
+            dense + cache + decoder,
+            dense + cache + 2 * decoder + sparse + 2 * cache,
+            dense + cache + decoder + 2 * sparse + 2 * cache,
+            dense + cache + decoder + 2 * (sparse - adapter) + 2 * cache,
+        )
+    ]
+
+
+@pytest.mark.gpu
+def test_rows_of_a_shape(monkeypatch, family_config):
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama"))
+    result = measure_gpu_shape(
+        "tiny", device=torch.device("cuda"), sparsities=(0.5, 0.0, 0.75), prompt_tokens=5, tokens=40
+    )
+    assert [(row.row, row.sparsity) for row in result.rows] == [
+        *[(COMPILED, 0.0), (TEAL, 0.5), (DENSE, 0.0)],
+        *[(LAROSA, 0.5), (LAROSA, 0.0), (LAROSA, 0.75)],
+    ]
+    assert all(0 < row.ms_per_token <= row.ms_per_token_p95 for row in result.rows)
+
+
+@pytest.mark.gpu
+def test_later_decoders_are_compiled_into_graphs_too(family_config):
+    """Thresholds that differ from those of the decoder before must not become arguments, which graphs cannot take."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    for tokens in (4, 8):
+        measure_gpu_config(
+            *("tiny", family_config("llama"), (0.5,)),
+            **{"device": torch.device("cuda"), "dtype": torch.float16, "prompt_tokens": 5, "tokens": tokens},
+            teal_sparsities=(0.25, 0.5),
+        )
+    assert counters["stats"]["unique_graphs"] == 6
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+def test_checkpoints(dense, save, make_model, quick_convert):
+    half, quarter = (save(quick_convert(make_model("llama"), sparsity=p), str(p)) for p in (0.5, 0.25))
+    options = {"device": torch.device("cuda"), "dtype": "float16", "prompt_tokens": 3, "tokens": 4}
+    rows = measure_gpu_checkpoints([half, dense, quarter], **options).rows
+    assert [(row.row, row.sparsity) for row in rows] == [(COMPILED, 0.0), (DENSE, 0.0), (half, 0.5), (quarter, 0.25)]
+    assert {row.shape for row in rows} == {dense}
+    alone = measure_gpu_checkpoints([half], **options).rows
+    assert [(row.row, row.shape) for row in alone] == [(COMPILED, half), (half, half)]
+    assert alone[1].bytes_per_token == rows[2].bytes_per_token < alone[0].bytes_per_token == rows[0].bytes_per_token
