@@ -23,6 +23,7 @@
 #define __device__
 #define KERNEL(threads, blocks) static void
 #define DEVICE inline
+#define SEPARATE static
 #define SHARED(type) extern "C" unsigned shared_bytes; unsigned shared_bytes = sizeof(type)
 
 using std::max;

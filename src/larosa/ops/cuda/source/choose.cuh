@@ -8,61 +8,61 @@
 // For vectors of up to MOST entries. Thread t sees to entries t, t + THREADS, ...
 template <int THREADS, int MOST>
 struct Chooser {
-    static constexpr int EACH = (MOST + THREADS - 1) / THREADS;
+    static constexpr bool KEPT = MOST <= 15360;  // whether keys have a place; else they are worked out at each look
 
     TopK<THREADS> top;
     // Those with the digit of the k-th largest: the key, and below it the index, so that ties go to the lowest.
     alignas(16) unsigned long long candidates[THREADS];
-
-    // A thread's entries: their scores at first, and then what they are ranked by.
-    struct Own {
-        float score[EACH];
-        unsigned key[EACH];
-    };
+    unsigned keys[KEPT ? MOST : 1];  // the bits of scores, until the vector is there
 
     // What may be done before the vector is there; a barrier stands between this and `choose`.
-    DEVICE void prepare(Own& own, int width, const Vector& score) {
+    DEVICE void prepare(int width, const Vector& score) {
         top.clear();
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (i * THREADS < width) own.score[i] = score.plain(min(i * THREADS + static_cast<int>(threadIdx.x), width - 1), 1.0f);
+        if (KEPT)
+#pragma unroll 4
+            for (int at = static_cast<int>(threadIdx.x); at < width; at += THREADS)
+                keys[KEPT ? at : 0] = __float_as_uint(score.plain(at, 1.0f));
     }
 
     // Lists the k entries of x with the largest |x * score|, ties to the lowest index; 0 < k < width <= MOST.
     // The list is in a fixed order, but not in that of indices.
-    DEVICE void choose(Block<THREADS>& block, Own& own, const float* x, int width, int k, const Vector& score,
+    DEVICE void choose(Block<THREADS>& block, const float* x, int width, int k, const Vector& score,
                        unsigned short* chosen) {
         const int thread = static_cast<int>(threadIdx.x);
-        // Calls visit(index, i) for each of the thread's entries, in the order of their indices.
+        const auto look = [&](int at) { return KEPT ? keys[KEPT ? at : 0] : key_of(x[at] * score.plain(at, 1.0f)); };
+        // Calls visit(index, key) for each of the thread's entries, in the order of their indices. Not unrolled further:
+        // the code of a whole layer is to stay in the instruction cache.
         const auto every = [&](auto visit) {
-#pragma unroll
-            for (int i = 0; i < EACH; ++i)
-                if (i * THREADS + thread < width) visit(i * THREADS + thread, i);
+#pragma unroll 4
+            for (int at = thread; at < width; at += THREADS) visit(at, look(at));
         };
-        every([&](int at, int i) {
-            own.key[i] = key_of(x[at] * own.score[i]);
-            atomicAdd(&top.high[own.key[i] >> 19], 1u);
-        });
+#pragma unroll 4
+        for (int at = thread; at < width; at += THREADS) {
+            const float rank = x[at] * (KEPT ? __uint_as_float(keys[KEPT ? at : 0]) : score.plain(at, 1.0f));
+            const unsigned key = key_of(rank);
+            if (KEPT) keys[KEPT ? at : 0] = key;
+            atomicAdd(&top.high[key >> 19], 1u);
+        }
         const auto cut = top.find(block, top.high, static_cast<unsigned>(k));
         const bool all = cut.need == cut.there;
         const bool few = cut.there <= THREADS;
         // Those above the digit of the k-th largest are certain; how many each thread has in the low half of a word,
         // and in the high half those that have the digit.
         unsigned mine = 0;
-        every([&](int, int i) {
-            const unsigned digit = own.key[i] >> 19;
+        every([&](int, unsigned key) {
+            const unsigned digit = key >> 19;
             mine += digit > cut.digit ? 1u : digit == cut.digit ? 65536u : 0u;
         });
         const unsigned before = block.before(mine);
         const unsigned certain = static_cast<unsigned>(k) - cut.need;
         unsigned place = before & 0xffffu;
         unsigned other = before >> 16;
-        every([&](int at, int i) {
-            const unsigned digit = own.key[i] >> 19;
+        every([&](int at, unsigned key) {
+            const unsigned digit = key >> 19;
             if (digit > cut.digit) chosen[place++] = static_cast<unsigned short>(at);
             if (digit != cut.digit) return;
             if (all) chosen[certain + other] = static_cast<unsigned short>(at);
-            if (few) candidates[other] = static_cast<unsigned long long>(own.key[i]) << 32 | (0xffffffffu - at);
+            if (few) candidates[other] = static_cast<unsigned long long>(key) << 32 | (0xffffffffu - at);
             ++other;
         });
         if (few && thread == 0 && cut.there < THREADS) candidates[cut.there] = 0;  // pairs are looked at together
@@ -71,8 +71,7 @@ struct Chooser {
         if (few)
             rank(static_cast<int>(cut.there), cut.need, chosen + certain);
         else
-            refine(block, [&](int at) { return key_of(x[at] * score.plain(at, 1.0f)); }, cut.digit, cut.need, width,
-                   chosen + certain);
+            refine(block, look, cut.digit, cut.need, width, chosen + certain);
         __syncthreads();
     }
 

@@ -6,6 +6,7 @@
 
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define DEVICE __device__ __forceinline__
+#define SEPARATE __device__ __noinline__  // with registers of its own
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 

@@ -113,46 +113,6 @@ DEVICE float stage(float* to, const float* from, int width) {
     return squares;
 }
 
-// One thread's part of reading columns: those on a list, or all of them where it is null. `start` has the first loads
-// under way, `finish` adds them and all others.
-struct Columns {
-    const WEIGHT* weights;
-    const unsigned short* list;
-    unsigned stride;
-    int first, step, count;
-    Pack<WEIGHT> pack[DEPTH];
-
-    DEVICE void start() {
-#pragma unroll
-        for (int j = 0; j < DEPTH; ++j)
-            if (first + j * step < count) load(j, first + j * step);
-    }
-
-    // `values` has an entry for each column.
-    DEVICE void finish(float (&sum)[PACK], const float* values) {
-#pragma unroll 1
-        for (int from = first; from < count; from += DEPTH * step) {
-#pragma unroll
-            for (int j = 0; j < DEPTH; ++j) {
-                const int i = from + j * step;
-                if (i < count) {
-                    const float x = values[column(i)];
-#pragma unroll
-                    for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x, widen(pack[j].weight[e]), sum[e]);
-                    if (i + DEPTH * step < count) load(j, i + DEPTH * step);
-                }
-            }
-        }
-    }
-
-private:
-    DEVICE int column(int i) const { return list ? list[i] : i; }
-
-    DEVICE void load(int j, int i) {
-        pack[j].template load<true>(at_offset(weights, static_cast<unsigned>(column(i)) * stride), PACK);
-    }
-};
-
 // Some of a block's packs of outputs, and where this thread stands among them.
 struct Part {
     int first, here, lanes, groups, group, pack;
@@ -165,11 +125,37 @@ struct Part {
         const int lane = thread % lanes;
         pack = lane < here ? first + lane : packs + first + lane - here;
     }
-
-    DEVICE Columns columns(const WEIGHT* weights, long long stride, const unsigned short* list, int count) const {
-        return {weights, list, static_cast<unsigned>(stride), group, groups, group < groups ? count : 0};
-    }
 };
+
+// One thread's part of reading columns: `count` on a list, or the first ones where it is null. `values` has an entry for
+// each column.
+DEVICE void add_columns(float (&sum)[PACK], const Part& part, const WEIGHT* weights, long long apart,
+                        const unsigned short* list, int count, const float* values) {
+    const unsigned stride = static_cast<unsigned>(apart);
+    const int step = part.groups;
+    const auto column = [&](int i) { return list ? static_cast<int>(list[i]) : i; };
+    Pack<WEIGHT> pack[DEPTH];
+    const auto load = [&](int j, int i) {
+        pack[j].template load<true>(at_offset(weights, static_cast<unsigned>(column(i)) * stride), PACK);
+    };
+#pragma unroll
+    for (int j = 0; j < DEPTH; ++j)
+        if (part.group + j * step < count) load(j, part.group + j * step);
+    // As soon as one load has been added, the next takes its registers: DEPTH are always under way.
+#pragma unroll 1
+    for (int from = part.group; from < count; from += DEPTH * step) {
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            const int i = from + j * step;
+            if (i < count) {
+                const float x = values[column(i)];
+#pragma unroll
+                for (int e = 0; e < PACK; ++e) sum[e] = fmaf(x, widen(pack[j].weight[e]), sum[e]);
+                if (i + DEPTH * step < count) load(j, i + DEPTH * step);
+            }
+        }
+    }
+}
 
 // The sum over all groups of the `total` outputs that stand from `at` on in each group's packs: that of output t in
 // thread t.
@@ -200,49 +186,40 @@ struct Task {
     int outputs;
 };
 
-// The whole of a site. What is read in any case is under way before `wait` says that the vector is there.
-template <class Wait>
-DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wait) {
+// Leaves the vector in shared memory, and which of its entries are read, once `phase` says that it is there.
+SEPARATE void receive(Shared& shared, const Site& site, const Task& task, const Phase& phase) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int k = static_cast<int>(site.k);
+    const bool chooses = 0 < k && k < task.width;
+    if (chooses) shared.chooser.prepare(task.width, site.score);
+    if (task.gain)
+        for (int at = thread; at < task.width; at += THREADS) shared.gain[at] = task.gain->plain(at, 1.0f);
+    phase.wait();
+    if (site.adapter) stage(shared.residual, task.residual, task.residual_width);
+    const float squares = stage(shared.x, task.x, task.width);
+    if (task.gain) {
+        const float inverse = inverse_rms(shared.block.sum(squares), task.width, task.eps);
+#pragma unroll 4
+        for (int at = thread; at < task.width; at += THREADS) shared.x[at] *= inverse * shared.gain[at];
+    }
+    __syncthreads();
+    if (chooses) shared.chooser.choose(shared.block, shared.x, task.width, k, site.score, shared.chosen);
+}
+
+// The whole of a site, once `phase` says that its vector is there.
+DEVICE void run_site(Shared& shared, const Site& site, const Task& task, const Phase& phase) {
     const int thread = static_cast<int>(threadIdx.x);
     const int packs = task.outputs / PACK;
     const int begin = static_cast<int>(static_cast<long long>(packs) * blockIdx.x / gridDim.x);
     const int end = static_cast<int>(static_cast<long long>(packs) * (blockIdx.x + 1) / gridDim.x);
-    if (begin == end) {
-        wait();
-        return;
-    }
-    const int k = static_cast<int>(site.k);
-    const bool dense = k == task.width;
+    if (begin == end) return phase.wait();
+    receive(shared, site, task, phase);
     const int passes = (end - begin + SHARE - 1) / SHARE;
     for (int pass = 0; pass < passes; ++pass) {
         const int first = begin + (end - begin) * pass / passes;
         const Part part(first, begin + (end - begin) * (pass + 1) / passes - first, packs, task.gated);
         const Matrix& matrix = site.matrices.of(part.pack);
-        Columns columns =
-            part.columns(static_cast<const WEIGHT*>(matrix.weights) + (part.pack - matrix.tile) * PACK, matrix.stride,
-                         dense ? nullptr : shared.chosen, k);
-        Columns adapter = part.columns(site.adapter + part.pack * PACK, task.outputs, nullptr,
-                                       site.adapter ? task.residual_width : 0);
-        adapter.start();
-        if (pass == 0) {
-            typename Chooser<THREADS, WIDEST>::Own own;
-            if (!dense) shared.chooser.prepare(own, task.width, site.score);
-            if (task.gain)
-                for (int at = thread; at < task.width; at += THREADS) shared.gain[at] = task.gain->plain(at, 1.0f);
-            wait();
-            if (site.adapter) stage(shared.residual, task.residual, task.residual_width);
-            const float squares = stage(shared.x, task.x, task.width);
-            if (task.gain) {
-                const float inverse = inverse_rms(shared.block.sum(squares), task.width, task.eps);
-#pragma unroll 4
-                for (int at = thread; at < task.width; at += THREADS) shared.x[at] *= inverse * shared.gain[at];
-            }
-            __syncthreads();
-            if (!dense && k > 0)
-                shared.chooser.choose(shared.block, own, shared.x, task.width, k, site.score,
-                                      shared.chosen);
-        }
-        columns.start();
+        const WEIGHT* weights = static_cast<const WEIGHT*>(matrix.weights) + (part.pack - matrix.tile) * PACK;
         // What is added to the sum is on its way meanwhile.
         const int total = part.here * PACK;
         const int place = first * PACK + thread;
@@ -254,9 +231,13 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
             bias = of.bias.plain(place - static_cast<int>(of.first), 0.0f);
         }
         float sum[PACK] = {};
-        adapter.finish(sum, shared.residual);
-        columns.finish(sum, shared.x);
-
+        if (part.group < part.groups) {
+            if (site.adapter)
+                add_columns(sum, part, site.adapter + part.pack * PACK, task.outputs, nullptr, task.residual_width,
+                            shared.residual);
+            add_columns(sum, part, weights, matrix.stride, site.k == task.width ? nullptr : shared.chosen,
+                        static_cast<int>(site.k), shared.x);
+        }
         __syncthreads();  // what stood where the sums go has been read
 #pragma unroll
         for (int e = 0; e < PACK; ++e) shared.sums[thread * PACK + e] = sum[e];
@@ -276,7 +257,7 @@ DEVICE void run_site(Shared& shared, const Site& site, const Task& task, Wait wa
 }
 
 // Attention of HEADS query heads at a time, by one block or, where many positions are seen, by several.
-DEVICE void attend(Shared& shared, const Layer& layer, const Sizes& sizes, const Exchange& exchange, long long asked) {
+SEPARATE void attend(Shared& shared, const Layer& layer, const Sizes& sizes, const Exchange& exchange, long long asked) {
     const int thread = static_cast<int>(threadIdx.x);
     // Outside the cache nothing is attended to, which gives NaN, and nothing is written.
     const bool inside = asked >= 0 && asked < sizes.length;
@@ -377,7 +358,7 @@ stack(const Layer* layers, Sizes sizes, Exchange exchange, const long long* posi
             task = {exchange.inner, sizes.inner, nullptr, 0.0f, false, exchange.middle, sizes.hidden, exchange.hidden,
                     sizes.hidden};
         }
-        run_site(shared, site, task, [&] { if (number > 0) phase.wait(); });
+        run_site(shared, site, task, phase);
         if (number + 1 < phases) phase.arrive();
         if (at == 0) {
             copy(number / 4 + 1);
