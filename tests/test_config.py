@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from larosa import LarosaConfig, LarosaError, PerSite
-from larosa.config import FORMAT_VERSION, SITES, check_sparsity
+from larosa.config import FORMAT_VERSION, SITES, Rotation, check_sparsity
 from larosa.settings import Settings
 
 
@@ -87,6 +89,12 @@ def test_a_missing_block_says_that_the_checkpoint_is_not_converted(value):
         LarosaConfig.parse(value)
 
 
+@pytest.mark.parametrize("version", range(FORMAT_VERSION))
+def test_an_older_format_is_refused_before_its_keys_are_read(version):
+    with pytest.raises(LarosaError, match=rf"format version {version}, .* reads {FORMAT_VERSION}: convert .* again$"):
+        LarosaConfig.parse({"format_version": version, "something": "old"})
+
+
 def test_a_newer_format_is_refused_before_its_keys_are_read():
     with pytest.raises(LarosaError, match=rf"format version {FORMAT_VERSION + 1}.*pip install --upgrade larosa"):
         LarosaConfig.parse({"format_version": FORMAT_VERSION + 1, "something": "new"})
@@ -107,6 +115,10 @@ def test_a_newer_format_is_refused_before_its_keys_are_read():
         ({"sparsity": "half"}, "sparsity"),
         ({"budget": "flops"}, "budget"),
         ({"rotation": "row"}, "rotation"),
+        ({"layers_per_rotation": 0}, "layers_per_rotation"),
+        ({"layers_per_rotation": 1.5}, "layers_per_rotation"),
+        ({"layers_per_rotation": 2, "rotation": "block"}, "layers_per_rotation"),
+        ({"layers_per_rotation": 2, "rotation": "row"}, "rotation"),
         ({"prefill": "half"}, "prefill"),
         ({"alphas": {"h1": float("inf")}}, "alphas.h1"),
         ({"alphas": {"h5": 1.0}}, "alphas.h5"),
@@ -124,6 +136,22 @@ def test_names_the_bad_key(changes, key):
         LarosaConfig.parse(block(**changes))
     assert key in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_from_before_layers_shared_rotations_has_one_a_layer():
+    assert "layers_per_rotation" not in block()
+    assert LarosaConfig.parse(block()).layers_per_rotation == 1
+
+
+@given(layers=st.integers(1, 200), size=st.integers(1, 300))
+def test_groups_hold_every_layer_once_and_only_the_first_is_shorter(layers, size):
+    groups = Rotation.LAYER.groups(layers, size)
+    assert [layer for group in groups for layer in group] == list(range(layers))
+    assert {len(group) for group in groups[1:]} <= {size}
+    assert 1 <= len(groups[0]) <= size
+    for rotation in (Rotation.NONE, Rotation.RANDOM, Rotation.MODEL):
+        assert rotation.groups(layers) == [range(layers)]
+    assert Rotation.BLOCK.groups(layers) == [range(layer, layer + 1) for layer in range(layers)]
 
 
 @pytest.mark.parametrize("missing", ["larosa_version", "recipe", "sparsity", "budget", "keep", "rotation", "search"])
@@ -229,6 +257,13 @@ def test_given_coefficients_replace_the_recipes_search():
         ({"covariance": "h2"}, "unknown covariance"),
         ({"search": "random"}, "unknown search"),
         ({"prefill": "none"}, "unknown prefill"),
+        ({"layers_per_rotation": 0}, "0 layers per rotation: give at least 1"),
+        ({"layers_per_rotation": -2}, "-2 layers per rotation: give at least 1"),
+        *(
+            ({"layers_per_rotation": 2, "rotation": rotation}, f"only rotation 'layer' has a choice, '{rotation}' has")
+            for rotation in ("none", "random", "model", "block")
+        ),
+        ({"layers_per_rotation": 2, "method": "topk"}, "only rotation 'layer' has a choice, 'none' has"),
         ({"num_sequences": 0}, "--num-sequences must be at least 1, not 0"),
         ({"sequence_length": -5}, "--sequence-length must be at least 1, not -5"),
         ({"sparsity": 50}, "give a fraction"),

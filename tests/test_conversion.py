@@ -53,6 +53,19 @@ def test_exact_at_zero_sparsity_in_float32(make_model, quick_convert, token_ids,
 
 
 @pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("layers_per_rotation", [2, 3, 4])
+@pytest.mark.parametrize("layers", [1, 3, 5])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_exact_where_layers_share_a_rotation(make_model, quick_convert, token_ids, family, layers, layers_per_rotation):
+    model, ids = make_model(family, torch.float64, num_hidden_layers=layers), token_ids(2, 24)
+    expected = model(ids).logits
+    converted = quick_convert(model, sparsity=0.0, layers_per_rotation=layers_per_rotation)
+    assert relative_error(converted(ids).logits, expected) < 1e-10
+    behind = [layer.residual_adapter is not None for layer in converted.model.layers]
+    assert behind == [after > 0 and after % layers_per_rotation == 0 for after in reversed(range(layers))]
+
+
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("covariance", ["h1", "h3", "joint"])
 def test_exact_with_a_padded_batch_and_self_calibration(make_model, token_ids, covariance):
     model, ids = make_model("qwen2", torch.float64), token_ids(2, 24)
@@ -258,23 +271,42 @@ def test_scores_and_values_without_a_rotation_of_the_stream(
 
 
 @pytest.mark.usefixtures("exact_norms")
-def test_one_basis_for_all_layers_from_the_sum_of_what_each_layer_wants(
-    make_model, quick_convert, token_ids, text_file, tokenizer
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({"rotation": "model"}, [(0, 1, 2)]),
+        ({"layers_per_rotation": 2}, [(0,), (1, 2)]),
+        ({"layers_per_rotation": 3}, [(0, 1, 2)]),
+    ],
+)
+def test_one_basis_for_a_group_of_layers_from_the_sum_of_what_each_layer_wants(
+    make_model, quick_convert, token_ids, text_file, tokenizer, options, groups
 ):
     model, ids = make_model("llama", torch.float64), token_ids(20, seed=9)
     reference = Reference(model)
     for sequence in calibration_ids(text_file, tokenizer):
         reference(sequence)
-    target = 0
-    for i in reference.layers:
-        rows = torch.cat([*reference.moments[i, "h1"], *reference.moments[i, "h3"]])
-        grams = sum(m.T @ m for site in ("h1", "h3") for m in reference.matrices(i, site))
-        target = target + rows.T @ rows / rows.square().sum() + grams / grams.trace()
-    for i in reference.layers:
-        reference.bases[i, "h1"] = reference.bases[i, "h3"] = torch.linalg.eigh(target)[1]
+    for group in groups:
+        target = 0
+        for i in group:
+            rows = torch.cat([*reference.moments[i, "h1"], *reference.moments[i, "h3"]])
+            grams = sum(m.T @ m for site in ("h1", "h3") for m in reference.matrices(i, site))
+            target = target + rows.T @ rows / rows.square().sum() + grams / grams.trace()
+        for i in group:
+            reference.bases[i, "h1"] = reference.bases[i, "h3"] = torch.linalg.eigh(target)[1]
     expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
-    converted = quick_convert(model, rotation="model", **{**PLAIN, "rotation_objective": "outputs"})
+    converted = quick_convert(model, **{**PLAIN, "rotation_objective": "outputs", **options})
     assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+@pytest.mark.parametrize("layers_per_rotation", [3, 100])
+@pytest.mark.parametrize("objective", ["inputs", "outputs", "fisher"])
+def test_one_group_of_all_layers_is_rotation_model(make_model, quick_convert, layers_per_rotation, objective):
+    options = {"rotation_objective": objective}
+    whole = quick_convert(make_model("qwen3"), rotation="model", **options).state_dict()
+    group = quick_convert(make_model("qwen3"), layers_per_rotation=layers_per_rotation, **options).state_dict()
+    assert group.keys() == whole.keys()
+    assert all(torch.equal(weight, whole[name]) for name, weight in group.items())
 
 
 @pytest.mark.usefixtures("exact_norms")

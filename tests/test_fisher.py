@@ -40,23 +40,24 @@ class FisherReference(Reference):
                 self.H[at] = self.H.get(at, 0) + g.T @ g / sequences.numel()
         embedding.requires_grad_(False)
 
-    def rotate(self, rotation):
-        """Eigenvectors of C / tr C + H / tr H, on the residual stream and of each value head."""
+    def rotate(self, rotation, groups=((0,), (1,), (2,))):
+        """Eigenvectors of C / tr C + H / tr H, summed over a group's layers, and of the same for each value head."""
 
-        def basis(C, H):
-            return torch.linalg.eigh(C / C.trace() + H / H.trace())[1]
+        def basis(*pairs):
+            return torch.linalg.eigh(sum(C / C.trace() + H / H.trace() for C, H in pairs))[1]
 
         size = self.config.hidden_size // self.config.num_attention_heads
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        group_size = self.config.num_attention_heads // self.config.num_key_value_heads
         for i in self.layers:
             for site in ("h1", "h3"):
-                sources = {"block": [(i, site)], "layer": [(i, "h1"), (i, "h3")]}[rotation]
-                self.bases[i, site] = basis(sum(self.C[at] for at in sources), sum(self.H[at] for at in sources))
+                sources = {"block": [site], "layer": ["h1", "h3"]}[rotation]
+                (group,) = (group for group in groups if i in group)
+                self.bases[i, site] = basis(*([sum(M[j, s] for s in sources) for M in (self.C, self.H)] for j in group))
             blocks = []
-            for first in range(0, self.config.num_attention_heads, group):
-                heads = [slice(n * size, (n + 1) * size) for n in range(first, first + group)]
+            for first in range(0, self.config.num_attention_heads, group_size):
+                heads = [slice(n * size, (n + 1) * size) for n in range(first, first + group_size)]
                 shared = (sum(M[i, "h2"][head, head] for head in heads) for M in (self.C, self.H))
-                blocks += [basis(*shared)] * group
+                blocks += [basis(shared)] * group_size
             self.bases[i, "h2"] = torch.block_diag(*blocks)
 
     def moved(self, i, site, direction):
@@ -75,6 +76,19 @@ def test_equals_the_equations(make_model, quick_convert, token_ids, text_file, t
     reference.rotate(rotation)
     expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
     converted = quick_convert(model, rotation=rotation, seed=2, search="none", **FISHER)
+    assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
+
+
+@pytest.mark.usefixtures("exact_norms")
+def test_layers_that_share_a_rotation_keep_scores_and_values_of_their_own(
+    make_model, quick_convert, token_ids, text_file, tokenizer
+):
+    model = make_model("llama", torch.float64, **plain("llama"))
+    reference, ids = FisherReference(model, scored=True), token_ids(20, seed=5)
+    reference.observe(calibration_ids(text_file, tokenizer)[calibration_order(4, 2)], 2)
+    reference.rotate("layer", groups=((0,), (1, 2)))
+    expected = reference(ids, {"h1": 16, "h2": 16, "h3": 16, "h4": 28})
+    converted = quick_convert(model, layers_per_rotation=2, seed=2, search="none", **FISHER)
     assert relative_error(converted(ids[None]).logits[0], expected) < 1e-8
 
 

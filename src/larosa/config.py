@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from larosa.errors import LarosaError
 
-FORMAT_VERSION = 1
+#: Of the `larosa` block and of what the weights beside it mean. 2: attention and MLP write into the basis behind
+#: an adapter, in 1 into that before it.
+FORMAT_VERSION = 2
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
 #: q/k/v (h1), of the attention output projection (h2), of gate/up (h3) and of down (h4).
@@ -51,6 +53,15 @@ class Rotation(StrEnum):
     def is_calibrated(self) -> bool:
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
+
+    def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
+        """The consecutive layers that share a basis, first layer first; the first group may be shorter.
+
+        An adapter carries the residual stream from one group's basis to the next. What does not divide evenly is
+        left over at the beginning, as the first layers have the least in common with others.
+        """
+        size = layers_per_rotation if self in (Rotation.LAYER, Rotation.BLOCK) else layers
+        return [range(layers)[max(end - size, 0) : end] for end in range(layers, 0, -size)][::-1]
 
 
 class Covariance(StrEnum):
@@ -229,6 +240,7 @@ class LarosaConfig(_Block):
     keep: KeepCounts | None = Field(default=None, validate_default=True)
     thresholds: Thresholds | None = Field(default=None, validate_default=True)
     rotation: Rotation
+    layers_per_rotation: int = 1
     covariance: Covariance | None = None
     rotation_objective: RotationObjective | None = None
     value_rotation: bool = False
@@ -250,6 +262,11 @@ class LarosaConfig(_Block):
         if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
         return value
+
+    @field_validator("layers_per_rotation")
+    @classmethod
+    def _check_layers_per_rotation(cls, value: int, info: ValidationInfo) -> int:
+        return check_layers_per_rotation(value, info.data.get("rotation", Rotation.LAYER))
 
     @field_validator("score")
     @classmethod
@@ -277,15 +294,20 @@ class LarosaConfig(_Block):
         """Validate the `larosa` block of a `config.json`.
 
         Raises:
-            LarosaError: the block is missing, of a newer format, or has an unknown or invalid key.
+            LarosaError: the block is missing, of another format, or has an unknown or invalid key.
         """
         if not isinstance(block, dict):
             raise LarosaError("config.json has no 'larosa' block: this is not a converted checkpoint")
         version = block.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise LarosaError(
-                f"this checkpoint has format version {version}, this larosa reads up to {FORMAT_VERSION}: "
+                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
                 "pip install --upgrade larosa"
+            )
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            raise LarosaError(
+                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
+                "convert the dense model again"
             )
         try:
             return cls.model_validate(block)
@@ -304,3 +326,16 @@ def check_sparsity(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise LarosaError(f"sparsity {sparsity:g} is outside [0, 1): give a fraction, 0.5 for 50%")
     return sparsity
+
+
+def check_layers_per_rotation(layers: int, rotation: Rotation = Rotation.LAYER) -> int:
+    """Return `layers` if so many consecutive ones can share a basis with this rotation.
+
+    Raises:
+        LarosaError: there must be one at least, and only with rotation `layer` can there be more.
+    """
+    if layers < 1:
+        raise LarosaError(f"{layers} layers per rotation: give at least 1")
+    if layers > 1 and rotation is not Rotation.LAYER:
+        raise LarosaError(f"{layers} layers per rotation: only rotation 'layer' has a choice, '{rotation}' has none")
+    return layers

@@ -65,6 +65,7 @@ def convert(
     sequence_length: int | None = None,
     seed: int = 0,
     rotation: str | None = None,
+    layers_per_rotation: int = 1,
     covariance: str | None = None,
     rotation_objective: str | None = None,
     value_rotation: bool | None = None,
@@ -96,6 +97,7 @@ def convert(
         sequence_length: tokens in each.
         seed: of the calibration sample and of random rotations.
         rotation: `layer`, `block`, `model`, `random` or `none`.
+        layers_per_rotation: of rotation `layer`, how many consecutive layers share one.
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
         rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
@@ -129,6 +131,7 @@ def convert(
         sequence_length=sequence_length,
         seed=seed,
         rotation=rotation,
+        layers_per_rotation=layers_per_rotation,
         covariance=covariance,
         rotation_objective=rotation_objective,
         value_rotation=value_rotation,
@@ -215,6 +218,7 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         budget=settings.budget,
         alphas=settings.alphas,
         rotation=settings.rotation,
+        layers_per_rotation=settings.layers_per_rotation,
         covariance=settings.covariance,
         rotation_objective=settings.rotation_objective,
         value_rotation=settings.value_rotation,
@@ -294,33 +298,32 @@ def _bases(
     fisher: list[UnitFisher],
 ) -> Iterator[LayerBases]:
     """Each layer's bases, first layer first; a layer may be merged as soon as its bases are out."""
-    rotation = settings.rotation
-    values: list[torch.Tensor | None] = [None] * len(architecture.layers(model))
-    total: torch.Tensor | None = None
-    if rotation.is_calibrated or settings.value_rotation:
-        assert sequences is not None, "calibrated rotations have sequences"
-        statistics = layer_statistics(model, architecture, sequences, device)
-        for index, (layer, found) in enumerate(zip(architecture.layers(model), statistics, strict=True)):
-            of_layer = fisher[index] if settings.rotation_objective is RotationObjective.FISHER else None
-            if settings.value_rotation:
-                C = found.values
-                values[index] = principal_basis(C if of_layer is None else output_aware(C, of_layer.values))
-            if not rotation.is_calibrated:
-                continue
-            h1, h3 = _concentrated(layer, architecture, settings, found.moments, of_layer)
-            if rotation is Rotation.MODEL:
-                total = h1 if total is None else total + h1
-                continue
-            attention = principal_basis(h1)
-            yield LayerBases(attention, attention if h1 is h3 else principal_basis(h3), values[index])
-    if rotation in (Rotation.LAYER, Rotation.BLOCK):
+    layers = architecture.layers(model)
+    given: torch.Tensor | None = None
+    if settings.rotation is Rotation.RANDOM:
+        given = random_basis(model.config.hidden_size, settings.seed).to(device)
+    if not (settings.rotation.is_calibrated or settings.value_rotation):
+        yield from (LayerBases(given, given) for _ in layers)
         return
-    Q: torch.Tensor | None = None
-    if rotation is Rotation.RANDOM:
-        Q = random_basis(model.config.hidden_size, settings.seed).to(device)
-    elif total is not None:
-        Q = principal_basis(total)
-    yield from (LayerBases(Q, Q, of_heads) for of_heads in values)
+    assert sequences is not None, "calibrated rotations have sequences"
+    group_ends = {group[-1] for group in settings.rotation.groups(len(layers), settings.layers_per_rotation)}
+    total: list[torch.Tensor] = []
+    values: list[torch.Tensor | None] = []
+    statistics = layer_statistics(model, architecture, sequences, device)
+    for index, (layer, found) in enumerate(zip(layers, statistics, strict=True)):
+        of_layer = fisher[index] if settings.rotation_objective is RotationObjective.FISHER else None
+        values.append(_value_basis(found.values, of_layer) if settings.value_rotation else None)
+        if settings.rotation.is_calibrated:
+            matrices = _concentrated(layer, architecture, settings, found.moments, of_layer)
+            total = [a + b for a, b in zip(total, matrices, strict=True)] if total else matrices
+        if index in group_ends:
+            bases: list[torch.Tensor | None] = [principal_basis(matrix) for matrix in total] or [given]
+            yield from (LayerBases(bases[0], bases[-1], of_heads) for of_heads in values)
+            total, values = [], []
+
+
+def _value_basis(moments: torch.Tensor, fisher: UnitFisher | None) -> torch.Tensor:
+    return principal_basis(moments if fisher is None else output_aware(moments, fisher.values))
 
 
 def _concentrated(
@@ -329,13 +332,13 @@ def _concentrated(
     settings: Settings,
     moments: LayerMoments,
     fisher: UnitFisher | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices whose principal bases a layer works in at h1 and h3; the same object unless at level `block`."""
-    C = (moments.h1, moments.h3)
+) -> list[torch.Tensor]:
+    """The matrix whose principal basis a layer works in; at level `block` one for h1 and one for h3."""
+    C = [moments.h1, moments.h3]
     if settings.rotation is not Rotation.BLOCK:
         # Both are of RMSNorm outputs, so both have trace D and the mean needs no weights.
         chosen = {Covariance.H1: C[0], Covariance.H3: C[1]}.get(settings.covariance or Covariance.JOINT)
-        C = ((C[0] + C[1]) / 2,) * 2 if chosen is None else (chosen,) * 2
+        C = [(C[0] + C[1]) / 2 if chosen is None else chosen]
     if settings.rotation_objective is RotationObjective.INPUTS:
         return C
     grams = [
@@ -346,9 +349,9 @@ def _concentrated(
         else fisher.unit(site)
         for site in ("h1", "h3")
     ]
-    if settings.rotation is Rotation.BLOCK:
-        return output_aware(C[0], grams[0]), output_aware(C[1], grams[1])
-    return (output_aware(C[0], grams[0] + grams[1]),) * 2
+    if settings.rotation is not Rotation.BLOCK:
+        grams = [grams[0] + grams[1]]
+    return [output_aware(*pair) for pair in zip(C, grams, strict=True)]
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> Non
     if config.tie_word_embeddings:
         needed += head.numel() * head.element_size()
     sizes = SiteSizes.of(config)
-    added = sizes.adapter_weights(settings.rotation)
+    added = sizes.adapter_weights(settings.rotation, settings.layers_per_rotation)
     if settings.score.has_vectors:
         added += sizes.score_entries
     needed += added * head.element_size()

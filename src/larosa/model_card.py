@@ -73,6 +73,7 @@ def model_card(
         "method": block.method,
         "recipe": block.recipe,
         "rotation": block.rotation,
+        "layers per rotation": block.layers_per_rotation if block.rotation is Rotation.LAYER else None,
         "covariance": block.covariance,
         "rotation objective": block.rotation_objective,
         "value heads rotated": "yes" if block.value_rotation else "no",

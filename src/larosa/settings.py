@@ -19,6 +19,7 @@ from larosa.config import (
     RotationObjective,
     Score,
     Search,
+    check_layers_per_rotation,
     check_sparsity,
 )
 from larosa.errors import LarosaError
@@ -95,6 +96,7 @@ class Settings:
     recipe: Recipe
     budget: Budget
     rotation: Rotation
+    layers_per_rotation: int
     covariance: Covariance | None
     rotation_objective: RotationObjective | None
     value_rotation: bool
@@ -125,6 +127,7 @@ class Settings:
         sequence_length: int | None = None,
         seed: int = 0,
         rotation: str | None = None,
+        layers_per_rotation: int = 1,
         covariance: str | None = None,
         rotation_objective: str | None = None,
         value_rotation: bool | None = None,
@@ -205,6 +208,7 @@ class Settings:
             recipe=chosen_recipe,
             budget=chosen_budget,
             rotation=chosen_rotation,
+            layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
             covariance=chosen_covariance if applicable.rotation else None,
             rotation_objective=chosen_objective if applicable.rotation else None,
             value_rotation=value_rotation,

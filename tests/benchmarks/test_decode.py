@@ -75,6 +75,16 @@ def test_bytes_of_a_token(tiny):
     assert rows[2].bytes_per_token == 2 * (3 * (attention + mlp) // 2 + head + cache + adapters + scores)
 
 
+def test_fewer_rotations_mean_fewer_bytes(tiny):
+    tiny("llama", num_hidden_layers=5)
+    options = {"sparsities": (0.5,), "dtype": torch.bfloat16, "prompt_tokens": 4, "tokens": 8}
+    every = measure_shape("tiny", **options).rows
+    shared = measure_shape("tiny", layers_per_rotation=2, **options).rows
+    assert {row.shape for row in shared} == {"tiny, 2 layers per rotation"}
+    assert shared[1].bytes_per_token == every[1].bytes_per_token
+    assert every[2].bytes_per_token - shared[2].bytes_per_token == 2 * (4 - 2) * 32 * 32
+
+
 def test_rows_take_turns(tiny, monkeypatch):
     tiny("llama")
     turns = []
@@ -89,35 +99,43 @@ def test_rows_take_turns(tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_random_models_are_of_their_size_and_compute_something(family_config, family):
     config = family_config(family, tie_word_embeddings=True)
-    for make, sparse in ((random_model, False), (random_sparse_model, True)):
-        model = make(config, torch.bfloat16, CPU)
+    shared = {"layers_per_rotation": 2}
+    for make, sparse, options in (
+        (random_model, False, {}),
+        (random_sparse_model, True, {}),
+        (random_sparse_model, True, shared),
+    ):
+        model = make(config, torch.bfloat16, CPU, **options)
         assert all(weight.isfinite().all() for weight in model.parameters())
         size = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
-        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse)
+        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse, **options)
         logits = Engine(model, 8).prefill(torch.tensor([[5, 6, 7]]))
         assert 0.1 < float(logits.std()) < 100
 
 
 def test_the_sparsity_of_a_random_model_can_be_set(family_config):
-    model = random_sparse_model(family_config("llama"), torch.float32, CPU)
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layers_per_rotation=2)
     for sparsity in (0.5, 0.25, 0.0):
         set_sparsity(model, sparsity)
-        assert larosa.inspect(model).sparsity.weights == pytest.approx(sparsity)
+        report = larosa.inspect(model)
+        assert report.sparsity.weights == pytest.approx(sparsity)
+        assert report.adapter_bytes == 4 * 32 * 32
 
 
 @pytest.mark.parametrize("sparsities", [(0.5, 0.25), (0.0, 0.5, 0.0, 0.25), (0.0,), ()])
-def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities):
+@pytest.mark.parametrize("layers_per_rotation", [1, 2])
+def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities, layers_per_rotation):
     config = family_config("llama")
     prompt, token, position = token_ids(1, 5), torch.tensor([7]), torch.tensor([5])
     engines, made = [], set()
-    for sparsity, model in sparse_models(config, torch.float32, CPU, sparsities):
+    for sparsity, model in sparse_models(config, torch.float32, CPU, sparsities, layers_per_rotation):
         engines.append((sparsity, Engine(model, 8)))
         engines[-1][1].prefill(prompt)
         made.add(id(model))
     assert [sparsity for sparsity, _ in engines] == list(sparsities)
     assert len(made) == sparse_copies(sparsities)
     for sparsity, engine in engines:  # all together, as a benchmark runs them
-        alone = random_sparse_model(config, torch.float32, CPU)
+        alone = random_sparse_model(config, torch.float32, CPU, layers_per_rotation=layers_per_rotation)
         set_sparsity(alone, sparsity)
         expected = Engine(alone, 8)
         expected.prefill(prompt)
@@ -189,6 +207,7 @@ def test_checkpoints_of_another_shape_or_format(checkpoints, tmp_path, make_mode
         ({"layers": 4}, "--layers 4: tiny has 3"),
         ({"vocab_size": 0}, "--vocab-size must be at least 1"),
         ({"sparsities": (50.0,)}, "give a fraction"),
+        ({"layers_per_rotation": 0}, "0 layers per rotation: give at least 1"),
         ({"prompt_tokens": 0}, "--prompt-tokens must be at least 1"),
         ({"tokens": 1}, "--tokens at least 2"),
     ],

@@ -122,17 +122,20 @@ def test_memory_that_a_shape_needs(family_config, monkeypatch):
         raise LarosaError("no room")
 
     monkeypatch.setattr(gpu_decode, "check_room", refuse)
-    cases = [((), (), False), ((), (), True), ((0.25, 0.5), (0.5,), True), ((0.0, 0.5), (), True)]
-    for sparsities, teal, compiled in cases:
+    cases = [
+        *[((), (), False, 1), ((), (), True, 1), ((0.25, 0.5), (0.5,), True, 1)],
+        *[((0.0, 0.5), (), True, 1), ((0.0, 0.5), (), True, 2)],
+    ]
+    for sparsities, teal, compiled, layers_per_rotation in cases:
         with pytest.raises(LarosaError, match="no room"):
             measure_gpu_config(
                 *("tiny", config, sparsities),
                 **{"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8},
-                **{"teal_sparsities": teal, "compiled": compiled},
+                **{"teal_sparsities": teal, "compiled": compiled, "layers_per_rotation": layers_per_rotation},
             )
-    linear, table, adapters = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32, 2 * 32 * 32
+    linear, table, adapter = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32, 32 * 32
     cache = 2 * 3 * 2 * 8 * (4 + 8 + 1 + 2)
-    dense, sparse = linear + 2 * table, linear + 2 * table + adapters
+    dense, sparse = linear + 2 * table, linear + 2 * table + 2 * adapter
     decoder = dense + cache
     assert [needed - READ for needed in asked] == [
         2 * elements
@@ -141,6 +144,7 @@ def test_memory_that_a_shape_needs(family_config, monkeypatch):
             dense + cache + decoder,
             dense + cache + 2 * decoder + sparse + 2 * cache,
             dense + cache + decoder + 2 * sparse + 2 * cache,
+            dense + cache + decoder + 2 * (sparse - adapter) + 2 * cache,
         )
     ]
 

@@ -64,6 +64,13 @@ def test_options_that_do_not_apply_to_the_method(convert_refused, options):
     assert f"{options[2]} {options[3]} does not apply to method {options[1]}" in message
 
 
+def test_layers_per_rotation(convert_refused):
+    assert "0 layers per rotation: give at least 1" in convert_refused("--layers-per-rotation", "0")
+    for rotation in ("none", "random", "model", "block"):
+        message = convert_refused("--layers-per-rotation", "2", "--rotation", rotation)
+        assert f"2 layers per rotation: only rotation 'layer' has a choice, '{rotation}' has none" in message
+
+
 def test_thresholds_that_do_not_fit_the_model(cli, refused, checkpoint, tmp_path):
     assert cli("convert", checkpoint, tmp_path / "out", "--method", "teal", *QUICK, "--no-measure").code == 0
 
@@ -235,10 +242,18 @@ def test_reference_of_another_vocabulary(refused, converted, make_model, tokeniz
 
 
 def test_newer_format_version(refused, converted):
-    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=2))
+    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=3))
     message = refused("eval", converted)
-    assert "format version 2" in message
+    assert "format version 3" in message
     assert "pip install --upgrade larosa" in message
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect", "generate"])
+def test_older_format_version(refused, converted, command):
+    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=1))
+    message = refused(command, converted, *(("--prompt", "w5") if command == "generate" else ()))
+    assert "format version 1" in message
+    assert "convert the dense model again" in message
 
 
 def test_unknown_key_in_the_larosa_block(refused, converted):

@@ -17,14 +17,18 @@ def small(monkeypatch, family_config):
 
 
 def test_a_shape(cli, tmp_path):
-    options = ("--shape", "tiny", "--sparsity", "0.5,0.75", "--layers", 2, "--dtype", "float32", "--threads", 1)
+    options = (
+        *("--shape", "tiny", "--sparsity", "0.5,0.75", "--layers", 2, "--dtype", "float32", "--threads", 1),
+        *("--layers-per-rotation", 2),
+    )
     outcome = cli("bench", "decode", *options, *QUICK, "--json", tmp_path / "d.json")
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "d.json").read_text("utf-8"))
     assert report["machine"]["threads"] == 1
     assert [row["sparsity"] for row in report["rows"]] == [0, 0, 0.5, 0.75]
     keys = {"shape", "dtype", "threads", "row", "sparsity", "tokens_per_second", "speedup", "floor_fraction"}
-    assert all(keys <= row.keys() and row["shape"] == "tiny, 2 layers" for row in report["rows"])
+    title = "tiny, 2 layers, 2 layers per rotation"
+    assert all(keys <= row.keys() and row["shape"] == title for row in report["rows"])
     assert "transformers dense" in outcome.out
 
 
@@ -50,6 +54,8 @@ def test_checkpoints_on_a_gpu(cli, checkpoint, converted, tmp_path):
         ((), "give either checkpoints or --shape"),
         (("somewhere", "--shape", "tiny"), "give either checkpoints or --shape"),
         (("somewhere", "--layers", 2), "are for --shape"),
+        (("somewhere", "--layers-per-rotation", 2), "are for --shape"),
+        (("--shape", "tiny", "--layers-per-rotation", 0), "0 layers per rotation: give at least 1"),
         (("--shape", "tiny", "--sparsity", "half"), "give fractions separated by commas"),
         (("--shape", "tiny", "--sparsity", "50"), "give a fraction"),
         (("--shape", "gpt-5"), "unknown shape"),

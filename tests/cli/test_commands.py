@@ -66,6 +66,17 @@ def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+def test_layers_that_share_a_rotation(cli, checkpoint, tmp_path):
+    outcome = cli("convert", checkpoint, tmp_path / "out", *QUICK, "--layers-per-rotation", 2)
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "out" / "config.json")["larosa"]["layers_per_rotation"] == 2
+    assert "| layers per rotation | 2 |" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert cli("inspect", tmp_path / "out", "--json", tmp_path / "i.json").code == 0
+    config = read(tmp_path / "out" / "config.json")
+    assert read(tmp_path / "i.json")["adapter_bytes"] == 4 * config["hidden_size"] ** 2  # one, as it has three layers
+    assert cli("eval", tmp_path / "out", "--reference", checkpoint).code == 0
+
+
 def test_paper_recipe_searches_and_keeps_its_points(cli, checkpoint, tmp_path, text_file):
     outcome = cli(
         *("convert", checkpoint, tmp_path / "out", "--recipe", "paper", "--no-measure"),

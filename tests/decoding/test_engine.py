@@ -19,6 +19,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 CONVERSIONS = {
     "dense": None,
     **{f"larosa-{rotation}": {"rotation": rotation} for rotation in ("none", "random", "model", "layer", "block")},
+    "larosa-shared": {"layers_per_rotation": 2},
     "magnitude": {"score": "magnitude"},
     "topk": {"method": "topk"},
     "teal": {"method": "teal"},

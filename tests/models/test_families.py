@@ -147,6 +147,37 @@ def test_saving_what_was_loaded_changes_nothing(make_model, quick_convert, tmp_p
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saves_and_loads_layers_that_share_a_rotation(make_model, quick_convert, token_ids, tmp_path, family):
+    model = quick_convert(make_model(family), layers_per_rotation=2)
+    model.save_pretrained(tmp_path / "out")
+    loaded = realigned(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert loaded.config.larosa["layers_per_rotation"] == 2
+    assert [name for name in loaded.state_dict() if "adapter" in name] == ["model.layers.0.residual_adapter.weight"]
+    assert torch.equal(loaded(token_ids(2, 15)).logits, model(token_ids(2, 15)).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"rotation": "block"}, {"layers_per_rotation": 2}], ids=str)
+def test_adapters_read_the_stream_from_before_what_they_go_past(make_model, quick_convert, token_ids, family, options):
+    model = quick_convert(make_model(family), **options)
+    read = {}
+
+    def listen(module, place):
+        module.register_forward_pre_hook(lambda _module, inputs: read.__setitem__(place, inputs[0]))
+
+    layers = list(enumerate(model.model.layers))
+    for index, layer in layers:
+        for adapter, norm in (("attention", layer.input_layernorm), ("residual", layer.post_attention_layernorm)):
+            listen(norm, (index, adapter, "before"))
+            if getattr(layer, f"{adapter}_adapter") is not None:
+                listen(getattr(layer, f"{adapter}_adapter"), (index, adapter, "read"))
+    model(token_ids(2, 9))
+    found = [at for at in read if at[2] == "read"]
+    assert len(found) == sum(name.endswith("_adapter.weight") for name in model.state_dict()) > 0
+    assert all(torch.equal(read[at], read[*at[:2], "before"]) for at in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_survives(make_model, quick_convert, token_ids, tmp_path, dtype):
     model = quick_convert(make_model("llama", dtype))
@@ -265,7 +296,8 @@ def test_lm_eval_scores_it(saved, tokenizer, words):
     ("change", "message"),
     [
         (lambda c: c["larosa"].update(surprise=1), r"larosa\.surprise"),
-        (lambda c: c["larosa"].update(format_version=2), "format version 2.*pip install --upgrade larosa"),
+        (lambda c: c["larosa"].update(format_version=1), "format version 1.*convert the dense model again"),
+        (lambda c: c["larosa"].update(format_version=3), "format version 3.*pip install --upgrade larosa"),
         (lambda c: c["larosa"].update(sparsity=50), r"larosa\.sparsity"),
         (lambda c: c["larosa"].pop("keep"), r"larosa\.keep"),
         (lambda c: c.pop("larosa"), "no 'larosa' block"),
@@ -273,7 +305,7 @@ def test_lm_eval_scores_it(saved, tokenizer, words):
         (lambda c: c["larosa"]["keep"]["h4"].__setitem__(1, 57), r"larosa\.keep.*h4.*57"),
         (lambda c: c.update(tie_word_embeddings=True), "'tie_word_embeddings': must be false"),
     ],
-    ids=["unknown-key", "newer-format", "bad-value", "missing-key", "no-block", "layers", "count", "tied"],
+    ids=["unknown-key", "older", "newer", "bad-value", "missing-key", "no-block", "layers", "count", "tied"],
 )
 def test_a_bad_configuration_is_refused_by_its_key(edited, change, message):
     with pytest.raises(LarosaError, match=message):

@@ -42,7 +42,11 @@ def refitted(model, architecture, sequences):
 
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"method": "topk"}], ids=["larosa", "topk"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rotation": "block"}, {"layers_per_rotation": 2}, {"method": "topk"}],
+    ids=["larosa", "block", "shared", "topk"],
+)
 def test_equals_least_squares(make_model, quick_convert, text_file, tokenizer, family, options):
     architecture = find_architecture(family)
     model = quick_convert(make_model(family, torch.float64), compensation="linear", **options)

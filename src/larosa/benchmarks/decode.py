@@ -24,7 +24,7 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import check_sparsity
+from larosa.config import check_layers_per_rotation, check_sparsity
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
@@ -55,6 +55,7 @@ def measure_shape(
     dtype: torch.dtype = torch.bfloat16,
     layers: int | None = None,
     vocab_size: int | None = None,
+    layers_per_rotation: int = 1,
     prompt_tokens: int = 128,
     tokens: int = 64,
 ) -> DecodeBenchmark:
@@ -66,31 +67,45 @@ def measure_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
+        layers_per_rotation: LaRoSA's layers that share a basis, without an adapter between them.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
     """
-    config = shape_config(shape, layers=layers, vocab_size=vocab_size)
     return measure_config(
-        shape_name(shape, layers), config, sparsities, dtype=dtype, prompt_tokens=prompt_tokens, tokens=tokens
+        shape_name(shape, layers, layers_per_rotation),
+        shape_config(shape, layers=layers, vocab_size=vocab_size),
+        sparsities,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        layers_per_rotation=layers_per_rotation,
     )
 
 
 def measure_config(
-    name: str, config: Any, sparsities: tuple[float, ...], *, dtype: torch.dtype, prompt_tokens: int, tokens: int
+    name: str,
+    config: Any,
+    sparsities: tuple[float, ...],
+    *,
+    dtype: torch.dtype,
+    prompt_tokens: int,
+    tokens: int,
+    layers_per_rotation: int = 1,
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
+    check_layers_per_rotation(layers_per_rotation)
     check_counts(prompt_tokens, tokens)
-    sparse = sparse_copies(sparsities) * weight_bytes(config, dtype, sparse=True)
-    check_room(weight_bytes(config, dtype, sparse=False) + sparse, device)
+    sparse = weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
+    check_room(weight_bytes(config, dtype, sparse=False) + sparse_copies(sparsities) * sparse, device)
     subjects = _Subjects(name, prompt_tokens, tokens)
     subjects.add_dense(random_model(config, dtype, device))
-    for _, model in sparse_models(config, dtype, device, sparsities):
+    for _, model in sparse_models(config, dtype, device, sparsities, layers_per_rotation):
         subjects.add(LAROSA, model)
     return subjects.measure()
 

@@ -216,9 +216,8 @@ class _Bench:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
                 x = product(copy, "o", choose("o", _ops.top_k, y), x)
                 gate_up = product(copy, "gate+up", choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5))
-                x = product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), x)
-                adapted: torch.Tensor = _ops.linear(x, [adapters[copy]], [None])
-                return adapted
+                carried = _ops.linear(x, [adapters[copy]], [None])
+                return product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), carried)
 
             return run
 

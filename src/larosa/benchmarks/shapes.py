@@ -98,17 +98,19 @@ def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None
     return config
 
 
-def shape_name(name: str, layers: int | None) -> str:
-    """What rows call a shape, or a cut of it."""
-    return name if layers is None else f"{name}, {layers} layers"
+def shape_name(name: str, layers: int | None, layers_per_rotation: int) -> str:
+    """What rows call a shape: its name, and what differs from the whole shape with a rotation a layer."""
+    cut = "" if layers is None else f", {layers} layers"
+    return name + cut + ("" if layers_per_rotation == 1 else f", {layers_per_rotation} layers per rotation")
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool) -> int:
+def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool, layers_per_rotation: int = 1) -> int:
     """What the weights of a dense or sparsified model of this configuration take."""
     sizes = SiteSizes.of(config)
     tables = 1 if config.tie_word_embeddings and not sparse else 2
     elements = sizes.linear_weights + tables * sizes.vocabulary * sizes.hidden
-    return (elements + (sizes.adapter_weights(Rotation.LAYER) if sparse else 0)) * dtype.itemsize
+    adapters = sizes.adapter_weights(Rotation.LAYER, layers_per_rotation) if sparse else 0
+    return (elements + adapters) * dtype.itemsize
 
 
 def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
@@ -146,12 +148,14 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: in
     return model.eval().requires_grad_(False)
 
 
-def random_sparse_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """The same as LaRoSA converts it: an adapter between each two layers, a score at each site. Keeps everything."""
+def random_sparse_model(
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, *, layers_per_rotation: int = 1
+) -> Any:
+    """The same as LaRoSA converts it: an adapter between each two rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0))
+        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layers_per_rotation))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -162,7 +166,7 @@ def sparse_copies(sparsities: tuple[float, ...]) -> int:
 
 
 def sparse_models(
-    config: Any, dtype: torch.dtype, device: torch.device, sparsities: tuple[float, ...]
+    config: Any, dtype: torch.dtype, device: torch.device, sparsities: tuple[float, ...], layers_per_rotation: int = 1
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
@@ -170,9 +174,9 @@ def sparse_models(
     by rows, so that 0 has a model of its own.
     """
     if 0.0 in sparsities:
-        whole = random_sparse_model(config, dtype, device)
+        whole = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
     if any(sparsities):
-        shared = random_sparse_model(config, dtype, device)
+        shared = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
     for sparsity in sparsities:
         if sparsity > 0:
             set_sparsity(shared, sparsity)
@@ -181,13 +185,13 @@ def sparse_models(
 
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Let a sparsified random model skip another fraction of its weights."""
-    block = _block(model.config, sparsity)
+    block = _block(model.config, sparsity, LarosaConfig.parse(model.config.larosa).layers_per_rotation)
     assert block.keep is not None, "method larosa counts"
     set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
     model.config.larosa = block.model_dump(mode="json")
 
 
-def _block(config: Any, sparsity: float) -> LarosaConfig:
+def _block(config: Any, sparsity: float, layers_per_rotation: int) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -195,6 +199,7 @@ def _block(config: Any, sparsity: float) -> LarosaConfig:
         budget=Budget.WEIGHTS,
         keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
         rotation=Rotation.LAYER,
+        layers_per_rotation=layers_per_rotation,
         score=Score.WEIGHTS,
         search=Search.NONE,
     )

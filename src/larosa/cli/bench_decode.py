@@ -27,6 +27,7 @@ def decode(
     sparsity: Annotated[str, typer.Option(help="Sparsities of --shape, separated by commas.")] = "0.25,0.5",
     layers: Annotated[int | None, typer.Option(help="Only so many layers of --shape.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
+    layers_per_rotation: Annotated[int, typer.Option(help="Layers of --shape that share a rotation.")] = 1,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
@@ -40,8 +41,8 @@ def decode(
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
-    if shape is None and (layers is not None or vocab_size is not None):
-        raise LarosaError("--layers and --vocab-size are for --shape")
+    if shape is None and (layers is not None or vocab_size is not None or layers_per_rotation != 1):
+        raise LarosaError("--layers, --vocab-size and --layers-per-rotation are for --shape")
     where = find_device(device)
     options.check_json_file(json)
     if threads is not None:
@@ -56,6 +57,7 @@ def decode(
         return
     fractions = options.numbers("--sparsity", sparsity, float, "fractions separated by commas, 0.25,0.5")
     settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size}
+    settings |= {"layers_per_rotation": layers_per_rotation}
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":

@@ -42,6 +42,7 @@ def convert(
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = 0,
     rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
+    layers_per_rotation: Annotated[int, typer.Option(help="Layers that share a rotation of --rotation layer.")] = 1,
     covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
     rotation_objective: Annotated[
         RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what it does.")
@@ -93,6 +94,7 @@ def convert(
         sequence_length=sequence_length,
         seed=seed,
         rotation=rotation,
+        layers_per_rotation=layers_per_rotation,
         covariance=covariance,
         rotation_objective=rotation_objective,
         value_rotation=value_rotation,

@@ -147,13 +147,16 @@ class DecodeLayer:
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
-        x = self.h2(self.attention(self.h1(x), position), residual=x)
-        if self.attention_adapter is not None:
-            x = _ops.linear(x, [self.attention_adapter], [None])
-        x = self.h4(self.h3(x), residual=x)
-        if self.residual_adapter is not None:
-            x = _ops.linear(x, [self.residual_adapter], [None])
+        x = self.h2(self.attention(self.h1(x), position), residual=_carried(x, self.attention_adapter))
+        return self.h4(self.h3(x), residual=_carried(x, self.residual_adapter))
+
+
+def _carried(x: torch.Tensor, adapter: torch.Tensor | None) -> torch.Tensor:
+    """The residual stream in the basis behind an adapter, into which attention and MLP write by themselves."""
+    if adapter is None:
         return x
+    carried: torch.Tensor = _ops.linear(x, [adapter], [None])
+    return carried
 
 
 def read_layers(

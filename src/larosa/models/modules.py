@@ -44,7 +44,8 @@ class SparseDecoderLayer(nn.Module):
 
     h2 and h4 are sparsified inside the attention's and the MLP's output projections, the gate inside the
     MLP; a site that the method leaves alone has an `nn.Identity`. The hidden state that goes in and comes
-    out is in the rotated basis of this layer and of the next one.
+    out is in the rotated basis of this layer and of the next one. Between two bases an adapter takes the residual
+    stream past attention or MLP, which write into the second by themselves: it waits for neither.
     """
 
     architecture: Architecture
@@ -58,14 +59,17 @@ class SparseDecoderLayer(nn.Module):
         names = self.architecture
         attention_input = self.h1(names.norm(self, "h1")(hidden_states))
         attention_output, _ = names.attention(self)(attention_input, *args, **kwargs)
-        hidden_states = hidden_states + attention_output
-        if self.attention_adapter is not None:
-            hidden_states = self.attention_adapter(hidden_states)
+        hidden_states = _carried(hidden_states, self.attention_adapter) + attention_output
         mlp_output = names.mlp(self)(self.h3(names.norm(self, "h3")(hidden_states)))
-        hidden_states = hidden_states + mlp_output
-        if self.residual_adapter is not None:
-            hidden_states = self.residual_adapter(hidden_states)
+        return _carried(hidden_states, self.residual_adapter) + mlp_output
+
+
+def _carried(hidden_states: torch.Tensor, adapter: nn.Linear | None) -> torch.Tensor:
+    """The residual stream in the basis behind an adapter."""
+    if adapter is None:
         return hidden_states
+    carried: torch.Tensor = adapter(hidden_states)
+    return carried
 
 
 _sparse_layer_classes: dict[type, type] = {}
@@ -88,6 +92,8 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         LarosaError: the counts do not fit the model's layers or sizes.
     """
     layers: list[Any] = list(architecture.layers(model))
+    groups = config.rotation.groups(len(layers), config.layers_per_rotation)
+    before_change = {group[-1] for group in groups[:-1]}
     key, noun = ("thresholds", "thresholds") if config.method.uses_thresholds else ("keep", "counts")
     if config.layers != len(layers):
         raise LarosaError(
@@ -104,10 +110,8 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
             if isinstance(selector, TopK):
                 _check_count(selector.k, weight.shape[1], site, index)
             _PLACES[site].put(architecture, layer, site, selector)
-        last = index == len(layers) - 1
-        block, layered = config.rotation is Rotation.BLOCK, config.rotation is Rotation.LAYER
-        layer.attention_adapter = _adapter(layer, architecture) if block else None
-        layer.residual_adapter = _adapter(layer, architecture) if (block or layered) and not last else None
+        layer.attention_adapter = _adapter(layer, architecture) if config.rotation is Rotation.BLOCK else None
+        layer.residual_adapter = _adapter(layer, architecture) if index in before_change else None
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:

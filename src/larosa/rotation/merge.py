@@ -18,9 +18,10 @@ from larosa.rotation.bases import LayerBases
 
 @dataclass
 class Adapters:
-    """The residual adapters of one decoder layer (paper, section 4.2), each R [D, D] for x <- x R.
+    """The residual adapters of one decoder layer (paper, section 4.2), each R [D, D] for x <- x R + f(x).
 
-    `attention` sits between attention and MLP (rotation level `block` only), `residual` after the layer.
+    `attention` carries the residual stream past the attention (rotation level `block` only), `residual` past the
+    MLP. What these add is merged into the basis behind the adapter, so that x R waits for neither.
     """
 
     attention: torch.Tensor | None = None
@@ -35,8 +36,9 @@ def merge_bases(model: Any, architecture: Architecture, bases: Iterable[LayerBas
     """Rotate `model` in place into the given bases, one set a layer, first layer first.
 
     `bases` may be a generator that still runs the model: layer l is changed only after its bases have
-    been drawn, and layers after it not yet. The embedding is changed last for the same reason. Where the
-    residual stream is not rotated, the norms keep their gains.
+    been drawn, and layers after it not yet. Its MLP writes into the basis of layer l + 1 and so is finished one
+    draw later. The embedding is changed last for the same reason. Where the residual stream is not rotated,
+    the norms keep their gains.
 
     Args:
         model: a dense causal language model whose head is not tied to its embedding.
@@ -57,11 +59,13 @@ def merge_bases(model: Any, architecture: Architecture, bases: Iterable[LayerBas
         dtype = architecture.linears(layer, "h2")[0].weight.dtype
         adapters[index].attention = _adapter(basis.attention, basis.mlp, dtype)
         if previous is not None:
+            _merge_output(layers[index - 1], index - 1, architecture, "h4", basis.attention)
             adapters[index - 1].residual = _adapter(previous.mlp, basis.attention, dtype)
         first = first or basis
         previous = basis
     assert first is not None, "a model has at least one layer"
     assert previous is not None
+    _merge_output(layers[-1], len(layers) - 1, architecture, "h4", previous.mlp)
     if first.attention is not None:
         embedding, head = architecture.embedding(model), architecture.head(model)
         norm = architecture.final_norm(model)
@@ -78,20 +82,33 @@ def _adapter(before: torch.Tensor | None, after: torch.Tensor | None, dtype: tor
 
 
 def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, basis: LayerBases, heads: Heads) -> None:
+    """All of a layer but what its MLP writes, which is in the next layer's basis."""
     # As one matrix each: of all values, and of what the query heads make of them.
     values = mixed = None
     if basis.values is not None:
         values = torch.block_diag(*basis.values)
         mixed = torch.block_diag(*basis.values.repeat_interleave(heads.group, 0))
-    for input_site, output_site, Q in (("h1", "h2", basis.attention), ("h3", "h4", basis.mlp)):
-        norm = architecture.norm(layer, input_site)
-        for linear in architecture.linears(layer, input_site):
+    for site, Q in (("h1", basis.attention), ("h3", basis.mlp)):
+        norm = architecture.norm(layer, site)
+        for linear in architecture.linears(layer, site):
             left = values if linear is architecture.value(layer) else None
-            _merge_linear(linear, left, _folded(norm, Q), f"layer {index}, site {input_site}")
-        for linear in architecture.linears(layer, output_site):
-            _merge_linear(linear, Q, mixed if output_site == "h2" else None, f"layer {index}, site {output_site}")
+            _merge_linear(linear, left, _folded(norm, Q), f"layer {index}, site {site}")
         if Q is not None:
             _reset_gain(norm)
+    _merge_output(layer, index, architecture, "h2", basis.mlp, mixed)
+
+
+def _merge_output(
+    layer: nn.Module,
+    index: int,
+    architecture: Architecture,
+    site: str,
+    after: torch.Tensor | None,
+    right: torch.Tensor | None = None,
+) -> None:
+    """What a layer adds to the residual stream at h2 or h4, into the basis that the stream is in `after` it."""
+    for linear in architecture.linears(layer, site):
+        _merge_linear(linear, after, right, f"layer {index}, site {site}")
 
 
 def _folded(norm: Any, Q: torch.Tensor | None) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def sparsity_of(config: Any) -> Sparsity:
         return Sparsity(0.0, 0.0, 0.0)
     sizes = SiteSizes.of(config)
     skipped = sizes.skipped_weights(_dropped_entries(block, sizes))
-    net = skipped - sizes.adapter_weights(block.rotation)
+    net = skipped - sizes.adapter_weights(block.rotation, block.layers_per_rotation)
     return Sparsity(block.sparsity, skipped / sizes.linear_weights, net / sizes.linear_weights)
 
 
@@ -126,7 +126,7 @@ def inspect_config(config: Any) -> Inspection:
                     bytes_sparse=round((width - drops) * outputs) * item,
                 )
             )
-    adapters = 0 if block is None else sizes.adapter_weights(block.rotation)
+    adapters = 0 if block is None else sizes.adapter_weights(block.rotation, block.layers_per_rotation)
     scores = sizes.score_entries if block is not None and block.score.has_vectors else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     skipped = (bytes_dense - bytes_sparse) // item

@@ -78,11 +78,11 @@ class SiteSizes:
         """Weight elements that are not read where each site drops so many entries in each layer."""
         return sum(sum(counts) * self.outputs[site] for site, counts in dropped.items())
 
-    def num_adapters(self, rotation: Rotation) -> int:
+    def num_adapters(self, rotation: Rotation, layers_per_rotation: int = 1) -> int:
         """Residual adapters of a converted model, each [hidden, hidden]."""
-        between_layers = self.layers - 1
-        return {Rotation.LAYER: between_layers, Rotation.BLOCK: between_layers + self.layers}.get(rotation, 0)
+        between_groups = len(rotation.groups(self.layers, layers_per_rotation)) - 1
+        return between_groups + (self.layers if rotation is Rotation.BLOCK else 0)
 
-    def adapter_weights(self, rotation: Rotation) -> int:
+    def adapter_weights(self, rotation: Rotation, layers_per_rotation: int = 1) -> int:
         """Weight elements that the residual adapters add, over all layers."""
-        return self.num_adapters(rotation) * self.hidden**2
+        return self.num_adapters(rotation, layers_per_rotation) * self.hidden**2

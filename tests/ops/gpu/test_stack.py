@@ -151,8 +151,14 @@ def _moved(layer, device):
         old, keys=old.keys.clone().to(device), values=old.values.clone().to(device), cos=there(old.cos),
         sin=there(old.sin), q_gain=there(old.q_gain), k_gain=there(old.k_gain),
     )  # fmt: skip
-    adapters = [None if a is None else column_major(a.to(device)) for a in (layer.attention_adapter, layer.residual_adapter)]
-    return DecodeLayer(site(layer.h1), attention, site(layer.h2), adapters[0], site(layer.h3), site(layer.h4), adapters[1])
+
+    def adapter(matrix):
+        return None if matrix is None else column_major(matrix.to(device))
+
+    return DecodeLayer(
+        *(site(layer.h1), attention, site(layer.h2), adapter(layer.attention_adapter)),
+        *(site(layer.h3), site(layer.h4), adapter(layer.residual_adapter)),
+    )
 
 
 def compare(layers, gpu, *positions, tolerance=1e-4):
@@ -207,14 +213,17 @@ def test_positions_outside_the_cache(gpu, position):
     result, caches = layers.run(gpu, position)
     assert result.isnan().all()
     for layer, (keys, values) in zip(layers.layers, caches, strict=True):
-        assert torch.equal(keys, layer.attention.keys) and torch.equal(values, layer.attention.values)
+        assert torch.equal(keys, layer.attention.keys)
+        assert torch.equal(values, layer.attention.values)
 
 
 @pytest.mark.parametrize("kind", ["tied", "zero", "many tied"])
 def test_ties_go_to_the_lowest_index(gpu, kind):
     """At h2 of one layer whose attention gives its values: what is kept shows in a product with the identity."""
     width = 1200 if kind == "many tied" else 64
-    layers = Layers(torch.float32, layers=1, hidden=width, heads=width // 8, key_heads=width // 8, size=8, adapters=False, scored=False)
+    heads = width // 8
+    sizes = {"layers": 1, "hidden": width, "heads": heads, "key_heads": heads, "size": 8}
+    layers = Layers(torch.float32, **sizes, adapters=False, scored=False)
     (layer,) = layers.layers
     layer.h2.weights[0].copy_(torch.eye(width))
     for weight in layer.h4.weights:

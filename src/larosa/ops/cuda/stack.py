@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_void_p
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from larosa.ops.cuda import launch
-from larosa.ops.cuda.launch import Grid
+from larosa.ops.cuda.launch import Argument, Grid
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Vector
 
 if TYPE_CHECKING:
-    from larosa.decoding.layers import DecodeLayer, Site
+    from larosa.decoding.layers import DecodeLayer, Norm, Site
 
 THREADS = 512  # of a block, in stack.cu
 _WIDEST = 2**15  # entries of a vector, whose indices are kept in 16 bits
@@ -52,8 +52,7 @@ class _Sizes(ctypes.Structure):
 
 class _Exchange(ctypes.Structure):
     _fields_ = tuple(
-        (name, c_void_p)
-        for name in ("hidden", "middle", "qkv", "attended", "inner", "partials", "teams", "arrived")
+        (name, c_void_p) for name in ("hidden", "middle", "qkv", "attended", "inner", "partials", "teams", "arrived")
     )
 
 
@@ -69,7 +68,7 @@ class Stack:
         first = layers[0]
         self._layers, self._tables = layers, tables  # whose memory the kernel reads
         self._device = first.attention.keys.device
-        key_heads, length, size = first.attention.keys.shape
+        key_heads, _, size = first.attention.keys.shape
         self._sizes = _sizes(layers)
         self._grid = Grid(launch.machine(self._device).multiprocessors, 1, THREADS, together=True)
         self._macros = _macros(first)
@@ -94,14 +93,14 @@ class Stack:
         buffers = (buffer.data_ptr() for buffer in self._buffers)
         exchange = _Exchange(hidden.data_ptr(), *buffers, counters + 4, counters)
         addresses = (c_void_p(tensor.data_ptr()) for tensor in (position, *self._tables))
-        arguments = (c_void_p(self._packed.data_ptr()), self._sizes, exchange, *addresses)
+        arguments: list[Argument] = [c_void_p(self._packed.data_ptr()), self._sizes, exchange, *addresses]
         launch.launch(self._device, "stack.cu", "stack", self._macros, self._grid, arguments)
         return hidden
 
     def _layer(self, layer: DecodeLayer) -> _Layer:
         attention, hidden = layer.attention, layer.h1.weights[0].shape[1]
         size = attention.keys.shape[2]
-        first, second = layer.h1.source, layer.h3.source
+        first, second = (cast("Norm", site.source) for site in (layer.h1, layer.h3))
         return _Layer(
             self._site(layer.h1),
             self._site(layer.h2, layer.attention_adapter),
@@ -140,7 +139,7 @@ def obstacle(layers: Sequence[DecodeLayer]) -> str | None:
     weights = [weight for layer in layers for site in _sites(layer) for weight in site.weights]
     adapters = [a for layer in layers for a in (layer.attention_adapter, layer.residual_adapter) if a is not None]
     dtype, piece = weights[0].dtype, _PIECE // weights[0].element_size()
-    key_heads, length, size = first.attention.keys.shape
+    size = first.attention.keys.shape[2]
     if any(layer.compares for layer in layers):
         return "a site compares with a threshold"
     if any(matrix.dtype != dtype for matrix in (*weights, *adapters, first.attention.keys)):
