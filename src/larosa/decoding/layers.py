@@ -160,13 +160,18 @@ def _carried(x: torch.Tensor, adapter: torch.Tensor | None) -> torch.Tensor:
 
 
 def read_layers(
-    model: Any, architecture: Architecture, cache: KeyValueCache, tables: tuple[torch.Tensor, torch.Tensor]
+    model: Any,
+    architecture: Architecture,
+    cache: KeyValueCache,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    *,
+    by_columns: bool = False,
 ) -> list[DecodeLayer]:
     """The layers of a dense or sparsified model, over its own weights.
 
-    Linears that are read sparsely are laid out by columns in place, the others by rows: their values, and
-    whatever else uses them, stay as they are. Layers hold on to the memory itself, so that they stay
-    sound when somebody else lays the same weights out in another way.
+    Linears that are read sparsely are laid out by columns in place, the others by rows, or `by_columns` too:
+    their values, and whatever else uses them, stay as they are. Layers hold on to the memory itself, so that
+    they stay sound when somebody else lays the same weights out in another way.
     """
     layers = architecture.layers(model)
     chosen: dict[str, list[Selector]] = {}
@@ -174,13 +179,13 @@ def read_layers(
         chosen = selectors(model, architecture)
     return [
         DecodeLayer(
-            h1=_site(architecture, layer, "h1", index, chosen, norm(architecture.norm(layer, "h1"))),
+            h1=_site(architecture, layer, "h1", index, chosen, norm(architecture.norm(layer, "h1")), by_columns),
             attention=_attention(model, architecture, layer, index, cache, tables),
-            h2=_site(architecture, layer, "h2", index, chosen, _AsItIs()),
-            attention_adapter=_adapter(layer, "attention_adapter"),
-            h3=_site(architecture, layer, "h3", index, chosen, norm(architecture.norm(layer, "h3"))),
-            h4=_site(architecture, layer, "h4", index, chosen, _Gated()),
-            residual_adapter=_adapter(layer, "residual_adapter"),
+            h2=_site(architecture, layer, "h2", index, chosen, _AsItIs(), by_columns),
+            attention_adapter=_adapter(layer, "attention_adapter", by_columns),
+            h3=_site(architecture, layer, "h3", index, chosen, norm(architecture.norm(layer, "h3")), by_columns),
+            h4=_site(architecture, layer, "h4", index, chosen, _Gated(), by_columns),
+            residual_adapter=_adapter(layer, "residual_adapter", by_columns),
         )
         for index, layer in enumerate(layers)
     ]
@@ -203,12 +208,17 @@ def _site(
     index: int,
     chosen: dict[str, list[Selector]],
     source: _Source,
+    by_columns: bool,
 ) -> Site:
     linears = architecture.linears(layer, site)
     kept = _kept(chosen[site][index], linears[0].in_features) if site in chosen else {}
     for linear in linears:
-        linear.weight.data = column_major(linear.weight.data) if kept else linear.weight.data.contiguous()
+        _lay_out(linear, by_columns or bool(kept))
     return Site(source, [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears], **kept)
+
+
+def _lay_out(linear: nn.Linear, by_columns: bool) -> None:
+    linear.weight.data = column_major(linear.weight.data) if by_columns else linear.weight.data.contiguous()
 
 
 def _kept(selector: Selector, width: int) -> dict[str, Any]:
@@ -242,6 +252,9 @@ def _attention(
     )
 
 
-def _adapter(layer: nn.Module, name: str) -> torch.Tensor | None:
+def _adapter(layer: nn.Module, name: str, by_columns: bool) -> torch.Tensor | None:
     adapter = getattr(layer, name, None)
-    return None if adapter is None else adapter.weight.data
+    if adapter is None:
+        return None
+    _lay_out(adapter, by_columns)
+    return own(adapter.weight)
