@@ -16,7 +16,7 @@ from larosa.benchmarks.compiled_decoder import CompiledDecoder, Products
 from larosa.ops import column_major
 
 #: (outputs, inputs, warps) of a program, to choose from.
-TILES = ((128, 32, 4), (256, 16, 4), (256, 32, 4), (512, 16, 4), (512, 32, 8), (1024, 16, 8))
+TILES = ((64, 256, 2), (64, 512, 4), (64, 128, 2), (32, 256, 2), (32, 512, 4), (64, 256, 4))
 
 
 @triton.jit

@@ -13,10 +13,8 @@ from larosa.decoding.cache import KeyValueCache
 from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
-from larosa.ops.backend import chosen_kernels
 from larosa.ops.cpu.graph import Graph
 from larosa.ops.cpu.library import load
-from larosa.ops.cuda.stack import Stack, obstacle
 from larosa.ops.schema import has_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,9 +25,9 @@ class Engine:
     """Decodes one sequence at a time with a dense or converted model.
 
     Prompts run through the model's own forward; each further token is one step over `torch.ops.larosa`,
-    in which a site that keeps k of its entries reads k columns of its weights. With CUDA C++ all layers of a
-    step are one launch where their sizes allow it (`larosa.ops.cuda.stack`). No weight is copied: linears
-    are laid out by columns in place. The model goes on working as before, and several engines can share it.
+    in which a site that keeps k of its entries reads k columns of its weights. No weight is copied: the
+    linears that are read sparsely, on a GPU all of them, are laid out by columns in place. The model goes on
+    working as before, and several engines can share it.
 
     Args:
         model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
@@ -48,13 +46,7 @@ class Engine:
         self._decoder = architecture.decoder(model)
         self._cache = KeyValueCache(model.config, max_length, weight.dtype, weight.device)
         tables = rotary_tables(model, architecture, max_length)
-        self._stack: Stack | None = None
-        if weight.device.type == "cuda" and chosen_kernels() == "cuda":
-            self._layers = read_layers(model, architecture, self._cache, tables, by_columns=True)
-            if obstacle(self._layers) is None:
-                self._stack = Stack(self._layers, tables)
-        if self._stack is None:
-            self._layers = read_layers(model, architecture, self._cache, tables)
+        self._layers = read_layers(model, architecture, self._cache, tables)
         self._embedding = weight.data
         self._final_norm = norm(architecture.final_norm(model))
         head = architecture.head(model)
@@ -110,13 +102,10 @@ class Engine:
         return self._replayed().clone() if self._replays else self._run()
 
     def _run(self) -> torch.Tensor:
-        """The step: logits [1, vocabulary] of `_hidden` at `_position`."""
+        """The step, operator by operator: logits [1, vocabulary] of `_hidden` at `_position`."""
         x = self._hidden
-        if self._stack is not None:
-            x = self._stack(x, self._position)
-        else:
-            for layer in self._layers:
-                x = layer(x, self._position)
+        for layer in self._layers:
+            x = layer(x, self._position)
         return self._logits(self._final_norm.every(x))
 
     def _logits(self, normed: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Sites are the paper's: h1 is read by q/k/v, h2 by the attention's output project
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,7 +74,8 @@ class _Gated:
 class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
-    With neither `k` nor `threshold` everything is kept, and the linears are read whole.
+    With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
+    a list of `every` column.
     """
 
     source: _Source
@@ -82,6 +84,7 @@ class Site:
     k: int | None = None
     score: torch.Tensor | None = None
     threshold: float | None = None
+    every: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from."""
@@ -90,8 +93,7 @@ class Site:
         elif self.threshold is not None:
             values, indices = _ops.above(self.source.every(x), self.threshold)
         else:
-            dense: torch.Tensor = _ops.linear(self.source.every(x), self.weights, self.biases, residual)
-            return dense
+            return _dense(self.source.every(x), self.weights, self.biases, residual, self.every)
         sparse: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual)
         return sparse
 
@@ -129,16 +131,41 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What takes the residual stream into another basis (paper, section 4.2), by columns where it lists `every` one.
+
+    Attention and MLP write into that basis by themselves, so it may run `beside` them, on a stream of a GPU.
+    """
+
+    weight: torch.Tensor
+    every: torch.Tensor | None = None
+    beside: torch.cuda.Stream | None = None
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        """x R [1, D] for x [1, D], which is not to be read before `end`, nor x to be freed."""
+        if self.beside is None:
+            return _dense(x, [self.weight], [None], None, self.every)
+        self.beside.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self.beside):
+            return _dense(x, [self.weight], [None], None, self.every)
+
+    def end(self) -> None:
+        """What follows comes after it."""
+        if self.beside is not None:
+            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
+
+
+@dataclass(frozen=True)
 class DecodeLayer:
     """One decoder layer of one token."""
 
     h1: Site
     attention: Attention
     h2: Site
-    attention_adapter: torch.Tensor | None
+    attention_adapter: Adapter | None
     h3: Site
     h4: Site
-    residual_adapter: torch.Tensor | None
+    residual_adapter: Adapter | None
 
     @property
     def compares(self) -> bool:
@@ -147,45 +174,62 @@ class DecodeLayer:
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
-        x = self.h2(self.attention(self.h1(x), position), residual=_carried(x, self.attention_adapter))
-        return self.h4(self.h3(x), residual=_carried(x, self.residual_adapter))
+        middle = _add(x, self.attention_adapter, lambda: self.attention(self.h1(x), position), self.h2)
+        return _add(middle, self.residual_adapter, lambda: self.h3(middle), self.h4)
 
 
-def _carried(x: torch.Tensor, adapter: torch.Tensor | None) -> torch.Tensor:
-    """The residual stream in the basis behind an adapter, into which attention and MLP write by themselves."""
+def _add(x: torch.Tensor, adapter: Adapter | None, begin: Callable[[], torch.Tensor], site: Site) -> torch.Tensor:
+    """x in the basis behind its adapter, and on top of it what the site makes of the activation that `begin` gives."""
     if adapter is None:
-        return x
-    carried: torch.Tensor = _ops.linear(x, [adapter], [None])
-    return carried
+        return site(begin(), residual=x)
+    carried = adapter.begin(x)
+    activation = begin()
+    adapter.end()
+    return site(activation, residual=carried)
+
+
+def _dense(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    residual: torch.Tensor | None,
+    every: torch.Tensor | None,
+) -> torch.Tensor:
+    if every is None:
+        by_rows: torch.Tensor = _ops.linear(x, weights, biases, residual)
+        return by_rows
+    by_columns: torch.Tensor = _ops.sparse_linear(x, every, weights, biases, residual)
+    return by_columns
 
 
 def read_layers(
-    model: Any,
-    architecture: Architecture,
-    cache: KeyValueCache,
-    tables: tuple[torch.Tensor, torch.Tensor],
-    *,
-    by_columns: bool = False,
+    model: Any, architecture: Architecture, cache: KeyValueCache, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> list[DecodeLayer]:
     """The layers of a dense or sparsified model, over its own weights.
 
-    Linears that are read sparsely are laid out by columns in place, the others by rows, or `by_columns` too:
-    their values, and whatever else uses them, stay as they are. Layers hold on to the memory itself, so that
-    they stay sound when somebody else lays the same weights out in another way.
+    Linears that are read sparsely are laid out by columns in place, on a GPU all of them, which its kernels
+    read faster: their values, and whatever else uses them, stay as they are. Layers hold on to the memory
+    itself, so that they stay sound when somebody else lays the same weights out in another way.
     """
     layers = architecture.layers(model)
     chosen: dict[str, list[Selector]] = {}
     if getattr(model.config, "larosa", None) is not None:
         chosen = selectors(model, architecture)
+    device = cache.keys[0].device
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def site(name: str, index: int, source: _Source) -> Site:
+        return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
+
     return [
         DecodeLayer(
-            h1=_site(architecture, layer, "h1", index, chosen, norm(architecture.norm(layer, "h1")), by_columns),
+            h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
             attention=_attention(model, architecture, layer, index, cache, tables),
-            h2=_site(architecture, layer, "h2", index, chosen, _AsItIs(), by_columns),
-            attention_adapter=_adapter(layer, "attention_adapter", by_columns),
-            h3=_site(architecture, layer, "h3", index, chosen, norm(architecture.norm(layer, "h3")), by_columns),
-            h4=_site(architecture, layer, "h4", index, chosen, _Gated(), by_columns),
-            residual_adapter=_adapter(layer, "residual_adapter", by_columns),
+            h2=site("h2", index, _AsItIs()),
+            attention_adapter=_adapter(layer, "attention_adapter", beside),
+            h3=site("h3", index, norm(architecture.norm(layer, "h3"))),
+            h4=site("h4", index, _Gated()),
+            residual_adapter=_adapter(layer, "residual_adapter", beside),
         )
         for index, layer in enumerate(layers)
     ]
@@ -201,20 +245,19 @@ def own(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.data
 
 
-def _site(
-    architecture: Architecture,
-    layer: nn.Module,
-    site: str,
-    index: int,
-    chosen: dict[str, list[Selector]],
-    source: _Source,
-    by_columns: bool,
-) -> Site:
-    linears = architecture.linears(layer, site)
-    kept = _kept(chosen[site][index], linears[0].in_features) if site in chosen else {}
+def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: _Source) -> Site:
+    kept = {} if selector is None else _kept(selector, linears[0].in_features)
+    every = None if kept else _every_column(linears[0])
     for linear in linears:
-        _lay_out(linear, by_columns or bool(kept))
-    return Site(source, [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears], **kept)
+        _lay_out(linear, by_columns=bool(kept) or every is not None)
+    weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
+    return Site(source, weights, biases, every=every, **kept)
+
+
+def _every_column(linear: nn.Linear) -> torch.Tensor | None:
+    """[1, D] int32, where all columns are read faster than all rows."""
+    device = linear.weight.device
+    return None if device.type == "cpu" else torch.arange(linear.in_features, dtype=torch.int32, device=device)[None]
 
 
 def _lay_out(linear: nn.Linear, by_columns: bool) -> None:
@@ -252,9 +295,10 @@ def _attention(
     )
 
 
-def _adapter(layer: nn.Module, name: str, by_columns: bool) -> torch.Tensor | None:
-    adapter = getattr(layer, name, None)
-    if adapter is None:
+def _adapter(layer: nn.Module, name: str, beside: torch.cuda.Stream | None) -> Adapter | None:
+    linear = getattr(layer, name, None)
+    if linear is None:
         return None
-    _lay_out(adapter, by_columns)
-    return own(adapter.weight)
+    every = _every_column(linear)
+    _lay_out(linear, by_columns=every is not None)
+    return Adapter(linear.weight.data, every, beside)

@@ -15,8 +15,7 @@ from typing import Any
 from larosa.errors import LarosaError
 
 _SOURCES = Path(__file__).parent / "source"
-# Lambdas with `auto` count as host functions otherwise, which some versions refuse.
-_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
+_OPTIONS = ("--std=c++17",)
 _DIGEST = hashlib.sha256().digest_size
 
 

@@ -11,14 +11,7 @@ from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
-from larosa.ops.cuda.plan import (
-    AHEAD_BYTES,
-    LINEAR_TILE,
-    THREADS,
-    attend_plan,
-    linear_blocks,
-    sparse_plan,
-)
+from larosa.ops.cuda.plan import AHEAD_BYTES, LINEAR_TILE, THREADS, attend_plan, linear_blocks, sparse_plan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 

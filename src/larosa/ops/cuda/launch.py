@@ -39,13 +39,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Grid:
-    """How many blocks of how many threads; `cluster` neighbouring blocks along x run together, or all of them."""
+    """How many blocks of how many threads; `cluster` neighbouring blocks along x run together."""
 
     x: int
     y: int
     threads: int
     cluster: int = 1
-    together: bool = False
 
 
 @cache
@@ -82,23 +81,11 @@ def launch(
     """
     with torch.cuda.device(device):
         loaded = _load(device, source, kernel, tuple(sorted(macros.items())))
-        there = machine(device).shared_memory
-        if loaded.shared > there:
-            raise LarosaError(
-                f"{kernel} needs {loaded.shared} bytes of shared memory for this size, the GPU has {there}: "
-                "set LAROSA_CUDA_KERNELS=triton"
-            )
         _start(
             _configuration(machine(device), grid, loaded.shared, torch.cuda.current_stream().cuda_stream),
             loaded,
             arguments,
         )
-
-
-def shared_memory(device: torch.device, source: str, kernel: str, macros: Mapping[str, str]) -> int:
-    """Bytes that a block of a kernel wants, which may be more than `machine` has."""
-    with torch.cuda.device(device):
-        return _load(device, source, kernel, tuple(sorted(macros.items()))).shared
 
 
 @dataclass(frozen=True)
@@ -119,9 +106,13 @@ def _load(device: torch.device, source: str, kernel: str, macros: tuple[tuple[st
     address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
     shared = ctypes.c_uint()
     _checked(driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size))
-    if shared.value <= gpu.shared_memory:
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
+    if shared.value > gpu.shared_memory:
+        raise LarosaError(
+            f"{kernel} needs {shared.value} bytes of shared memory for this size, the GPU has {gpu.shared_memory}: "
+            "set LAROSA_CUDA_KERNELS=triton"
+        )
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, attribute, shared.value))
     return _Loaded(function, shared.value)
 
 
@@ -133,12 +124,7 @@ def _configuration(gpu: Machine, grid: Grid, shared: int, stream: int) -> Any:
     config.sharedMemBytes = shared
     config.hStream = stream
     attributes = []
-    if grid.together:
-        resident = driver.CUlaunchAttribute()
-        resident.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        resident.value.cooperative = 1
-        attributes.append(resident)
-    elif gpu.overlaps:
+    if gpu.overlaps:
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1

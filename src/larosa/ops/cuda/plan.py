@@ -16,6 +16,9 @@ _RESIDENT = 3  # blocks of these kernels that a multiprocessor holds at once
 _LOADS = 8  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _ENOUGH = 0.6  # of the places for blocks
 _CLUSTERS = (8, 4, 2, 1)  # 8 blocks is what every GPU with clusters grants
+#: Blocks a multiprocessor, on the average, up to which clusters of a size find room together. A cluster lies within one
+#: group of multiprocessors, so that the larger it is, the more places stay empty; a second round costs more.
+_ROOM = {1: 3.0, 2: 3.0, 4: 2.65, 8: 2.0}
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
     width = 16 // element_size
     at_once = _RESIDENT * gpu.multiprocessors
     best, best_worth = SparsePlan(32, 1, 32 * width), 0.0
-    for lanes in (32, 16, 8, 4):
+    for lanes in (32, 16, 8):
         tiles = sum(-(-size // (lanes * width)) for size in outputs)
         for cluster in _CLUSTERS if gpu.overlaps else (1,):
             blocks = max(tiles * cluster * batch, 1)
-            if blocks > at_once:
+            if blocks > _ROOM[cluster] * gpu.multiprocessors:
                 continue
             loads = max(k // cluster // (THREADS // lanes), 1)
             filled = blocks / at_once * min(1.0, loads / _LOADS)

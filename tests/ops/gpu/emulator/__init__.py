@@ -44,8 +44,7 @@ class Emulator:
         arguments: Sequence[Argument],
     ) -> None:
         library = _library(self.folder, source, kernel, tuple(sorted(macros.items())))
-        together = grid.x if grid.together else grid.cluster
-        failure = library.run(grid.x, grid.y, together, grid.threads, self.order, addresses_of(arguments))
+        failure = library.run(grid.x, grid.y, grid.cluster, grid.threads, self.order, addresses_of(arguments))
         if failure is not None:
             raise RuntimeError(f"{kernel} {dict(macros)}: {failure.decode()}")
 

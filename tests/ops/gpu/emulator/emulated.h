@@ -23,7 +23,6 @@
 #define __device__
 #define KERNEL(threads, blocks) static void
 #define DEVICE inline
-#define SEPARATE static
 #define SHARED(type) extern "C" unsigned shared_bytes; unsigned shared_bytes = sizeof(type)
 
 using std::max;
@@ -34,9 +33,6 @@ struct Index {
 };
 struct uint4 {
     unsigned x, y, z, w;
-};
-struct alignas(16) ulonglong2 {
-    unsigned long long x, y;
 };
 struct float4 {
     float x, y, z, w;
@@ -269,9 +265,6 @@ inline uint4 load_once(const void* from) {
     emulator::check(from, 16);
     return *static_cast<const uint4*>(from);
 }
-inline void load_once_if(bool wanted, const void* from, uint4& data) {
-    if (wanted) data = load_once(from);
-}
 template <class T>
 T load_fresh(const T* from) {
     emulator::check(from, sizeof(T));
@@ -299,18 +292,6 @@ float cluster_load(const float& mine, int rank) {
     };
     const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*emulator::current->of);
     return *reinterpret_cast<const float*>(base(emulator::blocks[rank]) + offset);
-}
-inline void signal(unsigned* counter) {
-    ++*counter;
-    emulator::moved = true;
-}
-inline unsigned signal_and_count(unsigned* counter) {
-    emulator::moved = true;
-    return (*counter)++;
-}
-inline void wait_for_signals(const unsigned* counter, unsigned count) {
-    while (*counter < count) emulator::give_way();
-    emulator::moved = true;
 }
 inline float warp_sum(float x, int from = 1) {
     for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);

@@ -6,7 +6,6 @@
 
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define DEVICE __device__ __forceinline__
-#define SEPARATE __device__ __noinline__  // with registers of its own
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
@@ -56,16 +55,6 @@ DEVICE uint4 load_once(const void* from) {
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
                  : "l"(from));
     return data;
-}
-
-// The same on a condition, without a branch: after one, the compiler may copy what was loaded, and so wait for it.
-DEVICE void load_once_if(bool wanted, const void* from, uint4& data) {
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\t"
-        "setp.ne.u32 wanted, %5, 0;\n\t"
-        "@wanted ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-        : "+r"(data.x), "+r"(data.y), "+r"(data.z), "+r"(data.w)
-        : "l"(from), "r"(static_cast<unsigned>(wanted)));
 }
 
 // What the kernel before this one wrote: from the second cache, the first may hold what stood there earlier.
@@ -152,27 +141,6 @@ DEVICE float cluster_load(const float& mine, int rank) {
     }
 #endif
     return mine;
-}
-
-// --- Signals between all blocks of a grid that runs at once. Each is for one thread; a barrier of the block before a
-// signal, or after a wait, makes it count for the whole block.
-
-// Adds one to a counter, after all that was written before.
-DEVICE void signal(unsigned* counter) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-// The same, and how many were there before; what they wrote before theirs can be read then.
-DEVICE unsigned signal_and_count(unsigned* counter) {
-    unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before;
-}
-
-DEVICE void wait_for_signals(const unsigned* counter, unsigned count) {
-    unsigned seen;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    while (seen < count);
 }
 
 // --- Sums in a fixed order, so that the same input gives the same bits.

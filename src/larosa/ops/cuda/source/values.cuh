@@ -4,13 +4,9 @@
 
 #include "vectors.cuh"
 
-DEVICE float silu_mul(float gate, float up) {
-    return gate / (1.0f + expf(-gate)) * up;
-}
-
 DEVICE float silu_mul_at(const float* gate_up, int i, int width) {
     const float gate = load_fresh(gate_up + i);
-    return silu_mul(gate, load_fresh(gate_up + width + i));
+    return gate / (1.0f + expf(-gate)) * load_fresh(gate_up + width + i);
 }
 
 // 1 / sqrt(mean(x^2) + eps)

@@ -16,11 +16,6 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
-    // The same of a vector that is known to be float32.
-    DEVICE float plain(int i, float otherwise) const {
-        return data == nullptr ? otherwise : static_cast<const float*>(data)[i];
-    }
-
     // Brings its first `size` entries near, whole pieces of 16 bytes of them. For one thread.
     DEVICE void fetch(int size) const {
         if (data != nullptr && reinterpret_cast<unsigned long long>(data) % 16 == 0)
