@@ -18,6 +18,7 @@ from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.text import TextStream
 from larosa.errors import LarosaError
+from larosa.ops.schema import has_kernels
 
 
 class EngineName(StrEnum):
@@ -25,10 +26,6 @@ class EngineName(StrEnum):
 
     LAROSA = "larosa"
     TRANSFORMERS = "transformers"
-
-
-#: The engine of each device where none is asked for. The CUDA kernels have been checked without a GPU only.
-DEFAULT_ENGINES = {"cpu": EngineName.LAROSA, "cuda": EngineName.TRANSFORMERS}
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def generate(
         temperature: 0 is greedy.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: of the sampling; the same seed gives the same text on the same device and engine.
-        engine: `larosa`, `transformers`, or None for the device's default, `DEFAULT_ENGINES`.
+        engine: `larosa`, `transformers`, or None for larosa's where the device has its kernels.
         on_text: called with each piece of text as soon as it is complete.
 
     Raises:
@@ -115,7 +112,7 @@ def generate(
 
 def _engine(name: str | None, device: torch.device) -> EngineName:
     if name is None:
-        return DEFAULT_ENGINES.get(device.type, EngineName.TRANSFORMERS)
+        return EngineName.LAROSA if has_kernels(device.type) else EngineName.TRANSFORMERS
     try:
         return EngineName(name)
     except ValueError:
