@@ -12,7 +12,7 @@ from larosa.architectures import find_architecture
 from larosa.config import SITES, PerSite
 from larosa.models import selectors, set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
-from larosa.sparsity.sensitivity import cheapest, sorted_entries
+from larosa.sparsity.sensitivity import cheapest
 
 from .test_conversion import PLAIN, ROTATIONS, VARIANTS, Reference, calibration_ids, plain, relative_error
 
@@ -132,13 +132,43 @@ def test_the_search_drops_what_the_scores_say_costs_least(make_model, quick_conv
     assert all(block["keep"][site] != even[site] for site in SITES)
 
 
-def test_the_search_prices_entries_by_scores(make_model, quick_convert, text_file, tokenizer):
-    model = quick_convert(make_model("llama"), search="fisher", sparsity=0.4, **FISHER)
+def test_the_search_prices_entries_by_scores_and_coherence(make_model, quick_convert, text_file, tokenizer):
+    model = quick_convert(make_model("llama", torch.float64), search="fisher", sparsity=0.4, **FISHER)
     sizes, architecture = SiteSizes.of(model.config), find_architecture("llama")
     found = model.config.larosa["keep"]
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sorted_entries(model, architecture, lambda: [model(r[None]) for r in calibration_ids(text_file, tokenizer)])
-    assert cheapest(0.4, sizes, costs).model_dump() == found
+    seen = {}
+    for site, sites in selectors(model, architecture).items():
+        for layer, selector in enumerate(sites):
+            selector.register_forward_pre_hook(lambda _, x, at=(layer, site): seen.update({at: x[0]}))
+    model(calibration_ids(text_file, tokenizer))
+    costs = {}
+    for (layer, site), x in sorted(seen.items()):
+        score = selectors(model, architecture)[site][layer].score.double()
+        linears = architecture.linears(architecture.layers(model)[layer], site)
+        x, W = x.flatten(0, 1), torch.cat([linear.weight for linear in linears])
+        order = (x * score).abs().argsort(-1)
+        dropped = x.scatter(-1, order[:, x.shape[1] // 2 :], 0)
+        apart = (dropped[:, None] * W).square().sum()  # each product on its own
+        together = torch.einsum("td,nd->tn", dropped, W).square().sum()
+        costs[layer, site] = (x * score).square().sort(-1).values.mean(0) * together / apart
+    expected = cheapest(0.4, sizes, costs)
+    # Rounding decides between entries of nearly equal prices.
+    assert all(abs(k - other) <= 1 for site in SITES for k, other in zip(expected[site], found[site], strict=True))
+
+
+def test_errors_that_add_up_are_priced(make_model, quick_convert):
+    """Where positive entries all write in one direction their errors add up; with alternating signs they cancel."""
+
+    def kept(signs):
+        model = make_model("llama")
+        mlp = model.model.layers[1].mlp
+        with torch.no_grad():
+            mlp.up_proj.weight.copy_(mlp.gate_proj.weight)  # silu(z) z is positive
+            mlp.down_proj.weight.copy_(mlp.down_proj.weight[:, :1] * signs)
+        return quick_convert(model, search="fisher", sparsity=0.4, **FISHER).config.larosa["keep"]["h4"][1]
+
+    assert kept(torch.ones(56)) > kept(1 - 2 * (torch.arange(56) % 2.0)) + 5
 
 
 def test_saves_and_loads(make_model, quick_convert, token_ids, tmp_path):

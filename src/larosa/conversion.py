@@ -419,7 +419,7 @@ def _fisher_search(
     """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
     sizes = SiteSizes.of(model.config)
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sensitivity.sorted_entries(model, architecture, lambda: evaluate_windows(model, sequences, None))
+    costs = sensitivity.fisher_costs(model, architecture, lambda: evaluate_windows(model, sequences, None))
     _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
 
 

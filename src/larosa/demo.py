@@ -16,7 +16,7 @@ from larosa.conversion import convert
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
 from larosa.models import set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
-from larosa.sparsity.sensitivity import cheapest, sorted_entries
+from larosa.sparsity.sensitivity import cheapest, fisher_costs
 
 SPARSITIES = (0.25, 0.40, 0.50, 0.60)
 
@@ -88,7 +88,7 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
         if parts["search"] is Search.FISHER:
             set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
             sequences = calibration_sequences(SELF, reference, tokenizer, **_SAMPLE, seed=seed)
-            costs = sorted_entries(model, architecture, partial(evaluate_windows, model, sequences, None))
+            costs = fisher_costs(model, architecture, partial(evaluate_windows, model, sequences, None))
         for sparsity in SPARSITIES:
             even = keep_counts(sparsity, PerSite(), sizes)
             set_keep_counts(model, architecture, even if costs is None else cheapest(sparsity, sizes, costs))

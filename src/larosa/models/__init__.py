@@ -4,6 +4,7 @@ from larosa.models.families import Family, family_of, register_families
 from larosa.models.modules import (
     SparseActivation,
     SparseLinear,
+    column_norms,
     selectors,
     set_keep_counts,
     set_scores,
@@ -20,6 +21,7 @@ __all__ = [
     "SparseLinear",
     "Threshold",
     "TopK",
+    "column_norms",
     "family_of",
     "selectors",
     "set_keep_counts",
