@@ -66,12 +66,13 @@ def test_256_tokens_of_the_bundled_model(bundled):
 def test_logits_of_the_bundled_model(bundled, bundled_text, step_logits):
     model, sparsity = copy.deepcopy(bundled[0]).float(), bundled[1]
     engine = Engine(model, 32)
-    found = torch.stack([step_logits(engine, ids[None], 8) for ids in bundled_text])
-    expected = model(bundled_text, use_cache=False).logits[:, 7:]
+    # Each step after a prompt of its own: where two entries tie for the k-th place but for the last bits, any two ways
+    # of computing choose differently, and what a step leaves in the cache would make all later ones differ too.
+    steps = [[step_logits(engine, ids[None, : at + 1], at)[-1] for at in range(8, 32)] for ids in bundled_text]
+    found = torch.stack([torch.stack(rows) for rows in steps])
+    expected = model(bundled_text, use_cache=False).logits[:, 8:]
     close = (found - expected).abs().amax(-1) <= 1e-4 * expected.abs().amax()
-    # Where entries tie for the k-th place but for the last bits, the forward with a cache and the one
-    # without choose differently too, and everything after that token differs.
-    assert float(close.float().mean()) >= (0.8 if sparsity else 1.0)
+    assert float(close.float().mean()) >= (0.9 if sparsity else 1.0)
 
 
 def test_the_bundled_model_in_bfloat16(bundled, bundled_text, step_logits):
