@@ -9,7 +9,7 @@ from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import Experiment
 from larosa.reproduce.results import Cell, Column, Picture, Results, Table
 from larosa.reproduce.settings import MAIN_SPARSITY
-from larosa.reproduce.speed import baseline, decoding, label, notes
+from larosa.reproduce.speed import COLUMNS, baseline, cells, decoding, label, notes
 
 
 def run(context: Context) -> Results:
@@ -19,20 +19,9 @@ def run(context: Context) -> Results:
         for length in sorted(set(context.settings.lengths))
     }
     rows: list[list[Cell]] = [
-        [length, label(row), row["sparsity"], row["tokens_per_second"], *_times(row), row["speedup"]]
-        for length, benchmark in found.items()
-        for row in benchmark["rows"]
+        [length, *cells(row), row["speedup"]] for length, benchmark in found.items() for row in benchmark["rows"]
     ]
-    columns = [
-        Column("tokens decoded", "d"),
-        Column("decoder"),
-        Column("sparsity", ".0%"),
-        Column("tokens/s", ".1f"),
-        Column("ms per token", ".3f"),
-        Column("95% of tokens below", ".3f"),
-        Column("floor's share", ".0%"),
-        Column("speedup", ".2f"),
-    ]
+    columns = [Column("tokens decoded", "d"), *COLUMNS, Column("speedup", ".2f")]
     first = next(iter(found.values()))
     about = notes(first)
     if any(label(row) == "TEAL" for row in first["rows"]):
@@ -42,10 +31,6 @@ def run(context: Context) -> Results:
     about.append("The paper shows its speeds as curves without numbers, so that none stand here.")
     title = f"Decoding speed over output length at {MAIN_SPARSITY:.0%}"
     return Results([Table("figure4", title, columns, rows)], [_draw(found)], about)
-
-
-def _times(row: dict[str, Any]) -> list[Cell]:
-    return [row[key] for key in ("ms_per_token", "ms_per_token_p95", "floor_fraction")]
 
 
 def _draw(found: dict[int, dict[str, Any]]) -> Picture:

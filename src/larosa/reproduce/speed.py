@@ -11,9 +11,20 @@ from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_config
 from larosa.benchmarks.gpu_timing import gpu_machine
 from larosa.benchmarks.machine import machine
 from larosa.reproduce.context import Context
+from larosa.reproduce.results import Cell, Column
 
 #: The paper's prompts have so many tokens.
 PROMPT_TOKENS = 128
+
+#: What a table says of a decoder before its speedup; `cells` fills them.
+COLUMNS = (
+    Column("decoder"),
+    Column("sparsity", ".0%"),
+    Column("tokens/s", ".1f"),
+    Column("ms per token", ".3f"),
+    Column("95% of tokens below", ".3f"),
+    Column("floor's share", ".0%"),
+)
 
 
 def decoding(
@@ -53,6 +64,12 @@ def baseline(found: dict[str, Any]) -> dict[str, Any]:
 def label(row: dict[str, Any]) -> str:
     """What a row is called, without its sparsity."""
     return "TEAL" if row["row"] == TEAL else str(row["row"])
+
+
+def cells(row: dict[str, Any]) -> list[Cell]:
+    """A row under `COLUMNS`."""
+    numbers = ("sparsity", "tokens_per_second", "ms_per_token", "ms_per_token_p95", "floor_fraction")
+    return [label(row), *(row[key] for key in numbers)]
 
 
 def notes(found: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from larosa.reproduce import figures, paper
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import Experiment
 from larosa.reproduce.results import Cell, Column, Picture, Results, Table
-from larosa.reproduce.speed import baseline, decoding, label, notes
+from larosa.reproduce.speed import COLUMNS, baseline, cells, decoding, notes
 
 SPARSITIES = (0.0, 0.25, 0.50, 0.75)
 _GPUS = ("A100", "H20")
@@ -20,21 +20,11 @@ def run(context: Context) -> Results:
     tokens = context.settings.lengths[0]
     found = decoding(context, SPARSITIES, tokens)
     base = baseline(found)
-    rows: list[list[Cell]] = []
-    for row in found["rows"]:
-        ours: list[Cell] = [row[key] for key in ("tokens_per_second", "ms_per_token", "ms_per_token_p95")]
-        ours += [row["floor_fraction"], base["floor_ms"] / row["floor_ms"], row["speedup"]]
-        rows.append([label(row), row["sparsity"], *ours, *_paper(context, row, base)])
-    columns = [
-        Column("decoder"),
-        Column("sparsity", ".0%"),
-        Column("tokens/s", ".1f"),
-        Column("ms per token", ".3f"),
-        Column("95% of tokens below", ".3f"),
-        Column("floor's share", ".0%"),
-        Column("speedup that bytes predict", ".2f"),
-        Column("speedup", ".2f"),
+    rows: list[list[Cell]] = [
+        [*cells(row), base["floor_ms"] / row["floor_ms"], row["speedup"], *_paper(context, row, base)]
+        for row in found["rows"]
     ]
+    columns = [*COLUMNS, Column("speedup that bytes predict", ".2f"), Column("speedup", ".2f")]
     if context.paper:
         columns += [Column(f"{what}, paper, {gpu}", ".2f") for gpu in _GPUS for what in ("tokens/s", "speedup")]
     title = f"Decoding speed over sparsity, {tokens} tokens after {base['prompt_tokens']}"
