@@ -170,8 +170,8 @@ def sparse_models(
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
-    They share their weights, which these engines lay out by columns; but where nothing is skipped an engine reads
-    by rows, so that 0 has a model of its own.
+    They share their weights, which these engines lay out by columns; but where nothing is skipped the CPU's engine
+    reads by rows, so that 0 has a model of its own.
     """
     if 0.0 in sparsities:
         whole = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
