@@ -31,15 +31,15 @@ def as_transformers(decoder, settings):
     for layer, own in zip(model.model.layers, decoder.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         joined = [attention.q_proj, attention.k_proj, attention.v_proj]
-        parts = own.product["h1"].weight.split([linear.out_features for linear in joined])
+        parts = own.products["h1"].weights[0].split([linear.out_features for linear in joined])
         for linear, part in zip(joined, parts, strict=True):
             linear.weight.copy_(part)
-        gate, up = own.product["h3"].weight.chunk(2)
+        gate, up = own.products["h3"].weights
         for linear, weight in (
-            (attention.o_proj, own.product["h2"].weight),
+            (attention.o_proj, own.products["h2"].weights[0]),
             (mlp.gate_proj, gate),
             (mlp.up_proj, up),
-            (mlp.down_proj, own.product["h4"].weight),
+            (mlp.down_proj, own.products["h4"].weights[0]),
         ):
             linear.weight.copy_(weight)
     return model
@@ -100,7 +100,7 @@ def test_thresholds_leave_out_the_share_asked_for():
     dense = decoder(token, position)
     kernel.set_thresholds(decoder, 0.5, token, position)
     assert not torch.allclose(decoder(token, position), dense)
-    first = decoder.layers[0].product["h1"]
+    first = decoder.layers[0].products["h1"]
     assert (first.last.abs() <= first.threshold).float().mean().item() == pytest.approx(0.5, abs=0.02)
     kernel.set_thresholds(decoder, 0.0, token, position)
     torch.testing.assert_close(decoder(token, position), dense)

@@ -1,7 +1,8 @@
 """The baseline on a GPU: a plain PyTorch decoder with random weights, compiled as a whole into CUDA graphs.
 
-Half precision throughout, one position at a time, matrices of q/k/v and of gate/up joined: what PyTorch's users do when
-they want a single stream to be fast. The four products of a layer can be replaced, which is how other methods'
+Half precision throughout, one position at a time, the matrices of q/k/v joined: what PyTorch's users do when they want
+a single stream to be fast. Gate and up stay apart: where they are joined, the compiler works silu(gate) * up out again
+in every program of the product that reads it. The four products of a layer can be replaced, which is how other methods'
 kernels are measured in the same decoder.
 """
 
@@ -20,21 +21,22 @@ from larosa.architectures import Heads
 from larosa.benchmarks.shapes import cache_bytes
 from larosa.sparsity import SiteSizes
 
-#: Makes the module that multiplies [1, D] by a matrix [N, D], which reads a site ("h1" to "h4") of a layer. What it
-#: holds must be parameters or buffers: CUDA graphs copy everything else at each step.
-Products = Callable[[torch.Tensor, int, str], nn.Module]
+#: Makes the module that multiplies [1, D] by matrices [N_i, D], one for q/k/v together and two for gate and up, which
+#: read a site ("h1" to "h4") of a layer. It gives a list [1, N_i]. What it holds must be parameters or buffers: CUDA
+#: graphs copy everything else at each step.
+Products = Callable[[list[torch.Tensor], int, str], nn.Module]
 
 
-class DenseProduct(nn.Module):
-    """All of the matrix."""
+class DenseProducts(nn.Module):
+    """All of the matrices, one after the other: the compiler joins products, and what follows them, where it pays."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weights: list[torch.Tensor]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in weights)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T."""
-        return F.linear(x, self.weight)
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x W^T for each."""
+        return [F.linear(x, weight) for weight in self.weights]
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,16 @@ class _Layer(nn.Module):
         self.sizes = sizes
         heads = (sizes.queries + 2 * sizes.keys) * sizes.head
         shapes = {
-            "h1": (heads, sizes.hidden),
-            "h2": (sizes.hidden, sizes.queries * sizes.head),
-            "h3": (2 * sizes.intermediate, sizes.hidden),
-            "h4": (sizes.hidden, sizes.intermediate),
+            "h1": [(heads, sizes.hidden)],
+            "h2": [(sizes.hidden, sizes.queries * sizes.head)],
+            "h3": [(sizes.intermediate, sizes.hidden)] * 2,
+            "h4": [(sizes.hidden, sizes.intermediate)],
         }
-        self.product = nn.ModuleDict(
-            {site: products(_random(shape, dtype, device), index, site) for site, shape in shapes.items()}
+        self.products = nn.ModuleDict(
+            {
+                site: products([_random(shape, dtype, device) for shape in matrices], index, site)
+                for site, matrices in shapes.items()
+            }
         )
         self.first_norm, self.second_norm = (_gain(sizes, dtype, device) for _ in range(2))
         cache = (1, sizes.keys, sizes.length, sizes.head)
@@ -95,7 +100,7 @@ class _Layer(nn.Module):
         self, x: torch.Tensor, position: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         sizes = self.sizes
-        qkv = self.product["h1"](_rms_norm(x, self.first_norm, sizes.eps))
+        (qkv,) = self.products["h1"](_rms_norm(x, self.first_norm, sizes.eps))
         q, k, v = qkv.view(1, 1, -1, sizes.head).transpose(1, 2).split([sizes.queries, sizes.keys, sizes.keys], dim=1)
         q, k = (_rotate(part, cos, sin) for part in (q, k))
         self.keys[:, :, position] = k
@@ -103,9 +108,11 @@ class _Layer(nn.Module):
         # Queries that share keys as if they were positions of one head: the cache is not repeated for each of them.
         grouped = q.reshape(1, sizes.keys, -1, sizes.head)
         attended = F.scaled_dot_product_attention(grouped, self.keys, self.values, attn_mask=mask)
-        x = x + self.product["h2"](attended.reshape(1, -1))
-        gate, up = self.product["h3"](_rms_norm(x, self.second_norm, sizes.eps)).chunk(2, dim=-1)
-        return x + self.product["h4"](F.silu(gate) * up)
+        (output,) = self.products["h2"](attended.reshape(1, -1))
+        x = x + output
+        gate, up = self.products["h3"](_rms_norm(x, self.second_norm, sizes.eps))
+        (output,) = self.products["h4"](F.silu(gate) * up)
+        return x + output
 
 
 class CompiledDecoder(nn.Module):
@@ -129,7 +136,7 @@ class CompiledDecoder(nn.Module):
         length: int,
         dtype: torch.dtype,
         device: torch.device,
-        products: Products = lambda weight, layer, site: DenseProduct(weight),
+        products: Products = lambda weights, layer, site: DenseProducts(weights),
     ) -> None:
         super().__init__()
         sizes = _Sizes.of(config, length)

@@ -1,4 +1,4 @@
-"""TEAL's kernel (arXiv 2408.14690), written from its description, as a product of `CompiledDecoder`.
+"""TEAL's kernel (arXiv 2408.14690), written from its description, as the products of `CompiledDecoder`.
 
 A product with the entries of x that exceed a threshold: weights are column-major, the comparison happens in the kernel,
 the inputs are divided over programs whose partial sums meet in memory by atomic additions. So their order, and with it
@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import nn
 
 from larosa.benchmarks.compiled_decoder import CompiledDecoder, Products
-from larosa.ops import column_major
 
 #: (outputs, inputs, warps) of a program, to choose from.
 TILES = ((64, 256, 2), (64, 512, 4), (64, 128, 2), (32, 256, 2), (32, 512, 4), (64, 256, 4))
@@ -62,39 +61,42 @@ def _(x: torch.Tensor, columns: torch.Tensor, threshold: float, outputs: int, in
     return x.new_empty(1, columns.shape[1], dtype=torch.float32)
 
 
-class ThresholdProduct(nn.Module):
-    """The columns of one matrix that an entry above `threshold` reads; `last` is what it last read them with."""
+class ThresholdProducts(nn.Module):
+    """The columns of matrices, joined, that an entry above `threshold` reads; `last` is what it last read them with."""
 
     columns: torch.Tensor
 
-    def __init__(self, columns: torch.Tensor, tile: tuple[int, int, int]) -> None:
+    def __init__(self, columns: torch.Tensor, sizes: list[int], tile: tuple[int, int, int]) -> None:
         super().__init__()
         self.register_buffer("columns", columns)
+        self.sizes = sizes
         self.tile = tile
         self.threshold = 0.0
         self.last: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T without the small entries of x."""
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x W^T for each, without the small entries of x."""
         if not torch.compiler.is_compiling():
             self.last = x
-        return threshold_linear(x, self.columns, self.threshold, *self.tile).to(x.dtype)
+        product = threshold_linear(x, self.columns, self.threshold, *self.tile).to(x.dtype)
+        return list(product.split(self.sizes, dim=-1))
 
 
 def threshold_products(tiles: dict[tuple[int, int], tuple[int, int, int]]) -> Products:
-    """Products that `set_thresholds` sets, by the tile of each shape [N, D]; those not named get the first tile."""
+    """Products that `set_thresholds` sets, by the tile of each shape [N, D], matrices joined; others get the first."""
 
-    def product(weight: torch.Tensor, layer: int, site: str) -> nn.Module:
-        outputs, inputs = weight.shape
-        return ThresholdProduct(column_major(weight).t(), tiles.get((outputs, inputs), TILES[0]))
+    def joined(weights: list[torch.Tensor], layer: int, site: str) -> nn.Module:
+        outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+        columns = torch.cat([weight.t() for weight in weights], dim=1)
+        return ThresholdProducts(columns, [len(weight) for weight in weights], tiles.get((outputs, inputs), TILES[0]))
 
-    return product
+    return joined
 
 
 @torch.no_grad()
 def set_thresholds(decoder: CompiledDecoder, sparsity: float, token: torch.Tensor, position: torch.Tensor) -> None:
     """Give each site the threshold that leaves out that share of its entries on one token, which is run for it."""
-    products = [module for module in decoder.modules() if isinstance(module, ThresholdProduct)]
+    products = [module for module in decoder.modules() if isinstance(module, ThresholdProducts)]
     for product in products:
         product.threshold = 0.0
     decoder(token, position)
