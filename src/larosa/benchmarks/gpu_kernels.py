@@ -190,7 +190,8 @@ class _Bench:
             }
             for _ in range(copies)
         ]
-        adapters = [self._random(config.hidden_size, config.hidden_size, dtype=self.dtype) for _ in range(copies)]
+        hidden = config.hidden_size
+        adapters = [column_major(self._random(hidden, hidden, dtype=self.dtype)) for _ in range(copies)]
         lists = {name: self._selected(depth, sparsity) for name, (_, depth) in matrices.items()}
         scores = {name: torch.rand(depth, device=self.device) for name, (_, depth) in matrices.items()}
         given = {name: self._random(1, total) for name, total in outputs.items()}
@@ -200,9 +201,9 @@ class _Bench:
         at = torch.tensor([128], device=self.device)
 
         def call(selects: bool, attends: bool) -> Call:
-            def product(copy: int, name: str, selection: Any, residual: torch.Tensor | None = None) -> torch.Tensor:
+            def product(copy: int, name: str, selection: Any, *added: torch.Tensor) -> torch.Tensor:
                 chosen = weights[copy][name]
-                result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), residual)
+                result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), *added)
                 return result
 
             def choose(name: str, operator: Any, *arguments: Any) -> Any:
@@ -216,8 +217,7 @@ class _Bench:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
                 x = product(copy, "o", choose("o", _ops.top_k, y), x)
                 gate_up = product(copy, "gate+up", choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5))
-                carried = _ops.linear(x, [adapters[copy]], [None])
-                return product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), carried)
+                return product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), x, adapters[copy])
 
             return run
 

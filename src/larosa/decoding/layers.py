@@ -86,16 +86,25 @@ class Site:
     threshold: float | None = None
     every: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from."""
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from.
+
+        The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
+        """
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
             values, indices = _ops.above(self.source.every(x), self.threshold)
         else:
-            return _dense(self.source.every(x), self.weights, self.biases, residual, self.every)
-        sparse: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual)
-        return sparse
+            values = self.source.every(x)
+            if self.every is None:
+                by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
+                return by_rows
+            indices = self.every
+        by_columns: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual, adapter)
+        return by_columns
 
 
 @dataclass(frozen=True)
@@ -132,27 +141,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What takes the residual stream into another basis (paper, section 4.2), by columns where it lists `every` one.
+    """What takes the residual stream into another basis (paper, section 4.2).
 
-    Attention and MLP write into that basis by themselves, so it may run `beside` them, on a stream of a GPU.
+    Attention and MLP write into that basis by themselves. So on a GPU the weight stands by columns, and the product
+    that ends the branch takes it `along`: it is read while that product's entries are still being selected.
     """
 
     weight: torch.Tensor
-    every: torch.Tensor | None = None
-    beside: torch.cuda.Stream | None = None
-
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
-        """x R [1, D] for x [1, D], which is not to be read before `end`, nor x to be freed."""
-        if self.beside is None:
-            return _dense(x, [self.weight], [None], None, self.every)
-        self.beside.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self.beside):
-            return _dense(x, [self.weight], [None], None, self.every)
-
-    def end(self) -> None:
-        """What follows comes after it."""
-        if self.beside is not None:
-            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
+    along: bool
 
 
 @dataclass(frozen=True)
@@ -182,24 +178,10 @@ def _add(x: torch.Tensor, adapter: Adapter | None, begin: Callable[[], torch.Ten
     """x in the basis behind its adapter, and on top of it what the site makes of the activation that `begin` gives."""
     if adapter is None:
         return site(begin(), residual=x)
-    carried = adapter.begin(x)
-    activation = begin()
-    adapter.end()
-    return site(activation, residual=carried)
-
-
-def _dense(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    residual: torch.Tensor | None,
-    every: torch.Tensor | None,
-) -> torch.Tensor:
-    if every is None:
-        by_rows: torch.Tensor = _ops.linear(x, weights, biases, residual)
-        return by_rows
-    by_columns: torch.Tensor = _ops.sparse_linear(x, every, weights, biases, residual)
-    return by_columns
+    if adapter.along:
+        return site(begin(), residual=x, adapter=adapter.weight)
+    carried = _ops.linear(x, [adapter.weight], [None])
+    return site(begin(), residual=carried)
 
 
 def read_layers(
@@ -215,8 +197,6 @@ def read_layers(
     chosen: dict[str, list[Selector]] = {}
     if getattr(model.config, "larosa", None) is not None:
         chosen = selectors(model, architecture)
-    device = cache.keys[0].device
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def site(name: str, index: int, source: _Source) -> Site:
         return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
@@ -226,10 +206,10 @@ def read_layers(
             h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
             attention=_attention(model, architecture, layer, index, cache, tables),
             h2=site("h2", index, _AsItIs()),
-            attention_adapter=_adapter(layer, "attention_adapter", beside),
+            attention_adapter=_adapter(layer, "attention_adapter"),
             h3=site("h3", index, norm(architecture.norm(layer, "h3"))),
             h4=site("h4", index, _Gated()),
-            residual_adapter=_adapter(layer, "residual_adapter", beside),
+            residual_adapter=_adapter(layer, "residual_adapter"),
         )
         for index, layer in enumerate(layers)
     ]
@@ -295,10 +275,10 @@ def _attention(
     )
 
 
-def _adapter(layer: nn.Module, name: str, beside: torch.cuda.Stream | None) -> Adapter | None:
+def _adapter(layer: nn.Module, name: str) -> Adapter | None:
     linear = getattr(layer, name, None)
     if linear is None:
         return None
-    every = _every_column(linear)
-    _lay_out(linear, by_columns=every is not None)
-    return Adapter(linear.weight.data, every, beside)
+    along = linear.weight.device.type != "cpu"
+    _lay_out(linear, by_columns=along)
+    return Adapter(linear.weight.data, along)

@@ -17,7 +17,8 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
 
 
 @define(
-    "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor"
+    "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
+    "Tensor? adapter=None) -> Tensor"
 )
 def _sparse_linear(
     values: torch.Tensor,
@@ -25,6 +26,7 @@ def _sparse_linear(
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _outputs(values, weights)
 
@@ -61,6 +63,7 @@ def sparse_linear_reference(
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` of the vectors that have `values` at `indices` and are zero elsewhere.
 
@@ -72,6 +75,8 @@ def sparse_linear_reference(
         weights: matrices [N_i, D] of one dtype. Kernels want them column-major (see `column_major`).
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
+        adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
+            added instead of it. Kernels want it column-major.
 
     Returns:
         [B, sum of N_i] like `values`.
@@ -81,6 +86,8 @@ def sparse_linear_reference(
         for value, index in zip(values, indices, strict=True)
     ]
     result = torch.cat([_outputs(values[:0], weights), *rows])  # cat of nothing is an error
+    if residual is not None and adapter is not None:
+        residual = linear_reference(residual, [adapter], [None])
     return result if residual is None else residual + result
 
 

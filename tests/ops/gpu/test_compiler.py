@@ -13,11 +13,11 @@ from larosa.ops.cuda import compiler, launch
 
 KERNELS = (
     *(
-        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": aligned})
-        for weight, lanes, cluster, aligned in (
-            ("Half", "32", "8", "true"),
-            ("BFloat16", "16", "4", "true"),
-            ("float", "4", "1", "false"),
+        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, **flags})
+        for weight, lanes, cluster, flags in (
+            ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true"}),
+            ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false"}),
+            ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true"}),
         )
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),

@@ -26,18 +26,19 @@ def problems(draw):
     return rows, depth, weights, biases, residual, seed
 
 
-def check(result, reference, operands, weights, biases, residual) -> None:
+def check(result, reference, operands, weights, biases, *added) -> None:
     """Within the bound that holds for any order of summation."""
-    exact = reference(*operands, [doubled(w) for w in weights], [doubled(b) for b in biases], doubled(residual))
+    exact = reference(*operands, [doubled(w) for w in weights], [doubled(b) for b in biases], *map(doubled, added))
     absolute = [operand.abs() if operand.is_floating_point() else operand for operand in operands]
     bound = reference(
         *absolute,
         [w.double().abs() for w in weights],
         [None if b is None else b.double().abs() for b in biases],
-        None if residual is None else residual.double().abs(),
+        *(None if each is None else each.double().abs() for each in added),
     )
+    terms = operands[0].shape[1] + sum(each.shape[1] for each in added if each is not None)
     assert result.dtype == torch.float32
-    assert ((result.double() - exact).abs() <= (operands[0].shape[1] + 4) * EPS * bound + 1e-44).all()
+    assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
 
 
 @settings(deadline=None, max_examples=20)
@@ -50,6 +51,19 @@ def test_sparse_linear(target, problem, data):
     indices = order.sort(1).values.int()
     result = target("sparse_linear", values, indices, [column_major(w) for w in weights], biases, residual)
     check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual)
+
+
+@settings(deadline=None, max_examples=20)
+@given(problems(), st.integers(1, 400), st.data())
+def test_a_residual_that_goes_through_an_adapter(target, problem, width, data):
+    rows, depth, weights, biases, _, seed = problem
+    k = data.draw(st.integers(0, depth))
+    values, residual = entries("normal", rows, k, seed=seed), entries("normal", rows, width, seed=seed + 1)
+    adapter = entries("normal", sum(map(len, weights)), width, seed=seed + 2).to(weights[0].dtype)
+    indices = torch.arange(depth - k, depth, dtype=torch.int32).expand(rows, -1).contiguous()
+    columns = [column_major(w) for w in weights]
+    result = target("sparse_linear", values, indices, columns, biases, residual, column_major(adapter))
+    check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual, adapter)
 
 
 @settings(deadline=None, max_examples=20)
@@ -117,6 +131,22 @@ def test_weights_that_are_not_finite_spread(target):
             "sparse_linear",
             (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32), [torch.zeros(3, 4)], [None], None),
             "larosa.ops.column_major",
+        ),
+        (
+            "sparse_linear",
+            (
+                *(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32), [torch.zeros(4, 3).t()], [None]),
+                *(torch.zeros(1, 3), torch.zeros(5, 2).t()),
+            ),
+            r"residual must be contiguous float32 of shape \(1, 5\)",
+        ),
+        (
+            "sparse_linear",
+            (
+                *(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32), [torch.zeros(4, 3).t()], [None]),
+                *(None, torch.zeros(5, 3).t()),
+            ),
+            "adapter must be",
         ),
         (
             "sparse_linear",

@@ -105,7 +105,11 @@ def _sparse_linear(
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if residual is not None and adapter is not None:
+        every = torch.arange(residual.shape[1], dtype=torch.int32).expand(len(residual), -1)
+        residual = _sparse_linear(residual, every, [adapter], [None])
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     rows, k = values.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_void_p
+from ctypes import c_float, c_int, c_uint, c_void_p
 
 import torch
 
@@ -11,7 +11,7 @@ from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
-from larosa.ops.cuda.plan import AHEAD_BYTES, LINEAR_TILE, THREADS, attend_plan, linear_blocks, sparse_plan
+from larosa.ops.cuda.plan import LINEAR_TILE, THREADS, attend_plan, linear_blocks, sparse_plan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
@@ -61,7 +61,7 @@ def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Te
     """See `linear_reference`; the weights are row-major."""
     rows, width = checks.vectors("x", x)
     outputs = checks.matrices(weights, biases, width, column_major=False)
-    checks.residual(residual, rows, outputs)
+    checks.residual(residual, None, rows, outputs)
     result = x.new_empty(rows, outputs)
     matrices, tiles = Matrices.of(weights, biases, LINEAR_TILE, along=0)
     macros = {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": _aligned(weights, [width], along=0)}
@@ -77,29 +77,36 @@ def sparse_linear(
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the weights are column-major."""
+    """See `sparse_linear_reference`; the matrices are column-major.
+
+    With an adapter, the residual must not be what the kernel launched just before this one writes.
+    """
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
-    checks.residual(residual, rows, outputs)
+    carried = checks.residual(residual, adapter, rows, outputs)
+    matrices = weights if adapter is None else [*weights, adapter]
     result = values.new_empty(rows, outputs)
     sizes = [len(weight) for weight in weights]
     element = weights[0].element_size()
-    if any(weight.stride(1) * width >= 2**32 for weight in weights):
+    if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in matrices):
         raise LarosaError("the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton")
     plan = sparse_plan(machine(values.device), sizes, k, rows, element)
-    matrices, tiles = Matrices.of(weights, biases, plan.tile, along=1)
+    packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
     macros = {
         "WEIGHT": TYPE_NAMES[weights[0].dtype],
         "LANES": str(plan.lanes),
         "CLUSTER": str(plan.cluster),
-        "ALIGNED": _aligned(weights, sizes, along=1),
+        "ALIGNED": _aligned(matrices, sizes, along=1),
+        "ADAPTER": str(adapter is not None).lower(),
     }
-    ahead = min(width, AHEAD_BYTES // max(outputs * element, 1))
-    arguments = (_address(values), _address(indices), c_int(k), matrices, _address(residual), _address(result))
+    stride = 0 if adapter is None else adapter.stride(1)
+    before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
+    arguments = (_address(values), _address(indices), c_int(k), packed, *before, _address(result), c_int(outputs))
     grid = Grid(tiles * plan.cluster, rows, THREADS, plan.cluster)
-    _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, (*arguments, c_int(outputs), c_int(ahead)))
+    _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, arguments)
     return result
 
 

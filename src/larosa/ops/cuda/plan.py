@@ -9,9 +9,6 @@ from larosa.ops.cuda.launch import Machine
 
 THREADS = 256  # of a block, in linear.cu, sparse_linear.cu and attend.cu
 LINEAR_TILE = 16  # TILE in linear.cu
-#: Of weights that sparse_linear.cu fetches before it knows the list: about what memory gives in the time that
-#: making a list takes, with room for wrong guesses.
-AHEAD_BYTES = 4 * 2**20
 _RESIDENT = 3  # blocks of these kernels that a multiprocessor holds at once
 _LOADS = 8  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _ENOUGH = 0.6  # of the places for blocks

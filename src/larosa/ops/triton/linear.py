@@ -23,7 +23,7 @@ def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Te
     """See `linear_reference`; the weights are row-major."""
     rows, width = checks.vectors("x", x)
     outputs = checks.matrices(weights, biases, width, column_major=False)
-    checks.residual(residual, rows, outputs)
+    checks.residual(residual, None, rows, outputs)
     result = x.new_empty(rows, outputs)
     first = 0
     for weight, bias in zip(weights, biases, strict=True):
@@ -42,11 +42,16 @@ def sparse_linear(
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the weights are column-major."""
+    """See `sparse_linear_reference`; the matrices are column-major."""
     rows, k = checks.selection(values, indices)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-    checks.residual(residual, rows, outputs)
+    carried = checks.residual(residual, adapter, rows, outputs)
+    if adapter is not None:
+        assert residual is not None
+        every = torch.arange(carried, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
+        residual = sparse_linear(residual, every, [adapter], [None])
     parts = triton.cdiv(k, _PART)
     partial = values.new_empty(parts, rows, outputs)
     result = values.new_empty(rows, outputs)

@@ -251,9 +251,12 @@ T& shared_memory() {
 }
 
 namespace emulator {
+inline void check_place(const void* from, unsigned alignment) {
+    if (reinterpret_cast<uintptr_t>(from) % alignment) fail("a load from a misaligned address");
+}
 inline void check(const void* from, unsigned alignment) {
     if (!current->waited) fail("a load before wait_for_inputs");
-    if (reinterpret_cast<uintptr_t>(from) % alignment) fail("a load from a misaligned address");
+    check_place(from, alignment);
 }
 }  // namespace emulator
 
@@ -262,7 +265,7 @@ const T* at_offset(const T* base, unsigned offset) {
     return base + offset;
 }
 inline uint4 load_once(const void* from) {
-    emulator::check(from, 16);
+    emulator::check_place(from, 16);
     return *static_cast<const uint4*>(from);
 }
 template <class T>
@@ -270,12 +273,19 @@ T load_fresh(const T* from) {
     emulator::check(from, sizeof(T));
     return *from;
 }
+inline float load_earlier(const float* from) {
+    emulator::check_place(from, sizeof(float));
+    return *from;
+}
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
 }
-inline void release_dependents() { emulator::current->released = true; }
 inline void wait_for_inputs() { emulator::current->waited = true; }
+inline void release_dependents() {
+    if (!emulator::current->waited) emulator::fail("the next kernel is let begin before wait_for_inputs");
+    emulator::current->released = true;
+}
 
 template <int BLOCKS>
 int cluster_rank() {

@@ -120,7 +120,6 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     keys += static_cast<long long>(key_head) * length * SIZE;
     values += static_cast<long long>(key_head) * length * SIZE;
 
-    release_dependents();
     if (thread < 64 && thread % 32 == 0) {
         const int position = static_cast<int>(max(0ll, min(guess(positions), length - 1ll)));
         const Stretch stretch = stretch_of(position, window, rank);
@@ -128,6 +127,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
                  static_cast<unsigned>((stretch.end - stretch.begin) * SIZE * sizeof(CACHE)));
     }
     wait_for_inputs();
+    release_dependents();
 
     // Outside the cache nothing is attended to, which gives NaN, and nothing is written.
     const long long asked = load_fresh(positions);

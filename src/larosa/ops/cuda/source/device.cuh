@@ -74,6 +74,10 @@ DEVICE long long load_fresh(const long long* from) {
     return data;
 }
 
+// What a kernel wrote that had finished before the one in front of this one began: it may stand before
+// wait_for_inputs(), for that kernel let this one begin only after its own wait.
+DEVICE float load_earlier(const float* from) { return load_fresh(from); }
+
 // A guess at what load_fresh() will give, which may stand before wait_for_inputs(): good for prefetches alone.
 DEVICE long long guess(const long long* from) {
     long long data;
@@ -89,9 +93,10 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 #endif
 }
 
-// --- Programmatic dependent launch. Every block of every kernel calls both: release_dependents() lets the next
-// kernel's blocks take their places early, wait_for_inputs() returns once the kernels before have finished and
-// their results are visible. Nothing that a kernel may have written is read, and nothing written, before it.
+// --- Programmatic dependent launch. Every block of every kernel calls first wait_for_inputs(), which returns once the
+// kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's blocks
+// take their places early. So when a kernel begins, all have finished but the one before it: what that one may have
+// written is not read, and nothing is written, before wait_for_inputs().
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -13,9 +13,9 @@ rms_norm(const float* input, int width, Vector gain, float eps, float* result) {
     const long long row = blockIdx.x;
     input += row * width;
 
-    release_dependents();
     if (threadIdx.x == 0) gain.fetch(width);
     wait_for_inputs();
+    release_dependents();
     float squares = 0.0f;
     for (int i = static_cast<int>(threadIdx.x); i < width; i += THREADS) {
         const float x = load_fresh(input + i);
@@ -31,7 +31,7 @@ silu_mul(const float* gate_up, int width, float* result) {
     const long long row = blockIdx.y;
     const int i = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
 
-    release_dependents();
     wait_for_inputs();
+    release_dependents();
     if (i < width) result[row * width + i] = silu_mul_at(gate_up + row * 2 * width, i, width);
 }

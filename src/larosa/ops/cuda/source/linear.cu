@@ -59,7 +59,6 @@ linear(const float* x, int inputs, Matrices matrices, const float* residual, flo
     const int lane = thread % 32;
     const long long vector = blockIdx.y;
 
-    release_dependents();
     // The beginnings of the first tile's rows, one a thread, about as much as memory gives until x is there.
     if (ALIGNED && static_cast<int>(blockIdx.x) < tiles && thread < TILE) {
         const Matrix& matrix = matrices.of(blockIdx.x);
@@ -69,6 +68,7 @@ linear(const float* x, int inputs, Matrices matrices, const float* residual, flo
                      min(AHEAD, static_cast<unsigned>(inputs * sizeof(WEIGHT))));
     }
     wait_for_inputs();
+    release_dependents();
 
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Matrix& matrix = matrices.of(tile);

@@ -75,11 +75,11 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     const int thread = static_cast<int>(threadIdx.x);
     const long long row = blockIdx.x;
 
-    release_dependents();
     if (thread == 0) score.fetch(width);
     if (thread == 32) gain.fetch(width);
     shared.high[thread] = shared.high[thread + 1024] = shared.middle[thread] = shared.low[thread] = 0;
     wait_for_inputs();
+    release_dependents();
 
     // Entry i of thread t is number i * THREADS + t: slab by slab.
     Entries entries;

@@ -3,10 +3,13 @@
 // W is column-major. A tile of LANES * WIDTH outputs belongs to a cluster of CLUSTER blocks; each block takes a part
 // of the list, each group of LANES threads every GROUPS-th entry of that part, 16 bytes a thread. Partial sums meet
 // in shared memory, first of the block, then of the cluster.
+//
+// With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
+// goes into the same sums.
 #include "vectors.cuh"
 
 #ifndef WEIGHT
-#error "WEIGHT, LANES, CLUSTER and ALIGNED are given by the launcher"
+#error "WEIGHT, LANES, CLUSTER, ALIGNED and ADAPTER are given by the launcher"
 #endif
 
 constexpr int THREADS = 256;
@@ -19,6 +22,23 @@ constexpr int CHUNK = 1024;  // entries of the list held in shared memory
 struct Entry {
     float value;
     unsigned offset;  // of its column, in elements
+};
+
+// The entries that a product reads, and how far apart columns are.
+struct Listed {
+    const float* values;
+    const int* indices;
+    unsigned stride;
+
+    DEVICE Entry at(int i) const { return {load_fresh(values + i), load_fresh(indices + i) * stride}; }
+};
+
+// All entries of a vector, which was there before the kernel in front of this one began.
+struct Carried {
+    const float* values;
+    unsigned stride;
+
+    DEVICE Entry at(int i) const { return {load_earlier(values + i), i * stride}; }
 };
 
 struct Shared {
@@ -51,17 +71,28 @@ DEVICE void add_batch(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int cou
         for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value[j], widen(pack[j].weight[e]), sum[e]);
 }
 
-// Adds `count` entries, each group of threads every GROUPS-th from its own number on.
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count, const WEIGHT* weights, int there) {
+// Adds this block's part of `count` entries, each group of threads every GROUPS-th from its own number on.
+template <class Entries>
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, int count, const WEIGHT* weights,
+                int there) {
     constexpr int BATCH = DEPTH * GROUPS;
-    int i = static_cast<int>(threadIdx.x) / LANES;
-    for (; i + BATCH - GROUPS < count; i += BATCH) add_batch<true>(sum, entries + i, BATCH, weights, there);
-    if (i < count) add_batch<false>(sum, entries + i, count - i, weights, there);
+    const int rank = cluster_rank<CLUSTER>();
+    const int begin = static_cast<int>(static_cast<long long>(count) * rank / CLUSTER);
+    const int end = static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER);
+    for (int start = begin; start < end; start += CHUNK) {
+        const int here = min(CHUNK, end - start);
+        __syncthreads();  // what stood here has been read
+        for (int i = static_cast<int>(threadIdx.x); i < here; i += THREADS) shared.entries[i] = entries.at(start + i);
+        __syncthreads();
+        int i = static_cast<int>(threadIdx.x) / LANES;
+        for (; i + BATCH - GROUPS < here; i += BATCH) add_batch<true>(sum, shared.entries + i, BATCH, weights, there);
+        if (i < here) add_batch<false>(sum, shared.entries + i, here - i, weights, there);
+    }
 }
 
 KERNEL(THREADS, 3)
-sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual, float* result,
-              int outputs, int ahead) {
+sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual,
+              const void* adapter, unsigned adapter_stride, int width, float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
@@ -76,14 +107,12 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     const WEIGHT* weights = static_cast<const WEIGHT*>(matrix.weights) + mine;
     const unsigned stride = static_cast<unsigned>(matrix.stride);
 
-    release_dependents();
-    // While the list is still being made, memory idles. A rotation by principal components puts the entries that
-    // are most often on it first, so the first columns are fetched before anybody knows.
-    if (ALIGNED && row == 0)
-        for (int i = rank + CLUSTER * thread; i < ahead; i += CLUSTER * THREADS)
-            prefetch(static_cast<const WEIGHT*>(matrix.weights) + first + i * matrix.stride,
-                     static_cast<unsigned>(min(TILE, static_cast<int>(matrix.outputs) - first) * sizeof(WEIGHT)));
+    float sum[WIDTH<WEIGHT>] = {};
+    if constexpr (ADAPTER)
+        add(sum, shared, Carried{residual + row * width, adapter_stride}, width,
+            static_cast<const WEIGHT*>(adapter) + matrix.first + mine, there);
     wait_for_inputs();
+    release_dependents();
 
     // One thread of the cluster finishes each output; what it adds to the sum is on its way meanwhile.
     const int finished = rank * (TILE / CLUSTER) + thread;
@@ -91,21 +120,10 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     const long long place = row * outputs + matrix.first + first + finished;
     float bias = 0.0f;
     float before = 0.0f;
-    if (finishes && residual) before = load_fresh(residual + place);
+    if (!ADAPTER && finishes && residual) before = load_fresh(residual + place);
     if (finishes) bias = matrix.bias.at(first + finished, 0.0f);
 
-    float sum[WIDTH<WEIGHT>] = {};
-    const int begin = static_cast<int>(static_cast<long long>(k) * rank / CLUSTER);
-    const int end = static_cast<int>(static_cast<long long>(k) * (rank + 1) / CLUSTER);
-    for (int start = begin; start < end; start += CHUNK) {
-        const int count = min(CHUNK, end - start);
-        if (start > begin) __syncthreads();
-        for (int i = thread; i < count; i += THREADS)
-            shared.entries[i] = {load_fresh(values + row * k + start + i),
-                                 load_fresh(indices + row * k + start + i) * stride};
-        __syncthreads();
-        add(sum, shared.entries, count, weights, there);
-    }
+    add(sum, shared, Listed{values + row * k, indices + row * k, stride}, k, weights, there);
 
     // Groups of one warp, warps of the block, blocks of the cluster.
 #pragma unroll
