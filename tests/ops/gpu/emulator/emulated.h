@@ -295,13 +295,26 @@ template <int BLOCKS>
 void cluster_sync() {
     emulator::wait_at(BLOCKS > 1 ? emulator::cluster : emulator::current->of->barrier);
 }
-template <int BLOCKS>
-float cluster_load(const float& mine, int rank) {
-    const auto base = [](const emulator::Block& block) {
+namespace emulator {
+inline float& there(const float& mine, int rank) {
+    const auto base = [](const Block& block) {
         return (reinterpret_cast<uintptr_t>(block.shared.data()) + 15) / 16 * 16;
     };
-    const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*emulator::current->of);
-    return *reinterpret_cast<const float*>(base(emulator::blocks[rank]) + offset);
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*current->of);
+    return *reinterpret_cast<float*>(base(blocks[rank]) + offset);
+}
+}  // namespace emulator
+template <int BLOCKS>
+float cluster_load(const float& mine, int rank) {
+    return emulator::there(mine, rank);
+}
+template <int BLOCKS>
+void cluster_begin() {}
+template <int BLOCKS>
+void cluster_begun() {}
+template <int BLOCKS>
+void cluster_store(float& mine, int rank, float x) {
+    emulator::there(mine, rank) = x;
 }
 inline float warp_sum(float x, int from = 1) {
     for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);

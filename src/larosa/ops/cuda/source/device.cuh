@@ -129,6 +129,24 @@ DEVICE void cluster_sync() {
         __syncthreads();
 }
 
+// That the other blocks' shared memory is there: every thread says that it has begun, and before the first store to
+// another block it waits for the others' to have.
+template <int BLOCKS>
+DEVICE void cluster_begin() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+template <int BLOCKS>
+DEVICE void cluster_begun() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        __syncwarp();  // "aligned": a warp waits as one
+        asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    }
+#endif
+}
+
 // What stands at `mine`, in the shared memory of the cluster's block `rank`.
 template <int BLOCKS>
 DEVICE float cluster_load(const float& mine, int rank) {
@@ -146,6 +164,23 @@ DEVICE float cluster_load(const float& mine, int rank) {
     }
 #endif
     return mine;
+}
+
+// Writes where `mine` stands, in the shared memory of the cluster's block `rank`, which reads it after cluster_sync().
+template <int BLOCKS>
+DEVICE void cluster_store(float& mine, int rank, float x) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        asm volatile(
+            "{\n\t.reg .u32 remote;\n\t"
+            "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+            "st.shared::cluster.f32 [remote], %2;\n\t}" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(&mine))),
+            "r"(rank), "f"(x)
+            : "memory");
+        return;
+    }
+#endif
+    mine = x;
 }
 
 // --- Sums in a fixed order, so that the same input gives the same bits.
