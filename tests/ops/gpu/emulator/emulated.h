@@ -224,6 +224,7 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) {
 }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
@@ -243,6 +244,8 @@ inline void narrow(float x, BFloat16& to) {
     const unsigned bits = __float_as_uint(x);
     to.bits = std::isnan(x) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
 T& shared_memory() {
@@ -270,6 +273,7 @@ T load_fresh(const T* from) {
     emulator::check(from, sizeof(T));
     return *from;
 }
+inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");

@@ -29,6 +29,13 @@ DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 
+// 1 / x to within an ulp, in one instruction without branches, where neither is denormal.
+DEVICE float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // The block's dynamic shared memory. SHARED tells the launcher how much of it a file's kernels want.
 #define SHARED(type) extern "C" __device__ unsigned shared_bytes = sizeof(type)
 
@@ -63,6 +70,18 @@ DEVICE float load_fresh(const float* from) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(data) : "l"(from));
     return data;
 }
+// The same, or 0 where it is not `there`. Not by a branch: a load behind one waits for those before it.
+DEVICE float load_fresh(const float* from, bool there) {
+    float data;
+    asm volatile(
+        "{\n\t.reg .pred there;\n\t"
+        "setp.ne.u32 there, %2, 0;\n\t"
+        "mov.f32 %0, 0f00000000;\n\t"
+        "@there ld.global.cg.f32 %0, [%1];\n\t}"
+        : "=f"(data)
+        : "l"(from), "r"(static_cast<unsigned>(there)));
+    return data;
+}
 DEVICE int load_fresh(const int* from) {
     int data;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(data) : "l"(from));
@@ -91,7 +110,8 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 
 // --- Programmatic dependent launch. Every block of every kernel calls both: release_dependents() lets the next
 // kernel's blocks take their places early, wait_for_inputs() returns once the kernels before have finished and
-// their results are visible. Nothing that a kernel may have written is read, and nothing written, before it.
+// their results are visible. Nothing that a kernel may have written is read, and nothing written, before it. Gains
+// and scores are parameters of a model, which no kernel writes.
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900

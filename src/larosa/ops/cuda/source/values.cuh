@@ -4,14 +4,15 @@
 
 #include "vectors.cuh"
 
-DEVICE float silu_mul_at(const float* gate_up, int i, int width) {
-    const float gate = load_fresh(gate_up + i);
-    return gate / (1.0f + expf(-gate)) * load_fresh(gate_up + width + i);
+// gate / (1 + exp(-gate)) * up, without a power that overflows and without branches.
+DEVICE float silu_mul(float gate, float up) {
+    const float power = expf(-fabsf(gate));
+    return gate * ((gate < 0.0f ? power : 1.0f) * reciprocal(1.0f + power)) * up;
 }
 
 // 1 / sqrt(mean(x^2) + eps)
 DEVICE float inverse_rms(float sum_of_squares, int width, float eps) {
-    return 1.0f / sqrtf(sum_of_squares / static_cast<float>(width) + eps);
+    return rsqrtf(sum_of_squares * reciprocal(static_cast<float>(width)) + eps);
 }
 
 #endif
