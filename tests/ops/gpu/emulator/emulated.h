@@ -208,9 +208,8 @@ T __shfl_xor_sync(unsigned, T x, int lanes) {
     return emulator::exchange(x, [&](const T* all) { return all[from]; });
 }
 template <class T>
-T __shfl_up_sync(unsigned, T x, int lanes) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    return emulator::exchange(x, [&](const T* all) { return all[lane >= lanes ? lane - lanes : lane]; });
+T __shfl_sync(unsigned, T x, int lane) {
+    return emulator::exchange(x, [=](const T* all) { return all[lane]; });
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
     return emulator::exchange(static_cast<unsigned>(x), [](const unsigned* all) {
@@ -296,6 +295,10 @@ float cluster_load(const float& mine, int rank) {
     };
     const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*emulator::current->of);
     return *reinterpret_cast<const float*>(base(emulator::blocks[rank]) + offset);
+}
+inline unsigned plus_below(unsigned x, int distance) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return emulator::exchange(x, [=](const unsigned* all) { return lane < distance ? x : x + all[lane - distance]; });
 }
 inline float warp_sum(float x, int from = 1) {
     for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);

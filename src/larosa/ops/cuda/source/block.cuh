@@ -26,10 +26,7 @@ struct Block {
     // The sum over the lanes up to this one.
     DEVICE static unsigned up_to(unsigned x) {
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const unsigned below = __shfl_up_sync(ALL_LANES, x, distance);
-            if (lane() >= distance) x += below;
-        }
+        for (int distance = 1; distance < 32; distance *= 2) x = plus_below(x, distance);
         return x;
     }
 

@@ -163,6 +163,17 @@ DEVICE float cluster_load(const float& mine, int rank) {
     return mine;
 }
 
+// x, and to it the x of the lane `distance` below where there is one.
+DEVICE unsigned plus_below(unsigned x, int distance) {
+    asm volatile(
+        "{\n\t.reg .pred there;\n\t.reg .u32 below;\n\t"
+        "shfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n\t"
+        "@there add.u32 %0, %0, below;\n\t}"
+        : "+r"(x)
+        : "r"(distance));
+    return x;
+}
+
 // --- Sums in a fixed order, so that the same input gives the same bits.
 
 // Over the lanes of a warp whose numbers differ in the bits from `from` up: all get it.

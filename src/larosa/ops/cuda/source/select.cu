@@ -78,6 +78,12 @@ struct Factors {
     }
 };
 
+DEVICE void clear(Shared& shared) {
+    uint4* quads = reinterpret_cast<uint4*>(shared.histogram);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) quads[i * THREADS + threadIdx.x] = {0, 0, 0, 0};
+}
+
 // The digit of the `need`-th largest of the entries in the histogram. Lane after lane, and warp after warp, looks at
 // lower bins.
 DEVICE Digit find(Shared& shared, unsigned need) {
@@ -147,8 +153,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     const long long row = blockIdx.x;
 
     release_dependents();
-#pragma unroll
-    for (int i = 0; i < QUADS; ++i) reinterpret_cast<uint4*>(shared.histogram)[i * THREADS + thread] = {0, 0, 0, 0};
+    clear(shared);
     shared.accepted[thread] = 0;
     if (thread < static_cast<int>(MOST)) shared.candidates[thread] = 0;
     if (thread == 0) shared.candidate_count = 0;
@@ -190,57 +195,66 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
         key[i] = min(__float_as_uint(x[i] * scores.at(i)) & 0x7fffffffu, NAN_KEY);
         atomicAdd(&shared.histogram[key[i] >> KEY_BITS], 1u);
     }
-    const Digit digit = find(shared, static_cast<unsigned>(k));
+    Digit digit = find(shared, static_cast<unsigned>(k));
 
-    // The candidates: the entries with this digit of which the bits after it lie in `low` to `high`.
-    const auto rest = [&](int i) { return key[i] << INDEX_BITS | (LAST - first - i * 32); };
-    unsigned low = 0, high = ~0u;
-    Digit within = digit;
-    for (int shift = 32; within.there > MOST;) {
-        shift = max(shift - DIGIT_BITS, 0);
+    unsigned keep = 0, open = 0;  // the thread's entries that are kept, and its candidates, as bits
 #pragma unroll
-        for (int i = 0; i < QUADS; ++i) reinterpret_cast<uint4*>(shared.histogram)[i * THREADS + thread] = {0, 0, 0, 0};
+    for (int i = 0; i < EACH; ++i) {
+        if (key[i] >= digit.digit << KEY_BITS) open |= 1u << i;
+        if (key[i] >= (digit.digit + 1u) << KEY_BITS) keep |= 1u << i;
+    }
+    open ^= keep;
+
+    // Of candidates, the bits after the digit. They begin with those of `known`, down to bit `shift`.
+    const auto rest = [&](int i) { return key[i] << INDEX_BITS | (LAST - first - i * 32); };
+    unsigned known = 0;
+    for (int shift = 32; digit.there > MOST;) {
+        shift = max(shift - DIGIT_BITS, 0);
+        clear(shared);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (key[i] >> KEY_BITS == digit.digit && rest(i) - low <= high - low)
-                atomicAdd(&shared.histogram[rest(i) - low >> shift], 1u);
-        within = find(shared, within.need);
-        low += within.digit << shift;
-        high = low + ((1u << shift) - 1u);
-    }
-
-    unsigned keep = 0;  // the thread's entries, as bits
+            if (open >> i & 1u) atomicAdd(&shared.histogram[rest(i) - known >> shift], 1u);
+        digit = find(shared, digit.need);
+        known += digit.digit << shift;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        if (key[i] >> KEY_BITS > digit.digit) keep |= 1u << i;
-        if (key[i] >> KEY_BITS == digit.digit) {
-            if (rest(i) > high)
-                keep |= 1u << i;
-            else if (rest(i) >= low)
-                shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = rest(i);
+        for (int i = 0; i < EACH; ++i) {
+            if (open >> i & 1u && rest(i) >> shift > known >> shift) keep |= 1u << i;
+            if (rest(i) >> shift != known >> shift) open &= ~(1u << i);
         }
+    }
+    if (open) {
+        unsigned slot = atomicAdd(&shared.candidate_count, static_cast<unsigned>(__popc(open)));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (open >> i & 1u) shared.candidates[slot++] = rest(i);
     }
     const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(keep));
     if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
     __syncthreads();
-    compare(shared, within.there, within.need);
+    compare(shared, digit.there, digit.need);
     __syncthreads();
     keep |= shared.accepted[thread];
 
+    // Four rows of the warp's entries at a time, whose counts go side by side into one word.
     unsigned place = Threads::before(shared.kept);
-    const unsigned below = (1u << Threads::lane()) - 1u;
     values += row * k;
     indices += row * k;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const bool keeps = keep >> i & 1u;
-        const unsigned lanes = __ballot_sync(ALL_LANES, keeps);
-        if (keeps) {
-            const unsigned at = place + __popc(lanes & below);
-            values[at] = IN_REGISTERS ? x[i] : entry(i, load(i), load_up(i));
-            indices[at] = first + i * 32;
+    for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
+        const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
+        const unsigned up_to = Threads::up_to(own);
+        const unsigned rows = __shfl_sync(ALL_LANES, up_to, 31);
+        const unsigned before = up_to - own + rows * 0x01010100u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int i = row_0 + j;
+            if (i < EACH && keep >> i & 1u) {
+                const unsigned at = place + (before >> 8 * j & 0xffu);
+                values[at] = IN_REGISTERS ? x[i] : entry(i, load(i), load_up(i));
+                indices[at] = first + i * 32;
+            }
         }
-        place += __popc(lanes);
+        place += rows * 0x01010101u >> 24;
     }
 }
