@@ -244,6 +244,9 @@ inline void narrow(float x, BFloat16& to) {
     to.bits = std::isnan(x) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+template <class T>
+void forget(T&) {}
+inline void count_larger(unsigned& count, unsigned x, unsigned than) { count += x > than; }
 inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
@@ -273,6 +276,10 @@ T load_fresh(const T* from) {
     return *from;
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
+template <class T>
+void store(T* to, T x, bool wanted) {
+    if (wanted) *to = x;
+}
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");

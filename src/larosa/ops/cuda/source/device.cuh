@@ -29,6 +29,22 @@ DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 
+// Adds 1 to `count` where x > than, by a predicate.
+DEVICE void count_larger(unsigned& count, unsigned x, unsigned than) {
+    asm("{\n\t.reg .pred larger;\n\t"
+        "setp.gt.u32 larger, %1, %2;\n\t"
+        "@larger add.u32 %0, %0, 1;\n\t}"
+        : "+r"(count)
+        : "r"(x), "r"(than));
+}
+
+// Keeps the compiler from working out before a loop, and holding in registers, what follows from x.
+DEVICE void forget(unsigned& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+DEVICE void forget(T*& x) {
+    asm volatile("" : "+l"(x));
+}
+
 // 1 / x to within an ulp, in one instruction without branches, where neither is denormal.
 DEVICE float reciprocal(float x) {
     float result;
@@ -91,6 +107,24 @@ DEVICE long long load_fresh(const long long* from) {
     long long data;
     asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(data) : "l"(from));
     return data;
+}
+
+// Writes x where it is `wanted`, by a predicate.
+DEVICE void store(float* to, float x, bool wanted) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %2, 0;\n\t"
+        "@wanted st.global.f32 [%0], %1;\n\t}" ::"l"(to),
+        "f"(x), "r"(static_cast<unsigned>(wanted))
+        : "memory");
+}
+DEVICE void store(int* to, int x, bool wanted) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %2, 0;\n\t"
+        "@wanted st.global.s32 [%0], %1;\n\t}" ::"l"(to),
+        "r"(x), "r"(static_cast<unsigned>(wanted))
+        : "memory");
 }
 
 // A guess at what load_fresh() will give, which may stand before wait_for_inputs(): good for prefetches alone.

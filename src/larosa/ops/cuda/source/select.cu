@@ -130,8 +130,10 @@ DEVICE void compare(Shared& shared, unsigned there, unsigned need) {
 #pragma unroll 2
         for (unsigned i = 0; i < there; i += HELPERS * 4) {
             const uint4 four = *reinterpret_cast<const uint4*>(shared.candidates + i + helper * 4);
-            larger += (four.x > own ? 1u : 0u) + (four.y > own ? 1u : 0u);
-            larger += (four.z > own ? 1u : 0u) + (four.w > own ? 1u : 0u);
+            count_larger(larger, four.x, own);
+            count_larger(larger, four.y, own);
+            count_larger(larger, four.z, own);
+            count_larger(larger, four.w, own);
         }
 #pragma unroll
         for (int distance = 1; distance < HELPERS; distance *= 2)
@@ -163,15 +165,16 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
 
     // Beyond the end entries are 0, and come last in order.
     input += row * width * (SOURCE == GATED ? 2 : 1) + first;
-    const auto load = [&](int i) { return load_fresh(input + i * 32, first + i * 32 < width); };
+    const int left = width - first;
+    const auto load = [&](int i) { return load_fresh(input + i * 32, i * 32 < left); };
     const auto load_up = [&](int i) {
-        return SOURCE == GATED ? load_fresh(input + width + i * 32, first + i * 32 < width) : 0.0f;
+        return SOURCE == GATED ? load_fresh(input + width + i * 32, i * 32 < left) : 0.0f;
     };
     float x[EACH];
     float inverse = 1.0f;
     const auto entry = [&](int i, float loaded, float up) {
         if (SOURCE == GATED) return silu_mul(loaded, up);
-        if (SOURCE == NORMED && first + i * 32 < width) return loaded * inverse * gains.at(i);
+        if (SOURCE == NORMED && i * 32 < left) return loaded * inverse * gains.at(i);
         return loaded;
     };
     float up[EACH];
@@ -206,15 +209,19 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     open ^= keep;
 
     // Of candidates, the bits after the digit. They begin with those of `known`, down to bit `shift`.
-    const auto rest = [&](int i) { return key[i] << INDEX_BITS | (LAST - first - i * 32); };
+    unsigned from_last = LAST - first;
+    const auto rest = [&](int i) { return key[i] << INDEX_BITS | (from_last - i * 32); };
     unsigned known = 0;
     for (int shift = 32; digit.there > MOST;) {
         shift = max(shift - DIGIT_BITS, 0);
         clear(shared);
+        forget(from_last);
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)
+        for (int i = 0; i < EACH; ++i) {
+            forget(key[i]);
             if (open >> i & 1u) atomicAdd(&shared.histogram[rest(i) - known >> shift], 1u);
+        }
         digit = find(shared, digit.need);
         known += digit.digit << shift;
 #pragma unroll
@@ -240,6 +247,8 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     unsigned place = Threads::before(shared.kept);
     values += row * k;
     indices += row * k;
+    forget(values);
+    forget(indices);
 #pragma unroll
     for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
         const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
@@ -249,11 +258,14 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int i = row_0 + j;
-            if (i < EACH && keep >> i & 1u) {
-                const unsigned at = place + (before >> 8 * j & 0xffu);
-                values[at] = IN_REGISTERS ? x[i] : entry(i, load(i), load_up(i));
-                indices[at] = first + i * 32;
-            }
+            if (i >= EACH) break;
+            const bool kept = keep >> i & 1u;
+            const unsigned at = place + (before >> 8 * j & 0xffu);
+            if (IN_REGISTERS)
+                store(values + at, x[i], kept);
+            else if (kept)
+                values[at] = entry(i, load(i), load_up(i));
+            store(indices + at, first + i * 32, kept);
         }
         place += rows * 0x01010101u >> 24;
     }

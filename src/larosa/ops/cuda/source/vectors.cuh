@@ -38,7 +38,7 @@ private:
     DEVICE void read_as(float (&entries)[COUNT], int first, int size) const {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
-            entries[i] = first + i * 32 < size ? widen(static_cast<const T*>(data)[first + i * 32]) : 1.0f;
+            entries[i] = i * 32 < size - first ? widen((static_cast<const T*>(data) + first)[i * 32]) : 1.0f;
     }
 };
 
