@@ -245,7 +245,7 @@ inline void narrow(float x, BFloat16& to) {
 }
 
 template <class T>
-void forget(T&) {}
+void settle(T*&) {}
 inline void count_larger(unsigned& count, unsigned x, unsigned than) { count += x > than; }
 inline float reciprocal(float x) { return 1.0f / x; }
 

@@ -30,8 +30,8 @@ struct Block {
         return x;
     }
 
-    DEVICE static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-    DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+    DEVICE static int lane() { return static_cast<int>(threadIdx.x % 32); }
+    DEVICE static int warp() { return static_cast<int>(threadIdx.x / 32); }
 };
 
 #endif

@@ -38,10 +38,9 @@ DEVICE void count_larger(unsigned& count, unsigned x, unsigned than) {
         : "r"(x), "r"(than));
 }
 
-// Keeps the compiler from working out before a loop, and holding in registers, what follows from x.
-DEVICE void forget(unsigned& x) { asm volatile("" : "+r"(x)); }
+// Has the compiler take x as it is from here on, rather than put together what follows from it with what it follows from.
 template <class T>
-DEVICE void forget(T*& x) {
+DEVICE void settle(T*& x) {
     asm volatile("" : "+l"(x));
 }
 

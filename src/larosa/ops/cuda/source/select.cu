@@ -120,6 +120,32 @@ DEVICE Digit find(Shared& shared, unsigned need) {
     return shared.found;
 }
 
+// Takes further digits until few candidates are left, and lists those. `rests` are the bits after the first digit.
+// Seldom needed, so its code is short, and leaves the registers to the rest: `rests` lies in memory.
+DEVICE Digit narrow(Shared& shared, Digit digit, const unsigned (&rests)[EACH], unsigned& open, unsigned& keep) {
+    unsigned known = 0;  // how the candidates' bits begin, down to bit `shift`
+    for (int shift = 32; digit.there > MOST;) {
+        shift = max(shift - DIGIT_BITS, 0);
+        clear(shared);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = 0; i < EACH; ++i)
+            if (open >> i & 1u) atomicAdd(&shared.histogram[rests[i] - known >> shift], 1u);
+        digit = find(shared, digit.need);
+        known += digit.digit << shift;
+#pragma unroll 1
+        for (int i = 0; i < EACH; ++i) {
+            if (!(open >> i & 1u) || rests[i] >> shift == known >> shift) continue;
+            open ^= 1u << i;
+            if (rests[i] > known) keep |= 1u << i;
+        }
+    }
+#pragma unroll 1
+    for (int i = 0; i < EACH; ++i)
+        if (open >> i & 1u) shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = rests[i];
+    return digit;
+}
+
 // Tells their threads which candidates are among the `need` largest of `there`.
 DEVICE void compare(Shared& shared, unsigned there, unsigned need) {
     constexpr unsigned WARP = 32 / HELPERS;
@@ -208,29 +234,13 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     }
     open ^= keep;
 
-    // Of candidates, the bits after the digit. They begin with those of `known`, down to bit `shift`.
-    unsigned from_last = LAST - first;
-    const auto rest = [&](int i) { return key[i] << INDEX_BITS | (from_last - i * 32); };
-    unsigned known = 0;
-    for (int shift = 32; digit.there > MOST;) {
-        shift = max(shift - DIGIT_BITS, 0);
-        clear(shared);
-        forget(from_last);
-        __syncthreads();
+    const auto rest = [&](int i) { return (key[i] << INDEX_BITS) + (LAST - first) - i * 32; };
+    if (digit.there > MOST) {
+        unsigned rests[EACH];
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            forget(key[i]);
-            if (open >> i & 1u) atomicAdd(&shared.histogram[rest(i) - known >> shift], 1u);
-        }
-        digit = find(shared, digit.need);
-        known += digit.digit << shift;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            if (open >> i & 1u && rest(i) >> shift > known >> shift) keep |= 1u << i;
-            if (rest(i) >> shift != known >> shift) open &= ~(1u << i);
-        }
-    }
-    if (open) {
+        for (int i = 0; i < EACH; ++i) rests[i] = rest(i);
+        digit = narrow(shared, digit, rests, open, keep);
+    } else if (open) {
         unsigned slot = atomicAdd(&shared.candidate_count, static_cast<unsigned>(__popc(open)));
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
@@ -247,8 +257,8 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     unsigned place = Threads::before(shared.kept);
     values += row * k;
     indices += row * k;
-    forget(values);
-    forget(indices);
+    settle(values);
+    settle(indices);
 #pragma unroll
     for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
         const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
