@@ -276,9 +276,8 @@ T load_fresh(const T* from) {
     return *from;
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
-template <class T>
-void store(T* to, T x, bool wanted) {
-    if (wanted) *to = x;
+inline void store(float* to, float x, int* also_to, int y, bool wanted) {
+    if (wanted) *to = x, *also_to = y;
 }
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {

@@ -108,21 +108,14 @@ DEVICE long long load_fresh(const long long* from) {
     return data;
 }
 
-// Writes x where it is `wanted`, by a predicate.
-DEVICE void store(float* to, float x, bool wanted) {
+// Writes two numbers to two places where they are `wanted`, by a predicate.
+DEVICE void store(float* to, float x, int* also_to, int y, bool wanted) {
     asm volatile(
         "{\n\t.reg .pred wanted;\n\t"
-        "setp.ne.u32 wanted, %2, 0;\n\t"
-        "@wanted st.global.f32 [%0], %1;\n\t}" ::"l"(to),
-        "f"(x), "r"(static_cast<unsigned>(wanted))
-        : "memory");
-}
-DEVICE void store(int* to, int x, bool wanted) {
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\t"
-        "setp.ne.u32 wanted, %2, 0;\n\t"
-        "@wanted st.global.s32 [%0], %1;\n\t}" ::"l"(to),
-        "r"(x), "r"(static_cast<unsigned>(wanted))
+        "setp.ne.u32 wanted, %4, 0;\n\t"
+        "@wanted st.global.f32 [%0], %1;\n\t"
+        "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
+        "f"(x), "l"(also_to), "r"(y), "r"(static_cast<unsigned>(wanted))
         : "memory");
 }
 

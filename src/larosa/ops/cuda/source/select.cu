@@ -107,11 +107,16 @@ DEVICE Digit find(Shared& shared, unsigned need) {
             const unsigned sum = four[0] + four[1] + four[2] + four[3];
             const unsigned up_to = Threads::up_to(sum);
             unsigned above = before + up_to - sum;
+            if (above < need && need <= above + sum) {
+                unsigned bin = highest - i * 128 + 3, there = four[0];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                if (above < need && need <= above + four[j])
-                    shared.found = {static_cast<unsigned>(highest - i * 128 + 3 - j), need - above, four[j]};
-                above += four[j];
+                for (int j = 1; j < 4; ++j) {
+                    if (above + there >= need) continue;
+                    above += there;
+                    there = four[j];
+                    --bin;
+                }
+                shared.found = {bin, need - above, there};
             }
             before += __reduce_add_sync(ALL_LANES, sum);
         }
@@ -271,11 +276,9 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
             if (i >= EACH) break;
             const bool kept = keep >> i & 1u;
             const unsigned at = place + (before >> 8 * j & 0xffu);
-            if (IN_REGISTERS)
-                store(values + at, x[i], kept);
-            else if (kept)
-                values[at] = entry(i, load(i), load_up(i));
-            store(indices + at, first + i * 32, kept);
+            float value = x[i];
+            if (!IN_REGISTERS) value = kept ? entry(i, load(i), load_up(i)) : 0.0f;
+            store(values + at, value, indices + at, first + i * 32, kept);
         }
         place += rows * 0x01010101u >> 24;
     }
