@@ -222,6 +222,10 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) {
     return emulator::exchange(x, [](const unsigned* all) { return std::accumulate(all, all + 32, 0u); });
 }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
+inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
+    for (int i = 0; i < 32; i += 8) sum += (x >> i & 0xff) * (y >> i & 0xff);
+    return sum;
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -247,6 +251,11 @@ inline void narrow(float x, BFloat16& to) {
 template <class T>
 void settle(T*&) {}
 inline void count_larger(unsigned& count, unsigned x, unsigned than) { count += x > than; }
+inline unsigned magnitude(float x, float y) {
+    const float product = std::fabs(x * y);
+    return std::isnan(product) ? 0x7fffffff : __float_as_uint(product);
+}
+inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
@@ -276,7 +285,7 @@ T load_fresh(const T* from) {
     return *from;
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
-inline void store(float* to, float x, int* also_to, int y, bool wanted) {
+inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be

@@ -38,13 +38,26 @@ DEVICE void count_larger(unsigned& count, unsigned x, unsigned than) {
         : "r"(x), "r"(than));
 }
 
-// Has the compiler take x as it is from here on, rather than put together what follows from it with what it follows from.
+// Has the compiler take x as it is from here on, rather than go back to what it was worked out from.
 template <class T>
 DEVICE void settle(T*& x) {
     asm volatile("" : "+l"(x));
 }
 
-// 1 / x to within an ulp, in one instruction without branches, where neither is denormal.
+// The bits of |x * y|, which order as it does, with NaN the largest: products have but one NaN, 0x7fffffff. Not left to
+// the compiler, which takes x * 1 for x.
+DEVICE unsigned magnitude(float x, float y) {
+    float product;
+    asm("mul.f32 %0, %1, %2;" : "=f"(product) : "f"(fabsf(x)), "f"(fabsf(y)));
+    return __float_as_uint(product);
+}
+
+// 2^x and 1 / x to within 2 ulp, in one instruction without branches, where the result is not denormal.
+DEVICE float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
 DEVICE float reciprocal(float x) {
     float result;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -108,14 +121,14 @@ DEVICE long long load_fresh(const long long* from) {
     return data;
 }
 
-// Writes two numbers to two places where they are `wanted`, by a predicate.
-DEVICE void store(float* to, float x, int* also_to, int y, bool wanted) {
+// Writes two numbers to two places where `wanted` is not 0, by a predicate.
+DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     asm volatile(
         "{\n\t.reg .pred wanted;\n\t"
         "setp.ne.u32 wanted, %4, 0;\n\t"
         "@wanted st.global.f32 [%0], %1;\n\t"
         "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
-        "f"(x), "l"(also_to), "r"(y), "r"(static_cast<unsigned>(wanted))
+        "f"(x), "l"(also_to), "r"(y), "r"(wanted)
         : "memory");
 }
 

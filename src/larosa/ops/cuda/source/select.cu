@@ -17,7 +17,6 @@
 constexpr int THREADS = BLOCK;
 using Threads = Block<THREADS>;
 enum Source { AS_IS, NORMED, GATED };
-constexpr unsigned NAN_KEY = 0x7f800001u;  // all NaN alike, above infinity
 
 // Of the order's bits, those of the first digit; 32 are left, the last of them for the index.
 constexpr int DIGIT_BITS = EACH * THREADS <= 4096 ? 12 : EACH * THREADS <= 16384 ? 13 : 14;
@@ -190,6 +189,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     shared.accepted[thread] = 0;
     if (thread < static_cast<int>(MOST)) shared.candidates[thread] = 0;
     if (thread == 0) shared.candidate_count = 0;
+    __syncthreads();
     const Factors scores(score, width);
     const Factors gains(SOURCE == NORMED ? gain : Vector{}, width);
     wait_for_inputs();
@@ -219,14 +219,12 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
 #pragma unroll
         for (int i = 0; i < EACH; ++i) squares = fmaf(x[i], x[i], squares);
         inverse = inverse_rms(shared.block.sum(squares), width, eps);
-    } else {
-        __syncthreads();  // the histogram is clear
     }
     unsigned key[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         x[i] = entry(i, x[i], up[i]);
-        key[i] = min(__float_as_uint(x[i] * scores.at(i)) & 0x7fffffffu, NAN_KEY);
+        key[i] = magnitude(x[i], scores.at(i));
         atomicAdd(&shared.histogram[key[i] >> KEY_BITS], 1u);
     }
     Digit digit = find(shared, static_cast<unsigned>(k));
@@ -274,12 +272,12 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
         for (int j = 0; j < 4; ++j) {
             const int i = row_0 + j;
             if (i >= EACH) break;
-            const bool kept = keep >> i & 1u;
-            const unsigned at = place + (before >> 8 * j & 0xffu);
+            const unsigned kept = keep & 1u << i;
+            const unsigned at = __dp4a(before, 1u << 8 * j, place);
             float value = x[i];
             if (!IN_REGISTERS) value = kept ? entry(i, load(i), load_up(i)) : 0.0f;
             store(values + at, value, indices + at, first + i * 32, kept);
         }
-        place += rows * 0x01010101u >> 24;
+        place = __dp4a(rows, 0x01010101u, place);
     }
 }
