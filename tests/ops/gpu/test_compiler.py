@@ -22,7 +22,7 @@ KERNELS = (
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
     *(
-        ("select.cu", {"SOURCE": source, "EACH": each})
+        ("select.cu", {"SOURCE": source, "BLOCK": "1024", "EACH": each})
         for source, each in (("AS_IS", "4"), ("GATED", "11"), ("NORMED", "8"))
     ),
     ("elementwise.cu", {}),

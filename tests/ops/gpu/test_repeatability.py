@@ -22,6 +22,7 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
     def results():
         x = entries("normal", 1, 600, seed=3)
         yield from target("top_k", x, 300, None)
+        yield from target("top_k", entries("tied", 1, 2000, seed=5), 900, None)
         yield from target("rms_norm_top_k", x, None, 1e-5, 300, None)
         yield target("rms_norm", x, None, 1e-5)
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], None)

@@ -9,7 +9,7 @@ from larosa.errors import LarosaError
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import top_k_reference
 
-from .cases import DTYPES, bits, entries
+from .cases import DTYPES, bits, entries, seeded
 
 KINDS = ("normal", "tied", "zero", "special", "huge")
 
@@ -45,9 +45,38 @@ def test_long_vectors(target, kind, width):
         same(target("top_k", x, k, None), top_k_reference(x, k))
 
 
-def test_the_longest_vector(target):
-    x = entries("normal", 1, 32768, seed=0)
+@pytest.mark.parametrize("kind", ["normal", "tied"])
+def test_the_longest_vector(target, kind):
+    x = entries(kind, 1, 32768, seed=0)
     same(target("top_k", x, 16384, None), top_k_reference(x, 16384))
+
+
+@pytest.mark.parametrize("alike", ["distinct", "in fours", "equal"])
+@pytest.mark.parametrize("count", [255, 256, 257, 1024, 1025, 4096])
+def test_many_entries_that_begin_with_the_same_bits(target, alike, count):
+    """`count` entries that differ in the last bits, if at all, among smaller and larger ones."""
+    generator = seeded(count)
+    below = {"distinct": torch.arange(count), "in fours": torch.arange(count) // 4, "equal": torch.zeros(count)}[alike]
+    larger = (4096 - count) // 2
+    x = torch.cat([1 + below * 2.0**-23, torch.full((larger,), 2.0), torch.full((4096 - count - larger,), 0.5)])
+    x *= torch.randn(4096, generator=generator).sign()
+    x = x[torch.randperm(4096, generator=generator)][None]
+    for k in {larger, larger + 1, larger + count // 2, larger + count - 1, larger + count}:
+        same(target("top_k", x, k, None), top_k_reference(x, k))
+
+
+def test_entries_on_both_sides_of_a_power_of_two(target):
+    x = (1 + (torch.arange(2000) - 1000).float() * 2.0**-24)[None]
+    for k in (1, 999, 1000, 1001, 1999):
+        same(target("top_k", x, k, None), top_k_reference(x, k))
+
+
+def test_scores_that_make_nan(target):
+    x, score = entries("special", 1, 1500, seed=0), scores(1500, torch.float32, 1)
+    score[::3] = 0
+    assert 0 < (x * score).isnan().sum() < 600
+    for k in (5, 600):
+        same(target("top_k", x, k, score), top_k_reference(x, k, score))
 
 
 def check_fused(selection, exact, k, score) -> None:
@@ -87,6 +116,11 @@ def test_nan_spreads_as_in_the_reference(target):
     values, indices = target("silu_mul_top_k", gate_up, 1, None)
     assert values.isnan().all()
     assert indices.tolist() == [[7]]
+
+
+def test_gates_of_any_size(target):
+    gate_up = torch.cat([torch.linspace(-80, 80, 1999), torch.full((1999,), 1e10)])[None]
+    check_fused(target("silu_mul_top_k", gate_up, 1999, None), silu_mul_reference(gate_up.double()), 1999, None)
 
 
 def test_saturated_gates(target):

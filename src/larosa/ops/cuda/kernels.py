@@ -15,7 +15,7 @@ from larosa.ops.cuda.plan import LINEAR_TILE, THREADS, attend_plan, linear_block
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
-_ROW = 1024  # threads of a block, in select.cu and elementwise.cu
+_ROW = 1024  # threads of a block of select.cu and elementwise.cu
 _WIDEST = 32 * _ROW
 
 
@@ -168,7 +168,7 @@ def _select(
             f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
         )
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
-    macros = {"SOURCE": source, "EACH": str(-(-width // _ROW))}
+    macros = {"SOURCE": source, "BLOCK": str(_ROW), "EACH": str(-(-width // _ROW))}
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     arguments = (_address(x), c_int(width), c_int(k), *vectors, _address(values), _address(indices))
     if k:

@@ -208,9 +208,8 @@ T __shfl_xor_sync(unsigned, T x, int lanes) {
     return emulator::exchange(x, [&](const T* all) { return all[from]; });
 }
 template <class T>
-T __shfl_up_sync(unsigned, T x, int lanes) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    return emulator::exchange(x, [&](const T* all) { return all[lane >= lanes ? lane - lanes : lane]; });
+T __shfl_sync(unsigned, T x, int lane) {
+    return emulator::exchange(x, [=](const T* all) { return all[lane]; });
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
     return emulator::exchange(static_cast<unsigned>(x), [](const unsigned* all) {
@@ -223,7 +222,12 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) {
     return emulator::exchange(x, [](const unsigned* all) { return std::accumulate(all, all + 32, 0u); });
 }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
+inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
+    for (int i = 0; i < 32; i += 8) sum += (x >> i & 0xff) * (y >> i & 0xff);
+    return sum;
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 
@@ -243,6 +247,16 @@ inline void narrow(float x, BFloat16& to) {
     const unsigned bits = __float_as_uint(x);
     to.bits = std::isnan(x) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+template <class T>
+void settle(T*&) {}
+inline void count_larger(unsigned& count, unsigned x, unsigned than) { count += x > than; }
+inline unsigned magnitude(float x, float y) {
+    const float product = std::fabs(x * y);
+    return std::isnan(product) ? 0x7fffffff : __float_as_uint(product);
+}
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <class T>
 T& shared_memory() {
@@ -276,6 +290,10 @@ T load_fresh(const T* from) {
 inline float load_earlier(const float* from) {
     emulator::check_place(from, sizeof(float));
     return *from;
+}
+inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
+inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
+    if (wanted) *to = x, *also_to = y;
 }
 inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {
@@ -315,6 +333,10 @@ void cluster_begun() {}
 template <int BLOCKS>
 void cluster_store(float& mine, int rank, float x) {
     emulator::there(mine, rank) = x;
+}
+inline unsigned plus_below(unsigned x, int distance) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return emulator::exchange(x, [=](const unsigned* all) { return lane < distance ? x : x + all[lane - distance]; });
 }
 inline float warp_sum(float x, int from = 1) {
     for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);

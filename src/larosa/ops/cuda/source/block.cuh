@@ -8,7 +8,6 @@ template <int THREADS>
 struct Block {
     static constexpr int WARPS = THREADS / 32;
 
-    unsigned totals[WARPS];
     float sums[WARPS];
 
     // The sum over all threads, the same bits in each of them. Once a kernel.
@@ -19,21 +18,20 @@ struct Block {
         return warp_sum(lane() < WARPS ? sums[lane()] : 0.0f);
     }
 
-    // The sum over the threads before this one. Between two uses the block must synchronise.
-    DEVICE unsigned before(unsigned x) {
-        unsigned inclusive = x;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const unsigned below = __shfl_up_sync(ALL_LANES, inclusive, distance);
-            if (lane() >= distance) inclusive += below;
-        }
-        if (lane() == 31) totals[warp()] = inclusive;
-        __syncthreads();
-        return __reduce_add_sync(ALL_LANES, lane() < warp() ? totals[lane()] : 0u) + inclusive - x;
+    // The sum of what the warps before this one have in `totals`.
+    DEVICE static unsigned before(const unsigned (&totals)[WARPS]) {
+        return __reduce_add_sync(ALL_LANES, lane() < warp() ? totals[lane()] : 0u);
     }
 
-    DEVICE static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-    DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+    // The sum over the lanes up to this one.
+    DEVICE static unsigned up_to(unsigned x) {
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) x = plus_below(x, distance);
+        return x;
+    }
+
+    DEVICE static int lane() { return static_cast<int>(threadIdx.x % 32); }
+    DEVICE static int warp() { return static_cast<int>(threadIdx.x / 32); }
 };
 
 #endif

@@ -29,6 +29,41 @@ DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 
+// Adds 1 to `count` where x > than, by a predicate.
+DEVICE void count_larger(unsigned& count, unsigned x, unsigned than) {
+    asm("{\n\t.reg .pred larger;\n\t"
+        "setp.gt.u32 larger, %1, %2;\n\t"
+        "@larger add.u32 %0, %0, 1;\n\t}"
+        : "+r"(count)
+        : "r"(x), "r"(than));
+}
+
+// Has the compiler take x as it is from here on, rather than go back to what it was worked out from.
+template <class T>
+DEVICE void settle(T*& x) {
+    asm volatile("" : "+l"(x));
+}
+
+// The bits of |x * y|, which order as it does, with NaN the largest: products have but one NaN, 0x7fffffff. Not left to
+// the compiler, which takes x * 1 for x.
+DEVICE unsigned magnitude(float x, float y) {
+    float product;
+    asm("mul.f32 %0, %1, %2;" : "=f"(product) : "f"(fabsf(x)), "f"(fabsf(y)));
+    return __float_as_uint(product);
+}
+
+// 2^x and 1 / x to within 2 ulp, in one instruction without branches, where the result is not denormal.
+DEVICE float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+DEVICE float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // The block's dynamic shared memory. SHARED tells the launcher how much of it a file's kernels want.
 #define SHARED(type) extern "C" __device__ unsigned shared_bytes = sizeof(type)
 
@@ -63,6 +98,18 @@ DEVICE float load_fresh(const float* from) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(data) : "l"(from));
     return data;
 }
+// The same, or 0 where it is not `there`. Not by a branch: a load behind one waits for those before it.
+DEVICE float load_fresh(const float* from, bool there) {
+    float data;
+    asm volatile(
+        "{\n\t.reg .pred there;\n\t"
+        "setp.ne.u32 there, %2, 0;\n\t"
+        "mov.f32 %0, 0f00000000;\n\t"
+        "@there ld.global.cg.f32 %0, [%1];\n\t}"
+        : "=f"(data)
+        : "l"(from), "r"(static_cast<unsigned>(there)));
+    return data;
+}
 DEVICE int load_fresh(const int* from) {
     int data;
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(data) : "l"(from));
@@ -77,6 +124,17 @@ DEVICE long long load_fresh(const long long* from) {
 // What a kernel wrote that had finished before the one in front of this one began: it may stand before
 // wait_for_inputs(), for that kernel let this one begin only after its own wait.
 DEVICE float load_earlier(const float* from) { return load_fresh(from); }
+
+// Writes two numbers to two places where `wanted` is not 0, by a predicate.
+DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %4, 0;\n\t"
+        "@wanted st.global.f32 [%0], %1;\n\t"
+        "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
+        "f"(x), "l"(also_to), "r"(y), "r"(wanted)
+        : "memory");
+}
 
 // A guess at what load_fresh() will give, which may stand before wait_for_inputs(): good for prefetches alone.
 DEVICE long long guess(const long long* from) {
@@ -96,7 +154,8 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 // --- Programmatic dependent launch. Every block of every kernel calls first wait_for_inputs(), which returns once the
 // kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's blocks
 // take their places early. So when a kernel begins, all have finished but the one before it: what that one may have
-// written is not read, and nothing is written, before wait_for_inputs().
+// written is not read, and nothing is written, before wait_for_inputs(). Gains
+// and scores are parameters of a model, which no kernel writes.
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -181,6 +240,17 @@ DEVICE void cluster_store(float& mine, int rank, float x) {
     }
 #endif
     mine = x;
+}
+
+// x, and to it the x of the lane `distance` below where there is one.
+DEVICE unsigned plus_below(unsigned x, int distance) {
+    asm volatile(
+        "{\n\t.reg .pred there;\n\t.reg .u32 below;\n\t"
+        "shfl.sync.up.b32 below|there, %0, %1, 0, 0xffffffff;\n\t"
+        "@there add.u32 %0, %0, below;\n\t}"
+        : "+r"(x)
+        : "r"(distance));
+    return x;
 }
 
 // --- Sums in a fixed order, so that the same input gives the same bits.

@@ -33,5 +33,6 @@ silu_mul(const float* gate_up, int width, float* result) {
 
     wait_for_inputs();
     release_dependents();
-    if (i < width) result[row * width + i] = silu_mul_at(gate_up + row * 2 * width, i, width);
+    gate_up += row * 2 * width;
+    if (i < width) result[row * width + i] = silu_mul(load_fresh(gate_up + i), load_fresh(gate_up + width + i));
 }

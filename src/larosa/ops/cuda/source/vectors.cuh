@@ -16,10 +16,29 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
+    // Entries first, first + 32, ... of `size`; 1 beyond the end, and where there is no vector.
+    template <int COUNT>
+    DEVICE void read(float (&entries)[COUNT], int first, int size) const {
+        if (type == 1)
+            read_as<BFloat16>(entries, first, size);
+        else if (type == 2)
+            read_as<Half>(entries, first, size);
+        else
+            read_as<float>(entries, first, data == nullptr ? 0 : size);
+    }
+
     // Brings its first `size` entries near, whole pieces of 16 bytes of them. For one thread.
     DEVICE void fetch(int size) const {
         if (data != nullptr && reinterpret_cast<unsigned long long>(data) % 16 == 0)
             prefetch(data, static_cast<unsigned>(size) * (type == 0 ? 4u : 2u) / 16 * 16);
+    }
+
+private:
+    template <class T, int COUNT>
+    DEVICE void read_as(float (&entries)[COUNT], int first, int size) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            entries[i] = i * 32 < size - first ? widen((static_cast<const T*>(data) + first)[i * 32]) : 1.0f;
     }
 };
 
