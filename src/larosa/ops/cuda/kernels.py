@@ -125,6 +125,8 @@ def attend(
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
+    The position, and keys and values of earlier ones, must not be what the kernel launched just before this one writes.
+
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
     """

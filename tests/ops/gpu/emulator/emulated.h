@@ -287,15 +287,15 @@ T load_fresh(const T* from) {
     emulator::check(from, sizeof(T));
     return *from;
 }
-inline float load_earlier(const float* from) {
-    emulator::check_place(from, sizeof(float));
+template <class T>
+T load_earlier(const T* from) {
+    emulator::check_place(from, sizeof(T));
     return *from;
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }
-inline long long guess(const long long*) { return 1ll << 40; }  // as wrong as can be
 inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
 }
@@ -322,10 +322,6 @@ inline float& there(const float& mine, int rank) {
     return *reinterpret_cast<float*>(base(blocks[rank]) + offset);
 }
 }  // namespace emulator
-template <int BLOCKS>
-float cluster_load(const float& mine, int rank) {
-    return emulator::there(mine, rank);
-}
 template <int BLOCKS>
 void cluster_begin() {}
 template <int BLOCKS>

@@ -2,7 +2,8 @@
 //
 // A cluster of CLUSTER blocks serves HEADS query heads that share a key head, each block a stretch of positions.
 // Groups of LANES threads hold one position's keys and values at a time, 16 bytes a thread, and carry a running
-// softmax (maximum, sum, weighted values); groups, warps and blocks are merged at the end, in a fixed order.
+// softmax (maximum, sum, weighted values); groups, warps and blocks are merged at the end, in a fixed order. The first
+// keys and values of each group are on their way before the queries are there.
 #include "vectors.cuh"
 
 #ifndef CACHE
@@ -30,9 +31,11 @@ struct Partial {
 };
 
 struct Shared {
+    alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
+    alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
     Partial warps[WARPS][HEADS];
-    Partial block[HEADS];
+    Partial found[CLUSTER][HEADS];  // by the blocks of the cluster; of `weighted`, what this one finishes
 };
 
 SHARED(Shared);
@@ -62,6 +65,23 @@ DEVICE Stretch stretch_of(int position, int window, int rank) {
 DEVICE float rescale(float maximum, float larger) {
     return maximum == none() ? 0.0f : expf(maximum - larger);
 }
+
+// The keys and values of one position for each of a group's loads.
+struct Batch {
+    Packed key[DEPTH];
+    Packed value[DEPTH];
+
+    // What is not there reads the last position again, and does not count.
+    DEVICE void load(const CACHE* keys, const CACHE* values, int from, int end, int part) {
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j) {
+            const int at = from + j * GROUPS + static_cast<int>(threadIdx.x) / LANES;
+            const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
+            key[j].template load<true>(keys + place, WIDTH<CACHE>);
+            value[j].template load<true>(values + place, WIDTH<CACHE>);
+        }
+    }
+};
 
 // Norms and rotates one head with one warp; `put(i, x)` takes the entries.
 template <class Put>
@@ -120,22 +140,22 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     keys += static_cast<long long>(key_head) * length * SIZE;
     values += static_cast<long long>(key_head) * length * SIZE;
 
-    if (thread < 64 && thread % 32 == 0) {
-        const int position = static_cast<int>(max(0ll, min(guess(positions), length - 1ll)));
-        const Stretch stretch = stretch_of(position, window, rank);
-        prefetch((thread ? values : keys) + static_cast<long long>(stretch.begin) * SIZE,
-                 static_cast<unsigned>((stretch.end - stretch.begin) * SIZE * sizeof(CACHE)));
-    }
-    wait_for_inputs();
-    release_dependents();
+    const bool holds = thread % LANES < PARTS;
+    const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
 
+    cluster_begin<CLUSTER>();
     // Outside the cache nothing is attended to, which gives NaN, and nothing is written.
-    const long long asked = load_fresh(positions);
+    const long long asked = load_earlier(positions);
     const bool inside = asked >= 0 && asked < length;
     const int position = inside ? static_cast<int>(asked) : 0;
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
+    Batch batch;
+    if (begin < end) batch.load(keys, values, begin, end, part);
+    wait_for_inputs();
+    release_dependents();
 
-    // Queries go to shared memory; the last block, whose stretch ends at this position, adds it to the cache.
+    // Queries go to shared memory; the last block, whose stretch ends at this position, adds it to the cache, and
+    // takes it from shared memory itself.
     for (int head = warp; head < HEADS; head += WARPS)
         prepare(qkv + (first_head + head) * SIZE, rotary.q_gain.data != nullptr, rotary.q_gain, rotary, position,
                 [&](int i, float x) { shared.queries[head][i] = x * rotary.scale; });
@@ -143,14 +163,18 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
         const long long at = static_cast<long long>(position) * SIZE;
         if (warp == WARPS - 1)
             prepare(qkv + (query_heads + key_head) * SIZE, rotary.k_gain.data != nullptr, rotary.k_gain, rotary,
-                    position, [&](int i, float x) { narrow(x, keys[at + i]); });
+                    position, [&](int i, float x) {
+                        narrow(x, shared.key[i]);
+                        keys[at + i] = shared.key[i];
+                    });
         const float* value = qkv + (query_heads + key_heads + key_head) * SIZE;
-        for (int i = thread; i < SIZE; i += THREADS) narrow(load_fresh(value + i), values[at + i]);
+        for (int i = thread; i < SIZE; i += THREADS) {
+            narrow(load_fresh(value + i), shared.value[i]);
+            values[at + i] = shared.value[i];
+        }
     }
     __syncthreads();
 
-    const bool holds = thread % LANES < PARTS;
-    const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
     float query[HEADS][WIDTH<CACHE>];
 #pragma unroll
     for (int h = 0; h < HEADS; ++h)
@@ -165,21 +189,18 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 
     // Whole warps stay in the loop together: they exchange scores.
     for (int from = begin; from < end; from += GROUPS * DEPTH) {
-        Packed key[DEPTH];
-        Packed value[DEPTH];
+        if (from > begin) batch.load(keys, values, from, end, part);
         bool there[DEPTH];
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
-            // What is not there reads the last position again, and does not count.
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
-            const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
-            key[j].template load<true>(keys + place, WIDTH<CACHE>);
-            value[j].template load<true>(values + place, WIDTH<CACHE>);
+            if (at == position) {
+                batch.key[j].data = *reinterpret_cast<const uint4*>(shared.key + part);
+                batch.value[j].data = *reinterpret_cast<const uint4*>(shared.value + part);
+            }
+            if (!there[j]) batch.value[j] = Packed();
         }
-#pragma unroll
-        for (int j = 0; j < DEPTH; ++j)
-            if (!there[j]) value[j] = Packed();
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
             float score[DEPTH];
@@ -188,7 +209,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             for (int j = 0; j < DEPTH; ++j) {
                 float dot = 0.0f;
 #pragma unroll
-                for (int e = 0; e < WIDTH<CACHE>; ++e) dot = fmaf(query[h][e], widen(key[j].weight[e]), dot);
+                for (int e = 0; e < WIDTH<CACHE>; ++e) dot = fmaf(query[h][e], widen(batch.key[j].weight[e]), dot);
 #pragma unroll
                 for (int lane = 1; lane < LANES; lane *= 2) dot += __shfl_xor_sync(ALL_LANES, dot, lane);
                 score[j] = dot;
@@ -204,7 +225,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
                 sum[h] += weight;
 #pragma unroll
                 for (int e = 0; e < WIDTH<CACHE>; ++e)
-                    weighted[h][e] = fmaf(weight, widen(value[j].weight[e]), weighted[h][e]);
+                    weighted[h][e] = fmaf(weight, widen(batch.value[j].weight[e]), weighted[h][e]);
             }
             maximum[h] = larger;
         }
@@ -224,7 +245,9 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
             for (int e = 0; e < WIDTH<CACHE>; ++e) partial.weighted[part + e] = weighted[h][e];
     }
+    cluster_begun<CLUSTER>();
     __syncthreads();
+    // Block r of the cluster finishes every CLUSTER-th entry from the r-th on.
     for (int i = thread; i < HEADS * SIZE; i += THREADS) {
         const int h = i / SIZE;
         float larger = none();
@@ -237,26 +260,26 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             total = fmaf(scale, partial.sum, total);
             entry = fmaf(scale, partial.weighted[i % SIZE], entry);
         }
-        shared.block[h].weighted[i % SIZE] = entry;
-        if (i % SIZE == 0) {
-            shared.block[h].maximum = larger;
-            shared.block[h].sum = total;
+        Partial& found = shared.found[rank][h];
+        cluster_store<CLUSTER>(found.weighted[i % SIZE], i % CLUSTER, entry);
+        for (int to = i % SIZE; to < CLUSTER; to += SIZE) {
+            cluster_store<CLUSTER>(found.maximum, to, larger);
+            cluster_store<CLUSTER>(found.sum, to, total);
         }
     }
     cluster_sync<CLUSTER>();
-    // Block r of the cluster finishes every CLUSTER-th entry from the r-th on.
     for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
-        const Partial& partial = shared.block[i / SIZE];
+        const int h = i / SIZE;
         float larger = none();
-        for (int b = 0; b < CLUSTER; ++b) larger = fmaxf(larger, cluster_load<CLUSTER>(partial.maximum, b));
+        for (int b = 0; b < CLUSTER; ++b) larger = fmaxf(larger, shared.found[b][h].maximum);
         float total = 0.0f;
         float entry = 0.0f;
         for (int b = 0; b < CLUSTER; ++b) {
-            const float scale = rescale(cluster_load<CLUSTER>(partial.maximum, b), larger);
-            total = fmaf(scale, cluster_load<CLUSTER>(partial.sum, b), total);
-            entry = fmaf(scale, cluster_load<CLUSTER>(partial.weighted[i % SIZE], b), entry);
+            const Partial& partial = shared.found[b][h];
+            const float scale = rescale(partial.maximum, larger);
+            total = fmaf(scale, partial.sum, total);
+            entry = fmaf(scale, partial.weighted[i % SIZE], entry);
         }
         result[first_head * SIZE + i] = entry / total;
     }
-    if constexpr (CLUSTER > 1) cluster_sync<CLUSTER>();
 }

@@ -123,7 +123,10 @@ DEVICE long long load_fresh(const long long* from) {
 
 // What a kernel wrote that had finished before the one in front of this one began: it may stand before
 // wait_for_inputs(), for that kernel let this one begin only after its own wait.
-DEVICE float load_earlier(const float* from) { return load_fresh(from); }
+template <class T>
+DEVICE T load_earlier(const T* from) {
+    return load_fresh(from);
+}
 
 // Writes two numbers to two places where `wanted` is not 0, by a predicate.
 DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
@@ -134,13 +137,6 @@ DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
         "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
         "f"(x), "l"(also_to), "r"(y), "r"(wanted)
         : "memory");
-}
-
-// A guess at what load_fresh() will give, which may stand before wait_for_inputs(): good for prefetches alone.
-DEVICE long long guess(const long long* from) {
-    long long data;
-    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(data) : "l"(from));
-    return data;
 }
 
 // Ask for `bytes` (a multiple of 16, at an address that is one) to be brought to the second cache. It reads nothing,
@@ -204,25 +200,6 @@ DEVICE void cluster_begun() {
         asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
     }
 #endif
-}
-
-// What stands at `mine`, in the shared memory of the cluster's block `rank`.
-template <int BLOCKS>
-DEVICE float cluster_load(const float& mine, int rank) {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) {
-        float data;
-        asm volatile(
-            "{\n\t.reg .u32 remote;\n\t"
-            "mapa.shared::cluster.u32 remote, %1, %2;\n\t"
-            "ld.shared::cluster.f32 %0, [remote];\n\t}"
-            : "=f"(data)
-            : "r"(static_cast<unsigned>(__cvta_generic_to_shared(&mine))), "r"(rank)
-            : "memory");
-        return data;
-    }
-#endif
-    return mine;
 }
 
 // Writes where `mine` stands, in the shared memory of the cluster's block `rank`, which reads it after cluster_sync().
