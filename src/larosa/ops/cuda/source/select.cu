@@ -6,7 +6,8 @@
 // with a larger one are kept; the few that share it, the candidates, are compared with each other. Where they are
 // many, further digits make them few first.
 //
-// A block is bound by the instructions it issues: every one per entry counts, and population counts as much as eight.
+// A block is bound by the instructions it issues, so each that every entry needs counts, and a population count, which
+// has an eighth of the lanes of an addition, most of all.
 #include "block.cuh"
 #include "values.cuh"
 
