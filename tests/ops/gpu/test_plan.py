@@ -28,7 +28,7 @@ A100 = Machine((8, 0), 108, 166912)
 def test_7b_products_fill_an_h200_in_one_round(outputs, k):
     plan = sparse_plan(H200, outputs, k, 1, 2)
     blocks = plan.cluster * sum(-(-size // plan.tile) for size in outputs)
-    assert 0.8 * 132 <= blocks <= 2 * 132
+    assert 0.7 * 132 <= blocks <= 2 * 132
     assert plan.tile * 2 >= 128, "pieces of memory as wide as that"
 
 

@@ -11,7 +11,7 @@ from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
-from larosa.ops.cuda.plan import LINEAR_TILE, THREADS, attend_plan, linear_blocks, sparse_plan
+from larosa.ops.cuda.plan import LINEAR_TILE, SPARSE_THREADS, THREADS, attend_plan, linear_blocks, sparse_plan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
@@ -105,7 +105,7 @@ def sparse_linear(
     stride = 0 if adapter is None else adapter.stride(1)
     before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
     arguments = (_address(values), _address(indices), c_int(k), packed, *before, _address(result), c_int(outputs))
-    grid = Grid(tiles * plan.cluster, rows, THREADS, plan.cluster)
+    grid = Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster)
     _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, arguments)
     return result
 

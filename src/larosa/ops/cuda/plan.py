@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from larosa.ops.cuda.launch import Machine
 
-THREADS = 256  # of a block, in linear.cu, sparse_linear.cu and attend.cu
+THREADS = 256  # of a block, in linear.cu and attend.cu
+SPARSE_THREADS = 512  # the same in sparse_linear.cu
 LINEAR_TILE = 16  # TILE in linear.cu
-_RESIDENT = 3  # blocks of these kernels that a multiprocessor holds at once
-_LOADS = 8  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
+_RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
+_LOADS = 5  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
 #: Blocks a multiprocessor, on the average, that read as fast as more of them do.
-_ENOUGH = 0.8
+_ENOUGH = 0.7
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
     def cost(plan: SparsePlan) -> float:
         tiles = sum(-(-size // plan.tile) for size in outputs)
         blocks = tiles * plan.cluster * batch / gpu.multiprocessors
-        loads = max(k // plan.cluster // (THREADS // plan.lanes), 1)
-        return _cost(blocks, plan) / min(1.0, loads / _LOADS)
+        loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
+        return _cost(blocks, k, plan) / min(1.0, loads / _LOADS)
 
     plans = (
         SparsePlan(lanes, cluster, lanes * width)
@@ -53,13 +54,13 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
     return min(plans, key=cost)
 
 
-def _cost(blocks: float, plan: SparsePlan) -> float:
+def _cost(blocks: float, k: int, plan: SparsePlan) -> float:
     """What a plan with so many blocks a multiprocessor costs, in parts of the best."""
     reading = min(blocks / _ENOUGH, 1.0)  # too few blocks leave memory idle
-    waiting = 0.02 * max(blocks - 1.75, 0.0)  # each one takes in its list before it reads
+    waiting = 0.05 * max(blocks - 1.75, 0.0)  # each one takes in its list before it reads
     # A cluster lies within one group of multiprocessors: beyond one block each, large ones leave some of them empty.
-    crowded = {1: 0.0, 2: 0.01, 4: 0.06, 8: 0.02}[plan.cluster] * (4.0 if blocks > 1 and plan.cluster > 2 else 1.0)
-    narrow = {32: 0.0, 16: 0.0, 8: 0.06}[plan.lanes]
+    crowded = {1: 0.0, 2: 0.01, 4: 0.04, 8: 0.05}[plan.cluster] * (4.0 if blocks > 1 and plan.cluster > 2 else 1.0)
+    narrow = {32: 0.02, 16: 0.0, 8: 0.012 * k / 1000}[plan.lanes]  # pieces of memory: 512, 256 or 128 bytes
     return 1.0 / max(reading, 0.01) + waiting + crowded + narrow
 
 
@@ -87,7 +88,7 @@ def attend_plan(gpu: Machine, query_heads: int, key_heads: int, length: int) -> 
     """
     group = query_heads // key_heads
     shared = [heads for heads in range(min(group, 8), 0, -1) if group % heads == 0]
-    cluster = next((c for c in reversed(_CLUSTERS) if c * 32 <= length), 1) if gpu.overlaps else 1
+    cluster = next((c for c in reversed(_CLUSTERS) if c * 64 <= length), 1) if gpu.overlaps else 1
     enough = 0.9 * gpu.multiprocessors
     heads = next((h for h in shared if query_heads // h * cluster >= enough), 1)
     return AttendPlan(heads, cluster)

@@ -12,11 +12,11 @@
 #error "WEIGHT, LANES, CLUSTER, ALIGNED and ADAPTER are given by the launcher"
 #endif
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int GROUPS = THREADS / LANES;
 constexpr int TILE = LANES * WIDTH<WEIGHT>;
-constexpr int DEPTH = 8;     // loads in flight in each thread
+constexpr int DEPTH = 5;     // loads in flight in each thread: as many as there are registers for
 constexpr int CHUNK = 2048;  // entries of the list held in shared memory
 constexpr int SHARE = TILE / CLUSTER;  // outputs that a block finishes
 
@@ -125,7 +125,7 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, in
     }
 }
 
-KERNEL(THREADS, 3)
+KERNEL(THREADS, 2)
 sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual,
               const void* adapter, unsigned adapter_stride, int width, float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
