@@ -204,6 +204,28 @@ void selections() {
     check(expected == count, "too many");
 }
 
+// Two calls at once, the second on what the first leaves, with arguments of each kind.
+void replays(const Heap<float> &x, const larosa_vector &gains, int64_t rows, int64_t width) {
+    const int64_t k = integer(0, width);
+    const larosa_vector none = {nullptr, 0};
+    const Heap<float> normed(rows * width), values(rows * k), expected(rows * k);
+    const Heap<int32_t> indices(rows * k), where(rows * k);
+    larosa_rms_norm_top_k(x.get(), &gains, 1e-5, rows, width, k, &none, expected.get(), where.get());
+    const auto address = [](const void *memory) { return larosa_value{reinterpret_cast<int64_t>(memory)}; };
+    const auto number = [](int64_t integer) { return larosa_value{integer}; };
+    larosa_value eps;
+    eps.real = 1e-5;
+    const larosa_call calls[] = {
+        {LAROSA_RMS_NORM, {address(x.get()), address(&gains), eps, number(rows), number(width), address(normed.get())}},
+        {LAROSA_TOP_K,
+         {address(normed.get()), number(rows), number(width), number(k), address(&none), address(values.get()),
+          address(indices.get())}},
+    };
+    check(larosa_replay(calls, 2) == LAROSA_OK, "refused");
+    for (int64_t i = 0; i < rows * k; ++i)
+        check(values[i] == expected[i] && indices[i] == where[i], "replayed otherwise");
+}
+
 void norms() {
     const int64_t rows = integer(0, 3), width = ::width();
     what = "rms_norm and silu_mul width " + std::to_string(width);
@@ -235,6 +257,7 @@ void norms() {
     larosa_silu_mul_top_k(gate_up.get(), rows, width, k, &none, values.get(), indices.get());
     for (int64_t i = 0; i < rows * k; ++i)
         check(values[i] == out[i / k * width + indices[i]], "not a value of silu_mul");
+    replays(x, gains, rows, width);
 }
 
 void attention() {

@@ -1,4 +1,4 @@
-"""What a CUDA graph is to a GPU: operators recorded once and replayed without PyTorch in between.
+"""What a CUDA graph is to a GPU: operators recorded once and replayed without Python in between.
 
 Between two operators that stream weights through the caches, interpreter and dispatcher start cold, which takes
 longer than a small operator itself.
@@ -6,6 +6,8 @@ longer than a small operator itself.
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from larosa.ops.cpu.kernels import check_status
-from larosa.ops.cpu.library import load
+from larosa.ops.cpu.library import REPLAYED, load
 
 _recording = threading.Lock()
+
+_MOST_ARGUMENTS = 10  # LAROSA_MOST_ARGUMENTS
 
 
 class Graph:
@@ -32,33 +36,51 @@ class Graph:
     def __init__(self, function: Callable[[], torch.Tensor]) -> None:
         #: PyTorch's threads, whose number was recorded too.
         self.threads = torch.get_num_threads()
-        self._calls: list[tuple[Callable[..., int | None], tuple[Any, ...]]] = []
+        self._calls: list[bytes] = []
+        self._kept: list[Any] = []
         self._thread = threading.get_ident()
         functions = vars(load())
         with _recording, _Keep() as keep:
             own = functions.copy()
-            functions.update({name: self._recorder(call) for name, call in own.items()})
+            functions.update({name: self._recorder(name, own[name]) for name in REPLAYED})
             try:
                 self.output = function()
             finally:
                 functions.update(own)
-        self._kept = keep.memory
+        self._kept += keep.memory
+        self._program = b"".join(self._calls)
 
-    def _recorder(self, call: Callable[..., int | None]) -> Callable[..., int | None]:
+    def _recorder(self, name: str, call: Callable[..., int | None]) -> Callable[..., int | None]:
         def record(*arguments: Any) -> int | None:
             if threading.get_ident() == self._thread:
-                self._calls.append((call, arguments))
+                self._calls.append(_pack(name, arguments))
+                self._kept.append(arguments)
             return call(*arguments)
 
         return record
 
     def replay(self) -> torch.Tensor:
         """Run the operators again; the result is in the same tensor each time."""
-        for call, arguments in self._calls:
-            status = call(*arguments)
-            if status:
-                check_status(status)
+        check_status(load().replay(self._program, len(self._calls)))
         return self.output
+
+
+def _pack(name: str, arguments: tuple[Any, ...]) -> bytes:
+    """`larosa_call` of a function and what ctypes was given for it."""
+    missing = _MOST_ARGUMENTS - len(arguments)
+    kinds = "".join("d" if isinstance(value, float) else "q" for value in arguments)
+    return struct.pack(f"=q{kinds}{8 * missing}x", REPLAYED.index(name), *map(_value, arguments))
+
+
+def _value(argument: Any) -> int | float:
+    """A number, or the address of what is passed by one; the argument has to be kept."""
+    if argument is None:
+        return 0
+    if isinstance(argument, bytes):
+        return ctypes.cast(ctypes.c_char_p(argument), ctypes.c_void_p).value or 0
+    if isinstance(argument, (int, float)):
+        return argument
+    return ctypes.addressof(argument._obj)  # ctypes.byref
 
 
 class _Keep(TorchDispatchMode):

@@ -70,7 +70,20 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64),
     ),
     "attend": (c_int, (POINTER(Attention), c_void_p, c_int64)),
+    "replay": (c_int, (c_char_p, c_int64)),
 }
+
+#: What `larosa_replay` can call, in the order of `larosa_function`.
+REPLAYED = (
+    "rms_norm",
+    "silu_mul",
+    "top_k",
+    "rms_norm_top_k",
+    "silu_mul_top_k",
+    "linear",
+    "sparse_linear",
+    "attend",
+)
 
 
 class Library:

@@ -94,6 +94,34 @@ struct larosa_attention {
 /* Writes row `position` of the cache and out[heads, size]. */
 int larosa_attend(const struct larosa_attention *attention, float *out, int64_t threads);
 
+enum larosa_function {
+    LAROSA_RMS_NORM = 0,
+    LAROSA_SILU_MUL = 1,
+    LAROSA_TOP_K = 2,
+    LAROSA_RMS_NORM_TOP_K = 3,
+    LAROSA_SILU_MUL_TOP_K = 4,
+    LAROSA_LINEAR = 5,
+    LAROSA_SPARSE_LINEAR = 6,
+    LAROSA_ATTEND = 7
+};
+
+/* An argument: an address or an integer, or a floating-point number of any size. */
+union larosa_value {
+    int64_t integer;
+    double real;
+};
+
+enum { LAROSA_MOST_ARGUMENTS = 10 };
+
+/* One of these functions, and its arguments in their order. */
+struct larosa_call {
+    int64_t function;
+    union larosa_value arguments[LAROSA_MOST_ARGUMENTS];
+};
+
+/* Makes the calls in their order, up to the first that fails, whose status it returns. */
+int larosa_replay(const struct larosa_call *calls, int64_t count);
+
 #pragma GCC visibility pop
 #ifdef __cplusplus
 }

@@ -8,7 +8,9 @@ namespace larosa {
 namespace LAROSA_ISA {
 
 constexpr int64_t kCacheLine = 64;
-constexpr int kGroup = 8;  // columns of the weights added up together
+// Columns of the weights added up together: few enough for the processor to follow their streams and those of the next
+// ones, which shows while the memory is busy.
+constexpr int kGroup = 4;
 
 inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
     const uint32_t limit = uint32_t(bound);
@@ -72,7 +74,7 @@ inline void add_columns(const typename Type::Element *const *columns, const type
         for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < group; ++i) {
-            for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(next[i] + at + ahead, 0, 2);
+            for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(next[i] + at + ahead, 0, 3);
             for (int64_t v = 0; v < vectors; v += 2) {
                 Floats pair[2];
                 load_pair<Type>(columns[i] + at + v * kLanes, pair);
