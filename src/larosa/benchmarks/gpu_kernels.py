@@ -14,7 +14,6 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import shape_config
 from larosa.benchmarks.timing import Call, Timing
-from larosa.decoding.layers import Adapter
 from larosa.ops import column_major
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.75)
@@ -217,14 +216,8 @@ class _Bench:
                 if attends:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
                 x = product(copy, "o", choose("o", _ops.top_k, y), x)
-                chosen = choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5)
-                adapter = Adapter(adapters[copy], along=True)
-                first, matrices = adapter.first, weights[copy]["gate+up"]
-                gate_up, begun = _ops.sparse_linear_beside(
-                    *chosen, matrices, [None] * len(matrices), x[:, :first], adapter.weight[:, :first]
-                )
-                chosen = choose("down", _ops.silu_mul_top_k, gate_up)
-                return product(copy, "down", chosen, x[:, first:], adapter.weight[:, first:], begun)
+                gate_up = product(copy, "gate+up", choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5))
+                return product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), x, adapters[copy])
 
             return run
 

@@ -5,7 +5,7 @@ Sites are the paper's: h1 is read by q/k/v, h2 by the attention's output project
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,42 +87,24 @@ class Site:
     every: torch.Tensor | None = None
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        adapter: torch.Tensor | None = None,
-        begun: torch.Tensor | None = None,
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from.
 
-        Where columns are listed, the residual goes through an adapter [N, D] first if there is one, and parts of a sum
-        [P, 1, N] that has `begun` are added.
+        The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
         """
-        values, indices = self._entries(x)
-        if indices is None:
-            by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
-            return by_rows
-        by_columns: torch.Tensor = _ops.sparse_linear(
-            values, indices, self.weights, self.biases, residual, adapter, begun
-        )
-        return by_columns
-
-    def beside(self, x: torch.Tensor, early: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same without a residual, and early matrix^T in parts [P, 1, N], where columns are listed."""
-        values, indices = self._entries(x)
-        both: tuple[torch.Tensor, torch.Tensor] = _ops.sparse_linear_beside(
-            values, indices, self.weights, self.biases, early, matrix
-        )
-        return both
-
-    def _entries(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What is kept, and where; all of it without a list where the linears are read by rows."""
         if self.k is not None:
-            return self.source.largest(x, self.k, self.score)
-        if self.threshold is not None:
-            above: Selection = _ops.above(self.source.every(x), self.threshold)
-            return above
-        return self.source.every(x), self.every
+            values, indices = self.source.largest(x, self.k, self.score)
+        elif self.threshold is not None:
+            values, indices = _ops.above(self.source.every(x), self.threshold)
+        else:
+            values = self.source.every(x)
+            if self.every is None:
+                by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
+                return by_rows
+            indices = self.every
+        by_columns: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual, adapter)
+        return by_columns
 
 
 @dataclass(frozen=True)
@@ -161,17 +143,12 @@ class Attention:
 class Adapter:
     """What takes the residual stream into another basis (paper, section 4.2).
 
-    Attention and MLP write into that basis by themselves. So on a GPU the weight stands by columns, and products of the
-    branch take it `along`: it is read while their entries are still being selected.
+    Attention and MLP write into that basis by themselves. So on a GPU the weight stands by columns, and the product
+    that ends the branch takes it `along`: it is read while that product's entries are still being selected.
     """
 
     weight: torch.Tensor
     along: bool
-
-    @property
-    def first(self) -> int:
-        """The columns that go with the first of two products: as many as make both selections take equally long."""
-        return self.weight.shape[1] * 3 // 64 * 8
 
 
 @dataclass(frozen=True)
@@ -193,28 +170,18 @@ class DecodeLayer:
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
-        adapter = self.attention_adapter
-        if adapter is None or adapter.along:
-            attended = self.attention(self.h1(x), position)
-            middle = self.h2(attended, residual=x, adapter=None if adapter is None else adapter.weight)
-        else:
-            carried = _by_rows(x, adapter)
-            middle = self.h2(self.attention(self.h1(x), position), residual=carried)
-
-        adapter = self.residual_adapter
-        if adapter is None:
-            return self.h4(self.h3(middle), residual=middle)
-        if not adapter.along:
-            carried = _by_rows(middle, adapter)
-            return self.h4(self.h3(middle), residual=carried)
-        first = adapter.first
-        gate_up, begun = self.h3.beside(middle, middle[:, :first], adapter.weight[:, :first])
-        return self.h4(gate_up, residual=middle[:, first:], adapter=adapter.weight[:, first:], begun=begun)
+        middle = _add(x, self.attention_adapter, lambda: self.attention(self.h1(x), position), self.h2)
+        return _add(middle, self.residual_adapter, lambda: self.h3(middle), self.h4)
 
 
-def _by_rows(x: torch.Tensor, adapter: Adapter) -> torch.Tensor:
-    carried: torch.Tensor = _ops.linear(x, [adapter.weight], [None])
-    return carried
+def _add(x: torch.Tensor, adapter: Adapter | None, begin: Callable[[], torch.Tensor], site: Site) -> torch.Tensor:
+    """x in the basis behind its adapter, and on top of it what the site makes of the activation that `begin` gives."""
+    if adapter is None:
+        return site(begin(), residual=x)
+    if adapter.along:
+        return site(begin(), residual=x, adapter=adapter.weight)
+    carried = _ops.linear(x, [adapter.weight], [None])
+    return site(begin(), residual=carried)
 
 
 def read_layers(

@@ -72,15 +72,6 @@ def residual(x: torch.Tensor | None, adapter: torch.Tensor | None, rows: int, ou
     return width
 
 
-def parts(x: torch.Tensor | None, rows: int, outputs: int) -> int:
-    """How many parts of a sum there are: [P, rows, outputs], contiguous."""
-    if x is None:
-        return 0
-    if x.dtype != torch.float32 or x.dim() != 3 or x.shape[1:] != (rows, outputs) or not x.is_contiguous():
-        raise ValueError(f"begun must be contiguous float32 of shape (P, {rows}, {outputs})")
-    return len(x)
-
-
 def attention(
     qkv: torch.Tensor,
     keys: torch.Tensor,

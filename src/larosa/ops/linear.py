@@ -18,7 +18,7 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
 
 @define(
     "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
-    "Tensor? adapter=None, Tensor? begun=None) -> Tensor"
+    "Tensor? adapter=None) -> Tensor"
 )
 def _sparse_linear(
     values: torch.Tensor,
@@ -27,20 +27,8 @@ def _sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
-    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _outputs(values, weights)
-
-
-@define(
-    "sparse_linear_beside(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor x, Tensor matrix) "
-    "-> (Tensor, Tensor)"
-)
-def _sparse_linear_beside(
-    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, x: torch.Tensor, matrix: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = torch.library.get_ctx().new_dynamic_size()
-    return _outputs(values, weights), x.new_empty(parts, len(x), len(matrix))
 
 
 def _outputs(x: torch.Tensor, weights: Weights) -> torch.Tensor:
@@ -76,7 +64,6 @@ def sparse_linear_reference(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
-    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` of the vectors that have `values` at `indices` and are zero elsewhere.
 
@@ -90,7 +77,6 @@ def sparse_linear_reference(
         residual: [B, sum of N_i] like `values`, or None.
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. Kernels want it column-major.
-        begun: [P, B, sum of N_i] like `values`, added as well, or None.
 
     Returns:
         [B, sum of N_i] like `values`.
@@ -102,29 +88,7 @@ def sparse_linear_reference(
     result = torch.cat([_outputs(values[:0], weights), *rows])  # cat of nothing is an error
     if residual is not None and adapter is not None:
         residual = linear_reference(residual, [adapter], [None])
-    if begun is not None:
-        result = begun.sum(0) + result
     return result if residual is None else residual + result
-
-
-def sparse_linear_beside_reference(
-    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, x: torch.Tensor, matrix: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sparse_linear`, and with it x matrix^T, which a GPU works out while it still selects.
-
-    Args:
-        values: [B, k], float32 (float64 for a reference).
-        indices: [B, k] int32, ascending in each row.
-        weights: matrices [N_i, D] of one dtype.
-        biases: one [N_i] or None a matrix.
-        x: [B, M] like `values`.
-        matrix: [N, M] like the weights. Kernels want it column-major.
-
-    Returns:
-        `sparse_linear` of the first four, and [P, B, N] like `values`, whose sum over P is the other product. How many
-        parts there are is up to the kernel.
-    """
-    return sparse_linear_reference(values, indices, weights, biases), linear_reference(x, [matrix], [None])[None]
 
 
 def column_major(weight: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ KERNELS = (
     *(
         ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, **flags})
         for weight, lanes, cluster, flags in (
-            ("Half", "32", "8", {"ALIGNED": "true", "EARLY": "ALONG"}),
-            ("BFloat16", "16", "4", {"ALIGNED": "true", "EARLY": "BESIDE"}),
-            ("float", "4", "1", {"ALIGNED": "false", "EARLY": "NONE"}),
+            ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true"}),
+            ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false"}),
+            ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true"}),
         )
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),

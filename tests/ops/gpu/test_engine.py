@@ -5,8 +5,7 @@ import torch
 
 from larosa.decoding import Engine
 
-OPERATORS = ("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear")
-OPERATORS += ("sparse_linear_beside", "attend")
+OPERATORS = ("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend")
 TOKENS = 6
 
 

@@ -36,7 +36,7 @@ def check(result, reference, operands, weights, biases, *added) -> None:
         [None if b is None else b.double().abs() for b in biases],
         *(None if each is None else each.double().abs() for each in added),
     )
-    terms = operands[0].shape[1] + sum(each.shape[1] + len(each) for each in added if each is not None)
+    terms = operands[0].shape[1] + sum(each.shape[1] for each in added if each is not None)
     assert result.dtype == torch.float32
     assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
 
@@ -62,24 +62,8 @@ def test_a_residual_that_goes_through_an_adapter(target, problem, width, data):
     adapter = entries("normal", sum(map(len, weights)), width, seed=seed + 2).to(weights[0].dtype)
     indices = torch.arange(depth - k, depth, dtype=torch.int32).expand(rows, -1).contiguous()
     columns = [column_major(w) for w in weights]
-    begun = entries("normal", 3, rows, len(adapter), seed=seed + 3) if data.draw(st.booleans()) else None
-    result = target("sparse_linear", values, indices, columns, biases, residual, column_major(adapter), begun)
-    check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual, adapter, begun)
-
-
-@settings(deadline=None, max_examples=20)
-@given(problems(), st.integers(1, 500), st.integers(1, 400), st.data())
-def test_a_product_beside(target, problem, outputs, width, data):
-    rows, depth, weights, biases, _, seed = problem
-    k = data.draw(st.integers(0, depth))
-    values, x = entries("normal", rows, k, seed=seed), entries("normal", rows, width, seed=seed + 1)
-    matrix = entries("normal", outputs, width, seed=seed + 2).to(weights[0].dtype)
-    indices = torch.arange(k, dtype=torch.int32).expand(rows, -1).contiguous()
-    columns = [column_major(w) for w in weights]
-    result, parts = target("sparse_linear_beside", values, indices, columns, biases, x, column_major(matrix))
-    check(result, sparse_linear_reference, (values.double(), indices), weights, biases)
-    assert parts.shape[1:] == (rows, outputs)
-    check(parts.sum(0), linear_reference, (x.double(),), [matrix], [None])
+    result = target("sparse_linear", values, indices, columns, biases, residual, column_major(adapter))
+    check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual, adapter)
 
 
 @settings(deadline=None, max_examples=20)

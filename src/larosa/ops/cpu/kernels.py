@@ -106,10 +106,10 @@ def _sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
-    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if adapter is not None or begun is not None:
-        raise ValueError("on the CPU the residual goes through its adapter by `linear`, before")
+    if residual is not None and adapter is not None:
+        every = torch.arange(residual.shape[1], dtype=torch.int32).expand(len(residual), -1)
+        residual = _sparse_linear(residual, every, [adapter], [None])
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     rows, k = values.shape

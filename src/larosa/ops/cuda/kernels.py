@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_void_p
-from dataclasses import dataclass
+from ctypes import c_float, c_int, c_uint, c_void_p
 
 import torch
 
 from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
-from larosa.ops.cuda.parameters import TYPE_NAMES, EarlyProduct, Matrices, Rotary, Vector
-from larosa.ops.cuda.plan import (
-    LINEAR_TILE,
-    SPARSE_THREADS,
-    THREADS,
-    SparsePlan,
-    attend_plan,
-    linear_blocks,
-    sparse_plan,
-)
+from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
+from larosa.ops.cuda.plan import LINEAR_TILE, SPARSE_THREADS, THREADS, attend_plan, linear_blocks, sparse_plan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
@@ -87,89 +78,36 @@ def sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
-    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major.
 
     With an adapter, the residual must not be what the kernel launched just before this one writes.
     """
-    problem = _SparseProblem.of(values, indices, weights, biases, [] if adapter is None else [adapter])
-    checks.residual(residual, adapter, problem.rows, problem.outputs)
-    parts = checks.parts(begun, problem.rows, problem.outputs)
-    if adapter is None:
-        if residual is not None and begun is not None:
-            raise ValueError("a residual without an adapter and a sum that has begun cannot both be added")
-        added = (begun, parts) if residual is None else (residual, 1)
-        return problem.launch("NONE", added, EarlyProduct())
-    assert residual is not None
-    return problem.launch("ALONG", (begun, parts), EarlyProduct.of(residual, adapter))
-
-
-def sparse_linear_beside(
-    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, x: torch.Tensor, matrix: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sparse_linear_beside_reference`; the matrices are column-major.
-
-    x must not be what the kernel launched just before this one writes.
-    """
-    problem = _SparseProblem.of(values, indices, weights, biases, [matrix])
-    checks.residual(x, matrix, problem.rows, len(matrix))
-    count = problem.blocks // -(-len(matrix) // problem.plan.tile)
-    if not count:  # too few blocks to give each tile one
-        every = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand(len(x), -1).contiguous()
-        return problem.launch("NONE", (None, 0), EarlyProduct()), sparse_linear(x, every, [matrix], [None])[None]
-    parts = x.new_empty(count, len(x), len(matrix))
-    return problem.launch("BESIDE", (None, 0), EarlyProduct.of(x, matrix, parts)), parts
-
-
-@dataclass(frozen=True)
-class _SparseProblem:
-    """What `sparse_linear.cu` is to multiply, checked and divided over a GPU."""
-
-    values: torch.Tensor
-    indices: torch.Tensor
-    outputs: int
-    plan: SparsePlan
-    matrices: Matrices
-    blocks: int  # for each row
-    macros: dict[str, str]
-
-    @property
-    def rows(self) -> int:
-        return len(self.values)
-
-    @classmethod
-    def of(
-        cls, values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, early: list[torch.Tensor]
-    ) -> _SparseProblem:
-        """`early` is the matrix that is read before the list is there, if any."""
-        rows, k = checks.selection(values, indices)
-        outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-        sizes = [len(weight) for weight in weights]
-        if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in (*weights, *early)):
-            raise LarosaError(
-                "the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton"
-            )
-        plan = sparse_plan(machine(values.device), sizes, k, rows, weights[0].element_size())
-        packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
-        macros = {
-            "WEIGHT": TYPE_NAMES[weights[0].dtype],
-            "LANES": str(plan.lanes),
-            "CLUSTER": str(plan.cluster),
-            "ALIGNED": _aligned([*weights, *early], [*sizes, *map(len, early)], along=1),
-        }
-        return cls(values, indices, outputs, plan, packed, tiles * plan.cluster, macros)
-
-    def launch(self, early: str, added: tuple[torch.Tensor | None, int], product: EarlyProduct) -> torch.Tensor:
-        """The product, on top of the parts of `added`."""
-        result = self.values.new_empty(self.rows, self.outputs)
-        arguments = (
-            *(_address(self.values), _address(self.indices), c_int(self.values.shape[1]), self.matrices),
-            *(_address(added[0]), c_int(added[1]), product, _address(result), c_int(self.outputs)),
-        )
-        grid = Grid(self.blocks, self.rows, SPARSE_THREADS, self.plan.cluster)
-        _launch(self.values, "sparse_linear.cu", "sparse_linear", {**self.macros, "EARLY": early}, grid, arguments)
-        return result
+    rows, k = checks.selection(values, indices)
+    width = weights[0].shape[1] if weights else 0
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    carried = checks.residual(residual, adapter, rows, outputs)
+    matrices = weights if adapter is None else [*weights, adapter]
+    result = values.new_empty(rows, outputs)
+    sizes = [len(weight) for weight in weights]
+    element = weights[0].element_size()
+    if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in matrices):
+        raise LarosaError("the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton")
+    plan = sparse_plan(machine(values.device), sizes, k, rows, element)
+    packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
+    macros = {
+        "WEIGHT": TYPE_NAMES[weights[0].dtype],
+        "LANES": str(plan.lanes),
+        "CLUSTER": str(plan.cluster),
+        "ALIGNED": _aligned(matrices, sizes, along=1),
+        "ADAPTER": str(adapter is not None).lower(),
+    }
+    stride = 0 if adapter is None else adapter.stride(1)
+    before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
+    arguments = (_address(values), _address(indices), c_int(k), packed, *before, _address(result), c_int(outputs))
+    grid = Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster)
+    _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, arguments)
+    return result
 
 
 def attend(

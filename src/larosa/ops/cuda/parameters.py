@@ -65,27 +65,6 @@ class Matrices(ctypes.Structure):
         return matrices, tiles
 
 
-class EarlyProduct(ctypes.Structure):
-    """A dense product that reads its column-major matrix before the list of a sparse one is there, or none."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("stride", ctypes.c_longlong),
-        ("width", ctypes.c_int),
-        ("outputs", ctypes.c_int),
-        ("parts", ctypes.c_void_p),
-        ("count", ctypes.c_int),
-        ("unused", ctypes.c_int),
-    )
-
-    @classmethod
-    def of(cls, x: torch.Tensor, matrix: torch.Tensor, parts: torch.Tensor | None = None) -> EarlyProduct:
-        """x [B, M] times `matrix` [N, M]; its sums go to `parts` [P, B, N] where they are given."""
-        sums = (None, 0) if parts is None else (parts.data_ptr(), len(parts))
-        return cls(x.data_ptr(), matrix.data_ptr(), matrix.stride(1), matrix.shape[1], len(matrix), *sums)
-
-
 class Rotary(ctypes.Structure):
     """What happens to queries and keys before they meet."""
 

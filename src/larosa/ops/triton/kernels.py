@@ -1,7 +1,7 @@
 """The operators by Triton, in one place."""
 
 from larosa.ops.triton.attend import attend
-from larosa.ops.triton.linear import linear, sparse_linear, sparse_linear_beside
+from larosa.ops.triton.linear import linear, sparse_linear
 from larosa.ops.triton.norm import rms_norm, silu_mul
 from larosa.ops.triton.select import rms_norm_top_k, silu_mul_top_k, top_k
 
@@ -13,6 +13,5 @@ __all__ = [
     "silu_mul",
     "silu_mul_top_k",
     "sparse_linear",
-    "sparse_linear_beside",
     "top_k",
 ]

@@ -43,18 +43,15 @@ def sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
-    begun: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major."""
     rows, k = checks.selection(values, indices)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-    checks.residual(residual, adapter, rows, outputs)
+    carried = checks.residual(residual, adapter, rows, outputs)
     if adapter is not None:
         assert residual is not None
-        residual = _by_columns(residual, adapter)
-    if checks.parts(begun, rows, outputs):
-        assert begun is not None
-        residual = begun.sum(0) if residual is None else residual + begun.sum(0)
+        every = torch.arange(carried, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
+        residual = sparse_linear(residual, every, [adapter], [None])
     parts = triton.cdiv(k, _PART)
     partial = values.new_empty(parts, rows, outputs)
     result = values.new_empty(rows, outputs)
@@ -72,18 +69,6 @@ def sparse_linear(
             )
         first += size
     return result
-
-
-def sparse_linear_beside(
-    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, x: torch.Tensor, matrix: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `sparse_linear_beside_reference`; the matrices are column-major."""
-    return sparse_linear(values, indices, weights, biases), _by_columns(x, matrix)[None]
-
-
-def _by_columns(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    every = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).expand(len(x), -1).contiguous()
-    return sparse_linear(x, every, [matrix], [None])
 
 
 @triton.jit
