@@ -107,9 +107,8 @@ def _sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if residual is not None and adapter is not None:
-        every = torch.arange(residual.shape[1], dtype=torch.int32).expand(len(residual), -1)
-        residual = _sparse_linear(residual, every, [adapter], [None])
+    if adapter is not None:
+        raise ValueError("on the CPU a residual goes through its adapter by rows, before: torch.ops.larosa.linear")
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     rows, k = values.shape

@@ -59,7 +59,7 @@ def _cost(blocks: float, k: int, plan: SparsePlan) -> float:
     reading = min(blocks / _ENOUGH, 1.0)  # too few blocks leave memory idle
     waiting = 0.05 * max(blocks - 1.75, 0.0)  # each one takes in its list before it reads
     # A cluster lies within one group of multiprocessors: beyond one block each, large ones leave some of them empty.
-    crowded = {1: 0.0, 2: 0.01, 4: 0.04, 8: 0.05}[plan.cluster] * (4.0 if blocks > 1 and plan.cluster > 2 else 1.0)
+    crowded = {1: 0.0, 2: 0.01, 4: 0.04, 8: 0.015}[plan.cluster] + (0.12 if blocks > 1 and plan.cluster > 2 else 0.0)
     narrow = {32: 0.02, 16: 0.0, 8: 0.012 * k / 1000}[plan.lanes]  # pieces of memory: 512, 256 or 128 bytes
     return 1.0 / max(reading, 0.01) + waiting + crowded + narrow
 

@@ -18,7 +18,7 @@ constexpr int GROUPS = THREADS / LANES;
 constexpr int TILE = LANES * WIDTH<WEIGHT>;
 constexpr int DEPTH = 5;     // loads in flight in each thread: as many as there are registers for
 constexpr int CHUNK = 2048;  // entries of the list held in shared memory
-constexpr int SHARE = TILE / CLUSTER;  // outputs that a block finishes
+constexpr int SHARE = (TILE + CLUSTER - 1) / CLUSTER;  // outputs that a block finishes
 
 struct Entry {
     float value;
@@ -154,7 +154,7 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
 
     // One thread of the cluster finishes each output; what it adds to the sum is on its way while sums meet.
     const int finished = rank * SHARE + thread;
-    const bool finishes = thread < SHARE && first + finished < matrix.outputs;
+    const bool finishes = thread < SHARE && finished < TILE && first + finished < matrix.outputs;
     const long long place = row * outputs + matrix.first + first + finished;
     float bias = 0.0f;
     float before = 0.0f;
