@@ -173,19 +173,13 @@ def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Ten
 
     Every decoder is compiled for its own thresholds: PyTorch would make arguments of those that differ from the decoder
     before, and leaves CUDA graphs out where an argument is on the CPU.
-
-    The settings are process-wide, as PyTorch has them; they change nothing that is not compiled.
     """
-    import torch._inductor.config as inductor
-
-    inductor.coordinate_descent_tuning = True
-    inductor.triton.unique_kernel_names = True
 
     def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return decoder(token, position).argmax(dim=-1)
 
     compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
-        step, mode="reduce-overhead", fullgraph=True, dynamic=False
+        step, mode="max-autotune", fullgraph=True, dynamic=False
     )
     return compiled
 
