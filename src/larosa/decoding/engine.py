@@ -97,7 +97,7 @@ class Engine:
         Returns:
             [1, vocabulary] float32, the logits of the token that follows.
         """
-        self._hidden.copy_(torch.nn.functional.embedding(token, self._embedding))
+        self._hidden.copy_(torch.embedding(self._embedding, token))
         self._position.copy_(position)
         return self._replayed().clone() if self._replays else self._run()
 
