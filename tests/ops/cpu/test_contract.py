@@ -115,6 +115,7 @@ BAD = {
     "no weights": (lambda: ops.linear(random(1, 9), [], []), ValueError, "no weights"),
     "wrong bias": (lambda: ops.linear(random(1, 8), [W], [random(5)]), ValueError, "bias"),
     "wrong residual": (lambda: ops.linear(random(1, 8), [W], [None], random(1, 5)), ValueError, "residual"),
+    "an adapter": (lambda: ops.sparse_linear(V, I, [C], [None], None, C), ValueError, "by rows"),
     "long indices": (lambda: ops.sparse_linear(V, I.long(), [C], [None]), ValueError, "int32"),
     "unlike indices": (lambda: ops.sparse_linear(V, I[:, :1], [C], [None]), ValueError, "indices"),
     "too large index": (lambda: ops.sparse_linear(V, I + 1, [C], [None]), IndexError, "column"),
