@@ -76,7 +76,7 @@ def sparse_linear_reference(
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
-            added instead of it. Kernels want it column-major.
+            added instead of it. For a GPU's kernels alone, which want it column-major.
 
     Returns:
         [B, sum of N_i] like `values`.
