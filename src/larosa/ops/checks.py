@@ -62,13 +62,20 @@ def matrices(
     return sum(len(weight) for weight in weights)
 
 
-def residual(x: torch.Tensor | None, adapter: torch.Tensor | None, rows: int, outputs: int) -> int:
-    """What is added to a product, and the matrix [outputs, width] that it goes through first; returns its width."""
+def residual(
+    x: torch.Tensor | None, adapter: torch.Tensor | None, rows: int, outputs: int, dtype: torch.dtype | None = None
+) -> int:
+    """What is added to a product, and the matrix [outputs, width] in `dtype` that it goes through first.
+
+    Returns the width.
+    """
     width = outputs if adapter is None else adapter.shape[-1]
     if x is not None and (x.dtype != torch.float32 or x.shape != (rows, width) or not x.is_contiguous()):
         raise ValueError(f"residual must be contiguous float32 of shape {(rows, width)}")
     if adapter is not None and (x is None or matrices([adapter], [None], width, column_major=True) != outputs):
         raise ValueError(f"adapter must be [{outputs}, D] for a residual [{rows}, D]")
+    if adapter is not None and adapter.dtype != dtype:
+        raise ValueError(f"adapter must be {dtype} like the weights, not {adapter.dtype}")
     return width
 
 

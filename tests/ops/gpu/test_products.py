@@ -150,6 +150,14 @@ def test_weights_that_are_not_finite_spread(target):
         ),
         (
             "sparse_linear",
+            (
+                *(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32), [torch.zeros(4, 3).t()], [None]),
+                *(torch.zeros(1, 5), torch.zeros(5, 3).half().t()),
+            ),
+            "adapter must be torch.float32 like the weights",
+        ),
+        (
+            "sparse_linear",
             (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(4, 3).t()], [None], None),
             "indices must be contiguous int32",
         ),

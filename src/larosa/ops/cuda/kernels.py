@@ -86,7 +86,7 @@ def sparse_linear(
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
-    carried = checks.residual(residual, adapter, rows, outputs)
+    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
     matrices = weights if adapter is None else [*weights, adapter]
     result = values.new_empty(rows, outputs)
     sizes = [len(weight) for weight in weights]

@@ -47,7 +47,7 @@ def sparse_linear(
     """See `sparse_linear_reference`; the matrices are column-major."""
     rows, k = checks.selection(values, indices)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-    carried = checks.residual(residual, adapter, rows, outputs)
+    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
     if adapter is not None:
         assert residual is not None
         every = torch.arange(carried, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
