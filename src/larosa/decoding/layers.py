@@ -5,7 +5,7 @@ Sites are the paper's: h1 is read by q/k/v, h2 by the attention's output project
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -170,18 +170,20 @@ class DecodeLayer:
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
-        middle = _add(x, self.attention_adapter, lambda: self.attention(self.h1(x), position), self.h2)
-        return _add(middle, self.residual_adapter, lambda: self.h3(middle), self.h4)
+        carried = _carried(x, self.attention_adapter)
+        middle = self.h2(self.attention(self.h1(x), position), *carried)
+        carried = _carried(middle, self.residual_adapter)
+        return self.h4(self.h3(middle), *carried)
 
 
-def _add(x: torch.Tensor, adapter: Adapter | None, begin: Callable[[], torch.Tensor], site: Site) -> torch.Tensor:
-    """x in the basis behind its adapter, and on top of it what the site makes of the activation that `begin` gives."""
+def _carried(x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The residual of a branch that starts from x, and the adapter that its last product takes along, if any."""
     if adapter is None:
-        return site(begin(), residual=x)
+        return x, None
     if adapter.along:
-        return site(begin(), residual=x, adapter=adapter.weight)
-    carried = _ops.linear(x, [adapter.weight], [None])
-    return site(begin(), residual=carried)
+        return x, adapter.weight
+    carried: torch.Tensor = _ops.linear(x, [adapter.weight], [None])
+    return carried, None
 
 
 def read_layers(

@@ -112,6 +112,26 @@ DEVICE void prepare(const float* head, bool normed, const Vector& gain, const Ro
     }
 }
 
+// COUNT partial softmaxes in one, as far as entry i of the head goes; `at(p)` is the p-th.
+struct Merged {
+    float maximum;
+    float sum;
+    float entry;
+};
+
+template <int COUNT, class At>
+DEVICE Merged merged(int i, At at) {
+    Merged all = {none(), 0.0f, 0.0f};
+    for (int p = 0; p < COUNT; ++p) all.maximum = fmaxf(all.maximum, at(p).maximum);
+    for (int p = 0; p < COUNT; ++p) {
+        const Partial& partial = at(p);
+        const float scale = rescale(partial.maximum, all.maximum);
+        all.sum = fmaf(scale, partial.sum, all.sum);
+        all.entry = fmaf(scale, partial.weighted[i % SIZE], all.entry);
+    }
+    return all;
+}
+
 // Merges the partial softmax of the lane `distance` away into this lane's.
 DEVICE void merge_lanes(float& maximum, float& sum, float (&weighted)[WIDTH<CACHE>], int distance) {
     const float other = __shfl_xor_sync(ALL_LANES, maximum, distance);
@@ -250,36 +270,18 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     // Block r of the cluster finishes every CLUSTER-th entry from the r-th on.
     for (int i = thread; i < HEADS * SIZE; i += THREADS) {
         const int h = i / SIZE;
-        float larger = none();
-        for (int w = 0; w < WARPS; ++w) larger = fmaxf(larger, shared.warps[w][h].maximum);
-        float total = 0.0f;
-        float entry = 0.0f;
-        for (int w = 0; w < WARPS; ++w) {
-            const Partial& partial = shared.warps[w][h];
-            const float scale = rescale(partial.maximum, larger);
-            total = fmaf(scale, partial.sum, total);
-            entry = fmaf(scale, partial.weighted[i % SIZE], entry);
-        }
+        const Merged own = merged<WARPS>(i, [&](int w) -> const Partial& { return shared.warps[w][h]; });
         Partial& found = shared.found[rank][h];
-        cluster_store<CLUSTER>(found.weighted[i % SIZE], i % CLUSTER, entry);
+        cluster_store<CLUSTER>(found.weighted[i % SIZE], i % CLUSTER, own.entry);
         for (int to = i % SIZE; to < CLUSTER; to += SIZE) {
-            cluster_store<CLUSTER>(found.maximum, to, larger);
-            cluster_store<CLUSTER>(found.sum, to, total);
+            cluster_store<CLUSTER>(found.maximum, to, own.maximum);
+            cluster_store<CLUSTER>(found.sum, to, own.sum);
         }
     }
     cluster_sync<CLUSTER>();
     for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
         const int h = i / SIZE;
-        float larger = none();
-        for (int b = 0; b < CLUSTER; ++b) larger = fmaxf(larger, shared.found[b][h].maximum);
-        float total = 0.0f;
-        float entry = 0.0f;
-        for (int b = 0; b < CLUSTER; ++b) {
-            const Partial& partial = shared.found[b][h];
-            const float scale = rescale(partial.maximum, larger);
-            total = fmaf(scale, partial.sum, total);
-            entry = fmaf(scale, partial.weighted[i % SIZE], entry);
-        }
-        result[first_head * SIZE + i] = entry / total;
+        const Merged all = merged<CLUSTER>(i, [&](int b) -> const Partial& { return shared.found[b][h]; });
+        result[first_head * SIZE + i] = all.entry / all.sum;
     }
 }

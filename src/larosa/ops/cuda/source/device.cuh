@@ -150,8 +150,8 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 // --- Programmatic dependent launch. Every block of every kernel calls first wait_for_inputs(), which returns once the
 // kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's blocks
 // take their places early. So when a kernel begins, all have finished but the one before it: what that one may have
-// written is not read, and nothing is written, before wait_for_inputs(). Gains
-// and scores are parameters of a model, which no kernel writes.
+// written is not read, and nothing is written, before wait_for_inputs(). Gains and scores are parameters of a model,
+// which no kernel writes.
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -165,7 +165,7 @@ DEVICE void wait_for_inputs() {
 #endif
 }
 
-// --- Clusters: blocks that run at the same time and read each other's shared memory.
+// --- Clusters: blocks that run at the same time and write to each other's shared memory.
 
 template <int BLOCKS>
 DEVICE int cluster_rank() {

@@ -16,8 +16,8 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int GROUPS = THREADS / LANES;
 constexpr int TILE = LANES * WIDTH<WEIGHT>;
-constexpr int DEPTH = 5;     // loads in flight in each thread: as many as there are registers for
-constexpr int CHUNK = 2048;  // entries of the list held in shared memory
+constexpr int DEPTH = 5;  // loads in flight in each thread: as many as there are registers for
+constexpr int CHUNK = 2048;                            // entries of the list held in shared memory
 constexpr int SHARE = (TILE + CLUSTER - 1) / CLUSTER;  // outputs that a block finishes
 
 struct Entry {
@@ -58,10 +58,7 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Packed& pack) {
 }
 
 DEVICE void load(Packed& pack, const WEIGHT* from, int there) {
-    if constexpr (ALIGNED)
-        pack.data = load_once(from);
-    else
-        pack.template load<false>(from, there);
+    pack.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
 // Adds entries of a list in shared memory, each group of threads every GROUPS-th from its own number on. As soon as one
