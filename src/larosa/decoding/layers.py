@@ -29,6 +29,12 @@ class _Source(Protocol):
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection: ...
 
 
+class _FusedSource(Protocol):
+    """One of those for which one operator selects and multiplies."""
+
+    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Norm:
     """An RMSNorm, before h1 and h3."""
@@ -46,6 +52,13 @@ class Norm:
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
         return selection
 
+    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor:
+        """A site's outputs for the entries that it keeps, on top of a residual."""
+        outputs: torch.Tensor = _ops.rms_norm_top_k_linear(
+            x, self.gain, self.eps, site.k, site.score, site.weights, site.biases, residual
+        )
+        return outputs
+
 
 class _AsItIs:
     """Nothing, before h2."""
@@ -56,6 +69,10 @@ class _AsItIs:
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
         selection: Selection = _ops.top_k(x, k, score)
         return selection
+
+    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor:
+        outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, residual)
+        return outputs
 
 
 class _Gated:
@@ -75,7 +92,7 @@ class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
-    a list of `every` column.
+    a list of `every` column. Where `fused` is there, one operator selects and multiplies.
     """
 
     source: _Source
@@ -85,6 +102,7 @@ class Site:
     score: torch.Tensor | None = None
     threshold: float | None = None
     every: torch.Tensor | None = None
+    fused: _FusedSource | None = None
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
@@ -93,6 +111,8 @@ class Site:
 
         The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
         """
+        if self.k is not None and self.fused is not None and adapter is None:
+            return self.fused.product(x, self, residual)
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
@@ -200,7 +220,7 @@ def read_layers(
     if getattr(model.config, "larosa", None) is not None:
         chosen = selectors(model, architecture)
 
-    def site(name: str, index: int, source: _Source) -> Site:
+    def site(name: str, index: int, source: Norm | _AsItIs | _Gated) -> Site:
         return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
 
     return [
@@ -227,13 +247,15 @@ def own(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.data
 
 
-def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: _Source) -> Site:
+def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
     every = None if kept else _every_column(linears[0])
     for linear in linears:
         _lay_out(linear, by_columns=bool(kept) or every is not None)
     weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    return Site(source, weights, biases, every=every, **kept)
+    # The MLP's entries are too many for each block of a product to select from.
+    fused = None if weights[0].is_cpu or isinstance(source, _Gated) else source
+    return Site(source, weights, biases, every=every, fused=fused, **kept)
 
 
 def _every_column(linear: nn.Linear) -> torch.Tensor | None:

@@ -22,8 +22,27 @@ KERNELS = (
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
     *(
-        ("select.cu", {"SOURCE": source, "BLOCK": "1024", "EACH": each})
-        for source, each in (("AS_IS", "4"), ("GATED", "11"), ("NORMED", "8"))
+        ("select.cu", {"SOURCE": source, "BLOCK": "1024", "EACH": each, "GAIN": gain, "SCORE": score})
+        for source, each, gain, score in (
+            ("AS_IS", "4", "None", "float"),
+            ("GATED", "11", "None", "None"),
+            ("NORMED", "8", "Half", "float"),
+            ("NORMED", "32", "BFloat16", "Half"),
+        )
+    ),
+    *(
+        (
+            "top_k_linear.cu",
+            {
+                **{"SOURCE": source, "EACH": each, "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
+                **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
+            },
+        )
+        for source, each, gain, weight, lanes, cluster in (
+            ("NORMED", "8", "Half", "Half", "16", "1"),
+            ("AS_IS", "8", "None", "BFloat16", "8", "2"),
+            ("NORMED", "16", "float", "float", "32", "1"),
+        )
     ),
     ("elementwise.cu", {}),
     ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8"}),

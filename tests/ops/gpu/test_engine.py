@@ -5,7 +5,10 @@ import torch
 
 from larosa.decoding import Engine
 
-OPERATORS = ("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend")
+OPERATORS = (
+    *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend"),
+    *("top_k_linear", "rms_norm_top_k_linear"),
+)
 TOKENS = 6
 
 

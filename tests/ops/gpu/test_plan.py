@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa.ops.cuda.launch import Machine
-from larosa.ops.cuda.plan import attend_plan, linear_blocks, sparse_plan
+from larosa.ops.cuda.plan import attend_plan, fused_plan, linear_blocks, sparse_plan
 
 H200 = Machine((9, 0), 132, 232448)
 A100 = Machine((8, 0), 108, 166912)
@@ -45,6 +45,26 @@ def test_any_product_has_a_plan(gpu, outputs, k, batch, element_size):
     assert plan.tile == plan.lanes * 16 // element_size
     assert plan.cluster in ((1, 2, 4, 8) if gpu.overlaps else (1,))
     assert plan.tile % plan.cluster == 0
+
+
+@given(
+    st.sampled_from([H200, A100]),
+    st.lists(st.integers(1, 40000), min_size=1, max_size=4),
+    st.integers(1, 8192),
+    st.integers(1, 8),
+    st.sampled_from([2, 4]),
+)
+def test_blocks_that_select_for_themselves_have_a_multiprocessor_each(gpu, outputs, k, batch, element_size):
+    plan = fused_plan(gpu, outputs, k, batch, element_size)
+    if plan is not None:
+        blocks = batch * plan.cluster * sum(-(-size // plan.tile) for size in outputs)
+        assert 0.7 * gpu.multiprocessors <= blocks <= gpu.multiprocessors
+
+
+def test_llamas_attention_products_select_for_themselves():
+    for outputs in ([4096, 4096, 4096], [4096], [4096, 1024, 1024]):
+        assert fused_plan(H200, outputs, 3072, 1, 2)
+    assert fused_plan(H200, [11008, 11008], 2048, 1, 2) is None
 
 
 @given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))

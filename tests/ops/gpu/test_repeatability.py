@@ -26,6 +26,8 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield from target("rms_norm_top_k", x, None, 1e-5, 300, None)
         yield target("rms_norm", x, None, 1e-5)
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], None)
+        yield target("top_k_linear", x, 300, None, [column_major(weight)], [None], None)
+        yield target("rms_norm_top_k_linear", x, None, 1e-5, 300, None, [column_major(weight)], [None], None)
         yield target("linear", x, [weight], [None], None)
         at = torch.tensor([80])
         yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
@@ -54,8 +56,9 @@ def test_replays_of_a_graph_give_the_bits_of_separate_calls(width):
         chosen = ops.rms_norm_top_k(x, None, 1e-5, width // 2, score)
         y = ops.sparse_linear(*chosen, [columns], [None], residual)
         y = ops.linear(y, [weight[:, :1024].contiguous()], [None], y)
+        fused = ops.rms_norm_top_k_linear(x, None, 1e-5, width // 2, score, [columns] * 4, [None] * 4)
         attended = ops.attend(y[:, :768].contiguous(), *cache, position, *[None] * 4, 0.0, 0.125, 0)
-        return [*chosen, y, attended, *ops.top_k(attended, 100)]
+        return [*chosen, y, fused, attended, *ops.top_k(attended, 100)]
 
     run()
     graph = torch.cuda.CUDAGraph()

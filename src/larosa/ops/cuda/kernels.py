@@ -1,9 +1,10 @@
-"""The operators on CUDA by the kernels in `source/`: each one launch."""
+"""The operators on CUDA by the kernels in `source/`: each one launch, or two where one would not be faster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_uint, c_void_p
+from dataclasses import dataclass
 
 import torch
 
@@ -11,12 +12,23 @@ from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
-from larosa.ops.cuda.plan import LINEAR_TILE, SPARSE_THREADS, THREADS, attend_plan, linear_blocks, sparse_plan
+from larosa.ops.cuda.plan import (
+    LINEAR_TILE,
+    SPARSE_THREADS,
+    THREADS,
+    SparsePlan,
+    attend_plan,
+    fused_plan,
+    linear_blocks,
+    sparse_plan,
+)
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
 _ROW = 1024  # threads of a block of select.cu and elementwise.cu
 _WIDEST = 32 * _ROW
+_WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
+_KEPT_STEP = 256  # one kernel for this many k
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -87,27 +99,108 @@ def sparse_linear(
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
-    matrices = weights if adapter is None else [*weights, adapter]
+    plan = sparse_plan(machine(values.device), [len(weight) for weight in weights], k, rows, weights[0].element_size())
+    product = _Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
-    sizes = [len(weight) for weight in weights]
-    element = weights[0].element_size()
-    if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in matrices):
-        raise LarosaError("the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton")
-    plan = sparse_plan(machine(values.device), sizes, k, rows, element)
-    packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
-    macros = {
-        "WEIGHT": TYPE_NAMES[weights[0].dtype],
-        "LANES": str(plan.lanes),
-        "CLUSTER": str(plan.cluster),
-        "ALIGNED": _aligned(matrices, sizes, along=1),
-        "ADAPTER": str(adapter is not None).lower(),
-    }
     stride = 0 if adapter is None else adapter.stride(1)
     before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
-    arguments = (_address(values), _address(indices), c_int(k), packed, *before, _address(result), c_int(outputs))
-    grid = Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster)
-    _launch(values, "sparse_linear.cu", "sparse_linear", macros, grid, arguments)
+    operands = _address(values), _address(indices), c_int(k), product.matrices
+    arguments = (*operands, *before, _address(result), c_int(outputs))
+    macros = {**product.macros, "ADAPTER": str(adapter is not None).lower()}
+    _launch(values, "sparse_linear.cu", "sparse_linear", macros, product.grid, arguments)
     return result
+
+
+def top_k_linear(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `top_k_linear_reference`."""
+    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, weights, biases, residual)
+
+
+def rms_norm_top_k_linear(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `rms_norm_top_k_linear_reference`."""
+    return _select_and_multiply("NORMED", x, k, score, gain, eps, weights, biases, residual)
+
+
+def _select_and_multiply(
+    source: str,
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    eps: float,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """One launch where every block can have a multiprocessor to itself, else two."""
+    rows, width = checks.vectors("x", x)
+    checks.kept(k, width)
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    sizes = [len(weight) for weight in weights]
+    plan = fused_plan(machine(x.device), sizes, k, rows, weights[0].element_size())
+    if plan is None or not k or width > _WIDEST_FUSED:
+        return sparse_linear(*_select(source, x, width, k, score, gain, eps), weights, biases, residual)
+    checks.residual(residual, None, rows, outputs)
+    product = _Product.of(plan, weights, biases, rows)
+    result = x.new_empty(rows, outputs)
+    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
+    arguments = (_address(x), c_int(width), c_int(k), *vectors, product.matrices)
+    macros = {
+        **product.macros,
+        **_selection_macros(source, width, SPARSE_THREADS, gain, score),
+        "MOST_KEPT": str(-(-k // _KEPT_STEP) * _KEPT_STEP),
+    }
+    last = (_address(residual), _address(result), c_int(outputs))
+    _launch(x, "top_k_linear.cu", "top_k_linear", macros, product.grid, (*arguments, *last))
+    return result
+
+
+@dataclass(frozen=True)
+class _Product:
+    """How the columns of matrices are divided over a GPU, as the kernels that read listed columns take it."""
+
+    matrices: Matrices
+    grid: Grid
+    macros: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, plan: SparsePlan, weights: Weights, biases: Biases, rows: int, more: Sequence[torch.Tensor] = ()
+    ) -> _Product:
+        """For so many rows of x; `more` are matrices with as many outputs that are read along.
+
+        Raises:
+            LarosaError: a matrix is too large.
+        """
+        matrices = [*weights, *more]
+        if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in matrices):
+            raise LarosaError(
+                "the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton"
+            )
+        packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
+        macros = {
+            "WEIGHT": TYPE_NAMES[weights[0].dtype],
+            "LANES": str(plan.lanes),
+            "CLUSTER": str(plan.cluster),
+            "ALIGNED": _aligned(matrices, [len(weight) for weight in weights], along=1),
+        }
+        return cls(packed, Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster), macros)
 
 
 def attend(
@@ -170,12 +263,22 @@ def _select(
             f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
         )
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
-    macros = {"SOURCE": source, "BLOCK": str(_ROW), "EACH": str(-(-width // _ROW))}
+    macros = {"BLOCK": str(_ROW), **_selection_macros(source, width, _ROW, gain, score)}
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     arguments = (_address(x), c_int(width), c_int(k), *vectors, _address(values), _address(indices))
     if k:
         _launch(x, "select.cu", "select_top_k", macros, Grid(len(x), 1, _ROW), arguments)
     return values, indices
+
+
+def _selection_macros(
+    source: str, width: int, threads: int, gain: torch.Tensor | None, score: torch.Tensor | None
+) -> dict[str, str]:
+    formats = {
+        name: "None" if vector is None else TYPE_NAMES[vector.dtype]
+        for name, vector in (("GAIN", gain), ("SCORE", score))
+    }
+    return {"SOURCE": source, "EACH": str(-(-width // threads)), **formats}
 
 
 def _launch(

@@ -13,6 +13,7 @@ LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
 _LOADS = 5  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
+_FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list aside
 #: Blocks a multiprocessor, on the average, that read as fast as more of them do.
 _ENOUGH = 0.7
 
@@ -38,30 +39,47 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
         batch: vectors.
         element_size: bytes of a weight.
     """
+    return min(_plans(gpu, element_size), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
+
+
+def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+    """The same for a product whose blocks select for themselves; None where a kernel that selects for all is faster.
+
+    One block on most multiprocessors and two on none, or some would select for longer than others; and no large
+    clusters, which wait until that many multiprocessors are free.
+    """
+
+    def fits(plan: SparsePlan) -> bool:
+        room = _FUSED_ROOM + 8 * k // plan.cluster <= gpu.shared_memory
+        return room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= 1
+
+    plans = filter(fits, _plans(gpu, element_size))
+    return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
+
+
+def _plans(gpu: Machine, element_size: int) -> list[SparsePlan]:
+    clusters = _CLUSTERS if gpu.overlaps else (1,)
     width = 16 // element_size
-
-    def cost(plan: SparsePlan) -> float:
-        tiles = sum(-(-size // plan.tile) for size in outputs)
-        blocks = tiles * plan.cluster * batch / gpu.multiprocessors
-        loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
-        return _cost(blocks, k, plan) / min(1.0, loads / _LOADS)
-
-    plans = (
-        SparsePlan(lanes, cluster, lanes * width)
-        for lanes in (32, 16, 8)
-        for cluster in (_CLUSTERS if gpu.overlaps else (1,))
-    )
-    return min(plans, key=cost)
+    return [SparsePlan(lanes, cluster, lanes * width) for lanes in (32, 16, 8) for cluster in clusters]
 
 
-def _cost(blocks: float, k: int, plan: SparsePlan) -> float:
-    """What a plan with so many blocks a multiprocessor costs, in parts of the best."""
+def _blocks(gpu: Machine, outputs: Sequence[int], batch: int, plan: SparsePlan) -> float:
+    """A multiprocessor, on the average."""
+    tiles = sum(-(-size // plan.tile) for size in outputs)
+    return tiles * plan.cluster * batch / gpu.multiprocessors
+
+
+def _cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
+    """What a plan costs, in parts of the best."""
+    blocks = _blocks(gpu, outputs, batch, plan)
+    loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
+    few = max(1.0, _LOADS / loads)  # loads do not fill the memory system
     reading = min(blocks / _ENOUGH, 1.0)  # too few blocks leave memory idle
     waiting = 0.05 * max(blocks - 1.75, 0.0)  # each one takes in its list before it reads
     # A cluster lies within one group of multiprocessors: beyond one block each, large ones leave some of them empty.
     crowded = {1: 0.0, 2: 0.01, 4: 0.04, 8: 0.015}[plan.cluster] + (0.12 if blocks > 1 and plan.cluster > 2 else 0.0)
     narrow = {32: 0.02, 16: 0.0, 8: 0.012 * k / 1000}[plan.lanes]  # pieces of memory: 512, 256 or 128 bytes
-    return 1.0 / max(reading, 0.01) + waiting + crowded + narrow
+    return few * (1.0 / max(reading, 0.01) + waiting + crowded + narrow)
 
 
 def linear_blocks(gpu: Machine, tiles: int) -> int:

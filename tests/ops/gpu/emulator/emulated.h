@@ -221,6 +221,9 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 inline unsigned __reduce_add_sync(unsigned, unsigned x) {
     return emulator::exchange(x, [](const unsigned* all) { return std::accumulate(all, all + 32, 0u); });
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    return emulator::exchange(x, [](const unsigned* all) { return *std::max_element(all, all + 32); });
+}
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::exchange(*to, *to + x); }
 inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
     for (int i = 0; i < 32; i += 8) sum += (x >> i & 0xff) * (y >> i & 0xff);
@@ -291,6 +294,10 @@ template <class T>
 T load_earlier(const T* from) {
     emulator::check_place(from, sizeof(T));
     return *from;
+}
+template <class T>
+T load_parameter(const T* from, bool there) {
+    return there ? *from : T{};
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {

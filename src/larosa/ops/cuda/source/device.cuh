@@ -121,6 +121,21 @@ DEVICE long long load_fresh(const long long* from) {
     return data;
 }
 
+// A parameter of the model, or 0 where it is not `there`; not by a branch either.
+DEVICE float load_parameter(const float* from, bool there) { return load_fresh(from, there); }
+template <class Short>
+DEVICE Short load_parameter(const Short* from, bool there) {
+    Short data;
+    asm volatile(
+        "{\n\t.reg .pred there;\n\t"
+        "setp.ne.u32 there, %2, 0;\n\t"
+        "mov.b16 %0, 0;\n\t"
+        "@there ld.global.b16 %0, [%1];\n\t}"
+        : "=h"(data.bits)
+        : "l"(from), "r"(static_cast<unsigned>(there)));
+    return data;
+}
+
 // What a kernel wrote that had finished before the one in front of this one began: it may stand before
 // wait_for_inputs(), for that kernel let this one begin only after its own wait.
 template <class T>
@@ -149,7 +164,8 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 
 // --- Programmatic dependent launch. Every block of every kernel calls first wait_for_inputs(), which returns once the
 // kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's blocks
-// take their places early. So when a kernel begins, all have finished but the one before it: what that one may have
+// take their places early: products when they have read all, for blocks that come while others read are placed unevenly,
+// two on one multiprocessor and none on the next. So when a kernel begins, all have finished but the one before it: what that one may have
 // written is not read, and nothing is written, before wait_for_inputs(). Gains and scores are parameters of a model,
 // which no kernel writes.
 

@@ -4,6 +4,11 @@
 
 #include "device.cuh"
 
+// Stands for the format of a vector that is not there, whose entries count as 1.
+struct None {};
+DEVICE None load_parameter(const None*, bool) { return {}; }
+DEVICE float widen(None) { return 1.0f; }
+
 // A short vector (gain, bias, score) of a format known at run time; null where there is none.
 struct Vector {
     const void* data;
@@ -16,29 +21,21 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
-    // Entries first, first + 32, ... of `size`; 1 beyond the end, and where there is no vector.
-    template <int COUNT>
+    // Entries first, first + 32, ... of `size`, which are T; 1 beyond the end, and where T is None.
+    template <class T, int COUNT>
     DEVICE void read(float (&entries)[COUNT], int first, int size) const {
-        if (type == 1)
-            read_as<BFloat16>(entries, first, size);
-        else if (type == 2)
-            read_as<Half>(entries, first, size);
-        else
-            read_as<float>(entries, first, data == nullptr ? 0 : size);
+        T bits[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            bits[i] = load_parameter(static_cast<const T*>(data) + first + i * 32, i * 32 < size - first);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) entries[i] = i * 32 < size - first ? widen(bits[i]) : 1.0f;
     }
 
     // Brings its first `size` entries near, whole pieces of 16 bytes of them. For one thread.
     DEVICE void fetch(int size) const {
         if (data != nullptr && reinterpret_cast<unsigned long long>(data) % 16 == 0)
             prefetch(data, static_cast<unsigned>(size) * (type == 0 ? 4u : 2u) / 16 * 16);
-    }
-
-private:
-    template <class T, int COUNT>
-    DEVICE void read_as(float (&entries)[COUNT], int first, int size) const {
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            entries[i] = i * 32 < size - first ? widen((static_cast<const T*>(data) + first)[i * 32]) : 1.0f;
     }
 };
 

@@ -1,0 +1,289 @@
+// Exact Top-K of one vector by one block, with what produces the vector.
+//
+// Entries are ordered by 31 bits of |x * score| and then by their indices, the lowest first, so that no two are equal.
+// A histogram over the first digit of that order (the exponent and four bits or more of the fraction, because the
+// exponents alone fall into so few bins that their additions would queue) tells the digit of the k-th largest. Entries
+// with a larger one are kept; the few that share it, the candidates, are compared with each other. Where they are
+// many, further digits make them few first.
+//
+// A block is bound by the instructions it issues, so each that every entry needs counts, and a population count, which
+// has an eighth of the lanes of an addition, most of all.
+#ifndef LAROSA_SELECTION
+#define LAROSA_SELECTION
+
+#include "block.cuh"
+#include "values.cuh"
+
+#ifndef SOURCE
+#error "SOURCE (AS_IS, NORMED or GATED), GAIN and SCORE, formats, and EACH, the entries of a thread, are given by the launcher"
+#endif
+
+using Threads = Block<THREADS>;  // whoever includes this says how many they are
+enum Source { AS_IS, NORMED, GATED };
+
+// Of the order's bits, those of the first digit; 32 are left, the last of them for the index.
+constexpr int DIGIT_BITS = EACH * THREADS <= 4096 ? 12 : EACH * THREADS <= 16384 ? 13 : 14;
+constexpr int KEY_BITS = 31 - DIGIT_BITS;
+constexpr int INDEX_BITS = 32 - KEY_BITS;
+constexpr int BINS = 1 << DIGIT_BITS;
+constexpr int QUADS = BINS / 4 / THREADS;  // fours of bins a thread
+constexpr unsigned LAST = (1u << INDEX_BITS) - 1u;
+static_assert(EACH <= 32 && EACH * THREADS <= 1 << INDEX_BITS && QUADS > 0, "no room for the order's bits");
+
+constexpr unsigned MOST = 256;  // candidates to compare with each other
+constexpr int HELPERS = 8;      // threads that compare one of them
+
+// The entries of a long vector do not fit in registers beside their keys and what they are multiplied by.
+constexpr bool IN_REGISTERS = EACH * THREADS <= 16384;
+
+struct alignas(16) Digit {
+    unsigned digit;  // of the k-th largest
+    unsigned need;   // how many of the entries with that digit, and the same digits before it, belong to the k largest
+    unsigned there;  // how many there are
+};
+
+struct Ranking {
+    alignas(16) unsigned histogram[BINS];
+    alignas(16) unsigned candidates[MOST];  // the 32 bits after the digit, and 0 where there is none
+    unsigned candidate_count;
+    unsigned totals[THREADS / 32];
+    Digit found;
+    Threads block;
+};
+
+// Entry i of lane l of warp w is number (w * EACH + i) * 32 + l: loads are contiguous, and warps follow each other.
+DEVICE int first_of_thread() {
+    return Threads::warp() * EACH * 32 + Threads::lane();
+}
+
+// The thread's entries of a gain or score in format T, read early where there is room for them.
+template <class T>
+struct Factors {
+    const Vector vector;
+    const int width;
+    float early[IN_REGISTERS ? EACH : 1];
+
+    DEVICE Factors(Vector vector, int width) : vector(vector), width(width) {
+        if constexpr (IN_REGISTERS)
+            vector.read<T>(early, first_of_thread(), width);
+        else if (threadIdx.x == 0)
+            vector.fetch(width);
+    }
+
+    DEVICE float at(int i) const {
+        if constexpr (IN_REGISTERS) return early[i];
+        const int at = first_of_thread() + i * 32;
+        return at < width ? vector.at(at, 1.0f) : 1.0f;
+    }
+};
+
+DEVICE void clear(Ranking& shared) {
+    uint4* quads = reinterpret_cast<uint4*>(shared.histogram);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) quads[i * THREADS + threadIdx.x] = {0, 0, 0, 0};
+}
+
+// The digit of the `need`-th largest of the entries in the histogram. Lane after lane, and warp after warp, looks at
+// lower bins.
+DEVICE Digit find(Ranking& shared, unsigned need) {
+    const int highest = BINS - 4 - 4 * (Threads::warp() * QUADS * 32 + Threads::lane());
+    uint4 counts[QUADS];
+    unsigned own = 0;
+    __syncthreads();  // the histogram is complete
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+        counts[i] = *reinterpret_cast<const uint4*>(shared.histogram + highest - i * 128);
+        own += counts[i].x + counts[i].y + counts[i].z + counts[i].w;
+    }
+    own = __reduce_add_sync(ALL_LANES, own);
+    if (Threads::lane() == 0) shared.totals[Threads::warp()] = own;
+    __syncthreads();
+    unsigned before = Threads::before(shared.totals);
+    if (before < need && need <= before + own) {  // in the bins of this warp
+#pragma unroll
+        for (int i = 0; i < QUADS; ++i) {
+            const unsigned four[] = {counts[i].w, counts[i].z, counts[i].y, counts[i].x};
+            const unsigned sum = four[0] + four[1] + four[2] + four[3];
+            const unsigned up_to = Threads::up_to(sum);
+            unsigned above = before + up_to - sum;
+            if (above < need && need <= above + sum) {
+                unsigned bin = highest - i * 128 + 3, there = four[0];
+#pragma unroll
+                for (int j = 1; j < 4; ++j) {
+                    if (above + there >= need) continue;
+                    above += there;
+                    there = four[j];
+                    --bin;
+                }
+                shared.found = {bin, need - above, there};
+            }
+            before += __reduce_add_sync(ALL_LANES, sum);
+        }
+    }
+    __syncthreads();
+    return shared.found;
+}
+
+// Takes further digits until few candidates are left, and lists those. `rests` are the bits after the first digit.
+// Seldom needed, so its code is short, and leaves the registers to the rest: `rests` lies in memory.
+DEVICE Digit narrow(Ranking& shared, Digit digit, const unsigned (&rests)[EACH], unsigned& open, unsigned& keep) {
+    unsigned known = 0;  // how the candidates' bits begin, down to bit `shift`
+    for (int shift = 32; digit.there > MOST;) {
+        shift = max(shift - DIGIT_BITS, 0);
+        clear(shared);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = 0; i < EACH; ++i)
+            if (open >> i & 1u) atomicAdd(&shared.histogram[rests[i] - known >> shift], 1u);
+        digit = find(shared, digit.need);
+        known += digit.digit << shift;
+#pragma unroll 1
+        for (int i = 0; i < EACH; ++i) {
+            if (!(open >> i & 1u) || rests[i] >> shift == known >> shift) continue;
+            open ^= 1u << i;
+            if (rests[i] > known) keep |= 1u << i;
+        }
+    }
+#pragma unroll 1
+    for (int i = 0; i < EACH; ++i)
+        if (open >> i & 1u) shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = rests[i];
+    return digit;
+}
+
+// Has `take(bits, rank)` called for each candidate that is among the `need` largest of `there`: by its own bits, and how
+// many of the candidates are larger.
+template <class Take>
+DEVICE void compare(const Ranking& shared, unsigned there, unsigned need, Take take) {
+    constexpr unsigned WARP = 32 / HELPERS;
+    const unsigned helper = Threads::lane() % HELPERS;
+    for (unsigned first = Threads::warp() * WARP; first < there; first += THREADS / HELPERS) {
+        const unsigned own = shared.candidates[first + Threads::lane() / HELPERS];
+        unsigned larger = 0;
+#pragma unroll 2
+        for (unsigned i = 0; i < there; i += HELPERS * 4) {
+            const uint4 four = *reinterpret_cast<const uint4*>(shared.candidates + i + helper * 4);
+            count_larger(larger, four.x, own);
+            count_larger(larger, four.y, own);
+            count_larger(larger, four.z, own);
+            count_larger(larger, four.w, own);
+        }
+#pragma unroll
+        for (int distance = 1; distance < HELPERS; distance *= 2)
+            larger += __shfl_xor_sync(ALL_LANES, larger, distance);
+        if (helper == 0 && larger < need && first + Threads::lane() / HELPERS < there) take(own, larger);
+    }
+}
+
+// What the entries are made from, and how.
+struct Activation {
+    const float* input;  // of the row
+    const int width;
+    const int first = first_of_thread();
+    const Factors<GAIN> gains;
+    float inverse = 1.0f;
+
+    const float eps;
+
+    DEVICE Activation(const float* input, long long row, int width, Vector gain, float eps)
+        : input(input + row * width * (SOURCE == GATED ? 2 : 1)), width(width), gains(gain, width), eps(eps) {}
+
+    // Beyond the end entries are 0, and come last in order.
+    DEVICE bool there(int i) const { return i * 32 < width - first; }
+    DEVICE float load(int i) const { return load_fresh(input + first + i * 32, there(i)); }
+    DEVICE float load_up(int i) const {
+        return SOURCE == GATED ? load_fresh(input + width + first + i * 32, there(i)) : 0.0f;
+    }
+
+    DEVICE float entry(int i, float loaded, float up) const {
+        if (SOURCE == GATED) return silu_mul(loaded, up);
+        if (SOURCE == NORMED && there(i)) return loaded * inverse * gains.at(i);
+        return loaded;
+    }
+
+    // Entry `index` of the row, whoever's it is.
+    DEVICE float entry_at(int index) const {
+        const float loaded = load_fresh(input + index);
+        if (SOURCE == GATED) return silu_mul(loaded, load_fresh(input + width + index));
+        return SOURCE == NORMED ? loaded * inverse * gains.vector.at(index, 1.0f) : loaded;
+    }
+};
+
+DEVICE void prepare(Ranking& shared) {
+    clear(shared);
+    if (threadIdx.x < MOST) shared.candidates[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.candidate_count = 0;
+    __syncthreads();
+}
+
+// The thread's entries x, and as bits those that are certainly among the k largest. The others among these are the `need`
+// largest of the candidates, which are there after the next __syncthreads().
+DEVICE Digit choose(Ranking& shared, Activation& activation, const Factors<SCORE>& scores, int k, float (&x)[EACH],
+                    unsigned& keep) {
+    float up[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        x[i] = activation.load(i);
+        up[i] = activation.load_up(i);
+    }
+    if (SOURCE == NORMED) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) squares = fmaf(x[i], x[i], squares);
+        activation.inverse = inverse_rms(shared.block.sum(squares), activation.width, activation.eps);
+    }
+    unsigned key[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        x[i] = activation.entry(i, x[i], up[i]);
+        key[i] = magnitude(x[i], scores.at(i));
+        atomicAdd(&shared.histogram[key[i] >> KEY_BITS], 1u);
+    }
+    Digit digit = find(shared, static_cast<unsigned>(k));
+
+    unsigned open = 0;  // the thread's candidates, as bits
+    keep = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (key[i] >= digit.digit << KEY_BITS) open |= 1u << i;
+        if (key[i] >= (digit.digit + 1u) << KEY_BITS) keep |= 1u << i;
+    }
+    open ^= keep;
+
+    const auto rest = [&](int i) { return (key[i] << INDEX_BITS) + (LAST - activation.first) - i * 32; };
+    if (digit.there > MOST) {
+        unsigned rests[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) rests[i] = rest(i);
+        return narrow(shared, digit, rests, open, keep);
+    }
+    if (open) {
+        unsigned slot = atomicAdd(&shared.candidate_count, static_cast<unsigned>(__popc(open)));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (open >> i & 1u) shared.candidates[slot++] = rest(i);
+    }
+    return digit;
+}
+
+// Has `put(i, place, kept)` called for each of the thread's entries: with its place among all that are kept, the warps
+// before this one having `place` of them.
+template <class Put>
+DEVICE void place_kept(unsigned keep, unsigned place, Put put) {
+    // Four rows of the warp's entries at a time, whose counts go side by side into one word.
+#pragma unroll
+    for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
+        const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
+        const unsigned up_to = Threads::up_to(own);
+        const unsigned rows = __shfl_sync(ALL_LANES, up_to, 31);
+        const unsigned before = up_to - own + rows * 0x01010100u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int i = row_0 + j;
+            if (i >= EACH) break;
+            put(i, __dp4a(before, 1u << 8 * j, place), keep & 1u << i);
+        }
+        place = __dp4a(rows, 0x01010101u, place);
+    }
+}
+
+#endif

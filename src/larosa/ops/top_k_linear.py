@@ -1,0 +1,69 @@
+"""Selections together with the products that read what they keep.
+
+For a GPU's kernels alone, where one launch after another takes time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.ops.linear import Biases, Weights, sparse_linear_reference
+from larosa.ops.schema import define
+from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
+
+
+@define(
+    "top_k_linear(Tensor x, int k, Tensor? score, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor"
+)
+def _top_k_linear(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(len(x), sum(len(weight) for weight in weights))
+
+
+@define(
+    "rms_norm_top_k_linear(Tensor x, Tensor? gain, float eps, int k, Tensor? score, Tensor[] weights, "
+    "Tensor?[] biases, Tensor? residual=None) -> Tensor"
+)
+def _rms_norm_top_k_linear(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _top_k_linear(x, k, score, weights, biases, residual)
+
+
+def top_k_linear_reference(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparse_linear` of `top_k`."""
+    return sparse_linear_reference(*top_k_reference(x, k, score), weights, biases, residual)
+
+
+def rms_norm_top_k_linear_reference(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparse_linear` of `rms_norm_top_k`."""
+    return sparse_linear_reference(*rms_norm_top_k_reference(x, gain, eps, k, score), weights, biases, residual)

@@ -1,0 +1,83 @@
+"""Selections with their products against the selection alone, which is tested bit by bit, and a float64 product."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larosa.ops import column_major
+from larosa.ops.linear import sparse_linear_reference
+
+from .cases import DTYPES, entries
+from .test_products import check
+from .test_selection import KINDS
+
+EPS = 1e-5
+
+
+@st.composite
+def problems(draw):
+    """x and what makes its entries, k, and matrices of which the last may have a bias."""
+    seed, dtype = draw(st.integers(0, 2**31)), draw(st.sampled_from(DTYPES))
+    rows, width = draw(st.integers(0, 2)), draw(st.integers(1, 1500))
+    outputs = draw(st.lists(st.sampled_from([8, 24, 100, 256, 3]), min_size=1, max_size=3))
+    x = entries(draw(st.sampled_from(["normal", "tied", "zero"])), rows, width, seed=seed)
+    vectors = [
+        entries("normal", width, seed=seed + i).abs().to(draw(st.sampled_from(DTYPES))) if draw(st.booleans()) else None
+        for i in (1, 2)
+    ]
+    weights = [entries("normal", n, width, seed=seed + i).to(dtype) for i, n in enumerate(outputs)]
+    biases = [None] * (len(outputs) - 1) + [entries("normal", outputs[-1], seed=seed).to(dtype)]
+    residual = entries("normal", rows, sum(outputs), seed=seed + 3) if draw(st.booleans()) else None
+    return x, *vectors, draw(st.integers(0, width)), weights, biases, residual
+
+
+@settings(deadline=None, max_examples=25)
+@given(problems())
+def test_products_of_what_is_selected(target, problem):
+    x, gain, score, k, weights, biases, residual = problem
+    columns = [column_major(weight) for weight in weights]
+    for name, source in (("top_k", (x,)), ("rms_norm_top_k", (x, gain, EPS))):
+        values, indices = target(name, *source, k, score)
+        result = target(f"{name}_linear", *source, k, score, columns, biases, residual)
+        check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("width", "outputs", "k"), [(4096, 256, 2048), (3000, 2000, 1), (2049, 40, 2048), (9000, 8, 99)]
+)
+def test_entries_of_any_kind(target, kind, width, outputs, k):
+    """Of many columns only those that are kept are read: all others are NaN."""
+    x = entries(kind, 1, width, seed=1)
+    values, indices = target("top_k", x, k, None)
+    weight = torch.full((outputs, width), torch.nan)
+    weight[:, indices[0].long()] = entries("normal", outputs, k, seed=2)
+    result = target("top_k_linear", x, k, None, [column_major(weight)], [None], None)
+    sound = values.isfinite().all()
+    assert sound or kind == "special"
+    if sound:
+        check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], None)
+    elif values.isnan().any():
+        assert result.isnan().all()
+
+
+def test_every_entry_and_none(target):
+    x, weight = entries("normal", 1, 700, seed=0), entries("normal", 96, 700, seed=1).half()
+    residual = entries("normal", 1, 96, seed=2)
+    every = target("top_k_linear", x, 700, None, [column_major(weight)], [None], residual)
+    listed = torch.arange(700, dtype=torch.int32)[None]
+    check(every, sparse_linear_reference, (x.double(), listed), [weight], [None], residual)
+    assert torch.equal(target("top_k_linear", x, 0, None, [column_major(weight)], [None], residual), residual)
+
+
+def test_what_cannot_be_selected_and_multiplied(target):
+    weight, x = torch.zeros(3, 4), torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="cannot keep 5 of 4 entries"):
+        target("top_k_linear", x, 5, None, [column_major(weight)], [None], None)
+    with pytest.raises(ValueError, match=r"larosa\.ops\.column_major"):
+        target("top_k_linear", x, 2, None, [weight], [None], None)
+    with pytest.raises(ValueError, match="residual must be"):
+        target("top_k_linear", x, 2, None, [column_major(weight)], [None], x)
+    with pytest.raises(ValueError, match="score must be"):
+        target("top_k_linear", x, 2, torch.zeros(3), [column_major(weight)], [None], None)
