@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from larosa import LarosaError
-from larosa.decoding.sampling import NO_TOKEN, Sampler
+from larosa.decoding.sampling import Sampler
+from larosa.ops.greedy import NO_TOKEN
 
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
 

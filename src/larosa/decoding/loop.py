@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from larosa.decoding.sampling import NO_TOKEN, Sampler
+from larosa.decoding.sampling import Sampler
 from larosa.errors import LarosaError
+from larosa.ops.greedy import NO_TOKEN
 
 
 class StepEngine(Protocol):

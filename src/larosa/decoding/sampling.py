@@ -9,9 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from larosa.errors import LarosaError
-
-#: Stands for a token where the logits have NaN or Inf, so that nothing has to look at them on the way.
-NO_TOKEN = -1
+from larosa.ops.greedy import NO_TOKEN
 
 
 class Sampler:
@@ -49,11 +47,14 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
+        greedy = self._banned is None and self._temperature == 0
+        if greedy and not logits.is_cpu:
+            token: torch.Tensor = torch.ops.larosa.greedy(logits)
+            return token
         # Of a row with NaN, the maximum is NaN.
         highest, best = logits.max(dim=-1)
-        greedy = self._banned is None and self._temperature == 0
         # On the CPU looking costs less than to go on without.
-        if greedy and logits.is_cpu and all(map(math.isfinite, highest.tolist())):
+        if greedy and all(map(math.isfinite, highest.tolist())):
             return best
         usable = highest.isfinite()
         if self._banned is not None:

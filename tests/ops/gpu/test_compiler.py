@@ -44,6 +44,7 @@ KERNELS = (
             ("NORMED", "16", "float", "float", "32", "1"),
         )
     ),
+    ("greedy.cu", {"CLUSTER": "8"}),
     ("elementwise.cu", {}),
     ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8"}),
     ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1"}),

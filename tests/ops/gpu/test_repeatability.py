@@ -28,6 +28,7 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], None)
         yield target("top_k_linear", x, 300, None, [column_major(weight)], [None], None)
         yield target("rms_norm_top_k_linear", x, None, 1e-5, 300, None, [column_major(weight)], [None], None)
+        yield target("greedy", x)
         yield target("linear", x, [weight], [None], None)
         at = torch.tensor([80])
         yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
@@ -58,7 +59,7 @@ def test_replays_of_a_graph_give_the_bits_of_separate_calls(width):
         y = ops.linear(y, [weight[:, :1024].contiguous()], [None], y)
         fused = ops.rms_norm_top_k_linear(x, None, 1e-5, width // 2, score, [columns] * 4, [None] * 4)
         attended = ops.attend(y[:, :768].contiguous(), *cache, position, *[None] * 4, 0.0, 0.125, 0)
-        return [*chosen, y, fused, attended, *ops.top_k(attended, 100)]
+        return [*chosen, y, fused, attended, *ops.top_k(attended, 100), ops.greedy(fused)]
 
     run()
     graph = torch.cuda.CUDAGraph()

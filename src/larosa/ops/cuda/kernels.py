@@ -25,7 +25,8 @@ from larosa.ops.cuda.plan import (
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
-_ROW = 1024  # threads of a block of select.cu and elementwise.cu
+_ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
+_GREEDY_BLOCKS = 8
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
 _KEPT_STEP = 256  # one kernel for this many k
@@ -246,6 +247,16 @@ def attend(
     grid = Grid(query_heads // plan.heads * plan.cluster, 1, THREADS, plan.cluster)
     _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, _address(result)))
     return result
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """See `greedy_reference`."""
+    rows, vocabulary = checks.vectors("logits", logits)
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    cluster = _GREEDY_BLOCKS if machine(logits.device).overlaps else 1
+    arguments = (_address(logits), c_int(vocabulary), _address(tokens))
+    _launch(logits, "greedy.cu", "greedy", {"CLUSTER": str(cluster)}, Grid(cluster, rows, _ROW, cluster), arguments)
+    return tokens
 
 
 def _select(

@@ -1,5 +1,6 @@
 """The operators by Triton, in one place."""
 
+from larosa.ops.greedy import greedy_reference as greedy
 from larosa.ops.triton.attend import attend
 from larosa.ops.triton.linear import linear, sparse_linear
 from larosa.ops.triton.norm import rms_norm, silu_mul
@@ -8,6 +9,7 @@ from larosa.ops.triton.top_k_linear import rms_norm_top_k_linear, top_k_linear
 
 __all__ = [
     "attend",
+    "greedy",
     "linear",
     "rms_norm",
     "rms_norm_top_k",
