@@ -226,6 +226,32 @@ void replays(const Heap<float> &x, const larosa_vector &gains, int64_t rows, int
         check(values[i] == expected[i] && indices[i] == where[i], "replayed otherwise");
 }
 
+// A product, large enough to be shared, computed beside another one and a selection: the same bits as before them.
+void put_off() {
+    const int64_t width = integer(363, 380), depth = ::width(), k = integer(0, depth), threads = integer(1, 5);
+    const int64_t dtype = integer(0, 2);
+    what = "linear_meanwhile width " + std::to_string(width) + " dtype " + std::to_string(dtype);
+    const Typed adapter(width * width, dtype), columns(width * depth, dtype);
+    const larosa_matrix carries = {adapter.data(), dtype, width, {nullptr, 0}};
+    const larosa_matrix product = {columns.data(), dtype, width, {nullptr, 0}};
+    const Heap<float> x = floats(width), y = floats(depth), values(k);
+    const Heap<int32_t> indices(k);
+    const larosa_vector none = {nullptr, 0};
+    const auto run = [&](decltype(&larosa_linear) first, const Heap<float> &carried, const Heap<float> &out) {
+        check(first(x.get(), 1, width, &carries, 1, nullptr, carried.get(), threads) == LAROSA_OK, "refused");
+        larosa_rms_norm_top_k(y.get(), &none, 1e-5, 1, depth, k, &none, values.get(), indices.get());
+        check(larosa_sparse_linear(values.get(), indices.get(), 1, k, depth, &product, 1, nullptr, out.get(),
+                                   threads) == LAROSA_OK, "refused");
+        check(larosa_sparse_linear(values.get(), indices.get(), 1, k, depth, &product, 1, carried.get(), out.get(),
+                                   threads) == LAROSA_OK, "refused");
+    };
+    const Heap<float> carried(width), out(width), later(width), result(width);
+    run(larosa_linear, carried, out);
+    run(larosa_linear_meanwhile, later, result);
+    check(std::memcmp(later.get(), carried.get(), width * sizeof(float)) == 0, "put off, the product is another");
+    check(std::memcmp(result.get(), out.get(), width * sizeof(float)) == 0, "put off, the sum is another");
+}
+
 void norms() {
     const int64_t rows = integer(0, 3), width = ::width();
     what = "rms_norm and silu_mul width " + std::to_string(width);
@@ -333,8 +359,8 @@ int main(int argc, char **argv) {
         if (larosa_set_isa(isa) != 0) continue;
         engine.seed(std::strtoull(argv[2], nullptr, 10));
         for (int64_t i = 0; i < cases; ++i, ++run) {
-            void (*const tests[])() = {products, products, selections, norms, attention};
-            tests[i % 5]();
+            void (*const tests[])() = {products, products, selections, norms, attention, put_off};
+            tests[i % 6]();
         }
     }
     std::printf("%lld cases\n", static_cast<long long>(run));

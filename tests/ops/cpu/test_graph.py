@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from larosa.ops import column_major
 from larosa.ops.cpu.graph import Graph
 
+from .cases import chances
+
 ops = torch.ops.larosa
 
 
@@ -58,6 +60,71 @@ def test_replaying_is_running(seed, dtype):
         graph.output.fill_(float("nan"))
         assert torch.equal(graph.replay(), again())
     assert not torch.equal(graph.output, first)
+
+
+def branches(x, dtype, bias):
+    """Two branches whose residuals go through adapters, large enough for several threads to share."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    adapters = [random(370, 370), random(370, 370)]
+    inner, outer = column_major(random(1000, 370)), column_major(random(370, 500))
+
+    def run():
+        y = x
+        for adapter in adapters:
+            carried = ops.linear(y, [adapter], [bias], y)
+            gate_up = ops.sparse_linear(*ops.rms_norm_top_k(y, None, 1e-6, 290), [inner], [None])
+            y = ops.sparse_linear(*ops.silu_mul_top_k(gate_up, 340), [outer], [bias], carried)
+        return y
+
+    return run
+
+
+@settings(deadline=None, max_examples=60)
+@given(chances("normal"), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_product_beside_others_gives_the_same_bits(chance, dtype):
+    x = torch.randn(1, 370, generator=chance.generator)
+    run = branches(x, dtype, chance.maybe(370))
+    graph = chance.run(Graph, run)
+    assert [name for name, _ in graph._calls].count("linear_meanwhile") == 2
+    for _ in range(3):
+        x.copy_(torch.randn(1, 370, generator=chance.generator))
+        graph.output.fill_(float("nan"))
+        replayed = graph.replay().clone()
+        assert torch.equal(replayed, chance.run(run))
+
+
+def test_a_product_waits_for_nothing_that_reads_it_first():
+    x, position = torch.randn(1, 24), torch.tensor([2])
+    square, keys, values = torch.randn(24, 24), torch.randn(1, 7, 8), torch.randn(1, 7, 8)
+    columns, narrow = column_major(square), column_major(torch.randn(24, 8))
+
+    def calls(run):
+        return [name for name, _ in Graph(run)._calls]
+
+    def added_at_once():
+        chosen = ops.top_k(x, 5)
+        return ops.sparse_linear(*chosen, [columns], [None], ops.linear(x, [square], [None]))
+
+    def selected_from():
+        y = ops.linear(x, [square], [None])
+        return ops.sparse_linear(*ops.top_k(y, 5), [columns], [None], y)
+
+    def attended_to():
+        y = ops.linear(x, [square], [None])
+        mixed = ops.attend(y, keys, values, position, None, None, None, None, 0.0, 0.3, 0)
+        return ops.sparse_linear(*ops.top_k(mixed, 5), [narrow], [None], y)
+
+    def never_read():
+        y = ops.linear(x, [square], [None])
+        ops.top_k(x, 5)
+        return y
+
+    for run in (added_at_once, selected_from, attended_to, never_read):
+        assert "linear_meanwhile" not in calls(run)
 
 
 def test_what_was_recorded_stays():

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from larosa.ops.cpu.kernels import check_status
 from larosa.ops.cpu.library import REPLAYED, load
@@ -21,6 +22,11 @@ from larosa.ops.cpu.library import REPLAYED, load
 _recording = threading.Lock()
 
 _MOST_ARGUMENTS = 10  # LAROSA_MOST_ARGUMENTS
+
+#: A function of the library, and what ctypes was given for it.
+_Call = tuple[str, tuple[Any, ...]]
+#: An operator, its arguments, those by name, and its result.
+_Operator = tuple[Any, tuple[Any, ...], dict[str, Any] | None, Any]
 
 
 class Graph:
@@ -36,8 +42,7 @@ class Graph:
     def __init__(self, function: Callable[[], torch.Tensor]) -> None:
         #: PyTorch's threads, whose number was recorded too.
         self.threads = torch.get_num_threads()
-        self._calls: list[bytes] = []
-        self._kept: list[Any] = []
+        self._calls: list[_Call] = []
         self._thread = threading.get_ident()
         functions = vars(load())
         with _recording, _Keep() as keep:
@@ -47,14 +52,15 @@ class Graph:
                 self.output = function()
             finally:
                 functions.update(own)
-        self._kept += keep.memory
-        self._program = b"".join(self._calls)
+        self._kept = keep.operators
+        for index in _postponable(keep.operators):
+            self._calls[index] = "linear_meanwhile", self._calls[index][1]
+        self._program = b"".join(_pack(*call) for call in self._calls)
 
     def _recorder(self, name: str, call: Callable[..., int | None]) -> Callable[..., int | None]:
         def record(*arguments: Any) -> int | None:
             if threading.get_ident() == self._thread:
-                self._calls.append(_pack(name, arguments))
-                self._kept.append(arguments)
+                self._calls.append((name, arguments))
             return call(*arguments)
 
         return record
@@ -63,6 +69,32 @@ class Graph:
         """Run the operators again; the result is in the same tensor each time."""
         check_status(load().replay(self._program, len(self._calls)))
         return self.output
+
+
+def _postponable(operators: list[_Operator]) -> Iterator[int]:
+    """Which operators are linears that others come after before a sparse product, which adds it, reads the result.
+
+    They can run beside those others, on threads that would wait there.
+    """
+    for index, (function, _, _, result) in enumerate(operators):
+        if function is torch.ops.larosa.linear.default:
+            later = (at for at in range(index + 1, len(operators)) if _reads(operators[at], result))
+            reader = next(later, index)
+            if reader > index + 1 and _only_adds(operators[reader], result):
+                yield index
+
+
+def _reads(operator: _Operator, tensor: torch.Tensor) -> int:
+    """How many of an operator's arguments are the tensor."""
+    _, args, kwargs, _ = operator
+    return sum(value is tensor for value in tree_leaves((args, kwargs)))
+
+
+def _only_adds(operator: _Operator, tensor: torch.Tensor) -> bool:
+    """Whether it is a sparse product with the tensor for its residual, and for nothing else."""
+    function, args, _, _ = operator
+    is_product = function is torch.ops.larosa.sparse_linear.default
+    return is_product and len(args) > 4 and args[4] is tensor and _reads(operator, tensor) == 1
 
 
 def _pack(name: str, arguments: tuple[Any, ...]) -> bytes:
@@ -88,7 +120,7 @@ class _Keep(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory: list[Any] = []
+        self.operators: list[_Operator] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,5 +131,5 @@ class _Keep(TorchDispatchMode):
         if not all(value.is_contiguous() for value in args if isinstance(value, torch.Tensor)):
             raise RuntimeError(f"{func} of a tensor that is not contiguous cannot be recorded")
         result = func(*args, **(kwargs or {}))
-        self.memory += [args, kwargs, result]
+        self.operators.append((func, args, kwargs, result))
         return result

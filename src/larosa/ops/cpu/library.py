@@ -65,6 +65,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
     "above": (c_int64, (c_void_p, c_int64, c_float, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
+    "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (
         c_int,
         (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64),
@@ -83,6 +84,7 @@ REPLAYED = (
     "linear",
     "sparse_linear",
     "attend",
+    "linear_meanwhile",
 )
 
 

@@ -95,6 +95,39 @@ class Blocks {
     int64_t size_;
 };
 
+// Where the product that this thread has put off will be.
+thread_local const float *put_off = nullptr;
+
+int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
+           const float *residual, float *out, int64_t threads, bool later) {
+    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    const int64_t row_bytes = clamp(depth, 1, depth) * element_size(matrices->dtype);
+    // At least 16 rows, or 64 KiB, which the second-level cache holds for all rows of x.
+    const Blocks blocks(matrices, count, 16 * clamp((4 << 10) / row_bytes, 1, 64));
+    if (blocks.outputs * row_bytes < 2 * kWorthSharing) threads = 1;
+    later = later && threads > 1;
+    static thread_local std::vector<float> kept;  // from one call to others
+    if (later) kept.resize(size_t(rows * depth));
+    float *arranged = later ? kept.data() : scratch<float>(rows * depth);
+    for (int64_t row = 0; row < rows; ++row)
+        kernels().arrange(x + row * depth, depth, matrices->dtype, arranged + row * depth);
+    const auto run = [=](int64_t task) {
+        const Block block = blocks.at(task);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t offset = row * blocks.outputs + block.offset;
+            kernels().dense_rows(arranged + row * depth, depth, *block.matrix, block.first, block.count,
+                                 residual ? residual + offset : nullptr, out + offset);
+        }
+    };
+    if (later) {
+        defer(blocks.of_row, threads, run);
+        put_off = out;
+    } else {
+        parallel(blocks.of_row, threads, run);
+    }
+    return LAROSA_OK;
+}
+
 }  // namespace
 }  // namespace larosa
 
@@ -120,20 +153,24 @@ void larosa_top_k(const float *x, int64_t rows, int64_t width, int64_t k, const 
 
 void larosa_rms_norm_top_k(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width,
                            int64_t k, const larosa_vector *score, float *values, int32_t *indices) {
-    float *normed = scratch<float>(width);
-    for (int64_t row = 0; row < rows; ++row) {
-        kernels().rms_norm(x + row * width, *gain, eps, width, normed);
-        larosa_top_k(normed, 1, width, k, score, values + row * k, indices + row * k);
-    }
+    parallel(1, deferred_threads(), [&](int64_t) {
+        float *normed = scratch<float>(width);
+        for (int64_t row = 0; row < rows; ++row) {
+            kernels().rms_norm(x + row * width, *gain, eps, width, normed);
+            larosa_top_k(normed, 1, width, k, score, values + row * k, indices + row * k);
+        }
+    });
 }
 
 void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k, const larosa_vector *score,
                            float *values, int32_t *indices) {
-    float *product = scratch<float>(width);
-    for (int64_t row = 0; row < rows; ++row) {
-        larosa_silu_mul(gate_up + row * 2 * width, 1, width, product);
-        larosa_top_k(product, 1, width, k, score, values + row * k, indices + row * k);
-    }
+    parallel(1, deferred_threads(), [&](int64_t) {
+        float *product = scratch<float>(width);
+        for (int64_t row = 0; row < rows; ++row) {
+            larosa_silu_mul(gate_up + row * 2 * width, 1, width, product);
+            larosa_top_k(product, 1, width, k, score, values + row * k, indices + row * k);
+        }
+    });
 }
 
 int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices) {
@@ -149,23 +186,13 @@ int64_t larosa_above(const float *x, int64_t width, float threshold, float *valu
 
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
                   const float *residual, float *out, int64_t threads) {
-    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
-    const int64_t row_bytes = clamp(depth, 1, depth) * element_size(matrices->dtype);
-    // At least 16 rows, or 64 KiB, which the second-level cache holds for all rows of x.
-    const Blocks blocks(matrices, count, 16 * clamp((4 << 10) / row_bytes, 1, 64));
-    if (blocks.outputs * row_bytes < 2 * kWorthSharing) threads = 1;
-    float *arranged = scratch<float>(rows * depth);
-    for (int64_t row = 0; row < rows; ++row)
-        kernels().arrange(x + row * depth, depth, matrices->dtype, arranged + row * depth);
-    parallel(blocks.of_row, threads, [&](int64_t task) {
-        const Block block = blocks.at(task);
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t offset = row * blocks.outputs + block.offset;
-            kernels().dense_rows(arranged + row * depth, depth, *block.matrix, block.first, block.count,
-                                 residual ? residual + offset : nullptr, out + offset);
-        }
-    });
-    return LAROSA_OK;
+    return linear(x, rows, depth, matrices, count, residual, out, threads, false);
+}
+
+int larosa_linear_meanwhile(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
+                            const float *residual, float *out, int64_t threads) {
+    finish_deferred();
+    return linear(x, rows, depth, matrices, count, residual, out, threads, true);
 }
 
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
@@ -185,6 +212,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
     std::vector<std::atomic<int64_t>> &left = counters(all);
     for (int64_t i = 0; i < all; ++i) left[size_t(i)].store(segments, std::memory_order_relaxed);
     float *sums = scratch<float>(all * segments * padded(blocks.largest));
+    const float *late = residual == put_off ? residual : nullptr;  // not there yet
+    if (late) residual = nullptr;
     parallel(all * segments, threads, [&](int64_t task) {
         const int64_t index = task / segments, segment = task % segments;
         const Block block = blocks.at(index);
@@ -198,6 +227,11 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
         kernels().finish(parts, segments, *block.matrix, block.first, block.count,
                          residual ? residual + offset : nullptr, out + offset);
     });
+    if (late) {
+        finish_deferred();
+        put_off = nullptr;
+        for (int64_t i = 0; i < rows * blocks.outputs; ++i) out[i] += late[i];
+    }
     return LAROSA_OK;
 }
 

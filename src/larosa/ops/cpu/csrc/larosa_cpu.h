@@ -66,6 +66,11 @@ int64_t larosa_above(const float *x, int64_t width, float threshold, float *valu
 /* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
                   const float *residual, float *out, int64_t threads);
+/* The same, put off: it is computed while this thread makes other calls, wherever threads would wait for each other in
+ * them, and is there when a larosa_sparse_linear with `out` for its residual is. Until then nothing may read `out` or
+ * change what this call was given. */
+int larosa_linear_meanwhile(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
+                            const float *residual, float *out, int64_t threads);
 /* The same of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. */
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
@@ -102,7 +107,8 @@ enum larosa_function {
     LAROSA_SILU_MUL_TOP_K = 4,
     LAROSA_LINEAR = 5,
     LAROSA_SPARSE_LINEAR = 6,
-    LAROSA_ATTEND = 7
+    LAROSA_ATTEND = 7,
+    LAROSA_LINEAR_MEANWHILE = 8
 };
 
 /* An argument: an address or an integer, or a floating-point number of any size. */

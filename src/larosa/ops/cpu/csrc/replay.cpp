@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "larosa_cpu.h"
+#include "threads.h"
 
 namespace larosa {
 namespace {
@@ -44,13 +45,16 @@ int call(const larosa_value *values) {
 constexpr int (*kFunctions[])(const larosa_value *) = {
     call<larosa_rms_norm>,       call<larosa_silu_mul>, call<larosa_top_k>,         call<larosa_rms_norm_top_k>,
     call<larosa_silu_mul_top_k>, call<larosa_linear>,   call<larosa_sparse_linear>, call<larosa_attend>,
+    call<larosa_linear_meanwhile>,
 };
 
 }  // namespace
 }  // namespace larosa
 
 int larosa_replay(const larosa_call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-        if (const int status = larosa::kFunctions[calls[i].function](calls[i].arguments)) return status;
-    return LAROSA_OK;
+    int status = LAROSA_OK;
+    for (int64_t i = 0; i < count && status == LAROSA_OK; ++i)
+        status = larosa::kFunctions[calls[i].function](calls[i].arguments);
+    larosa::finish_deferred();  // where a call failed before the one that would have
+    return status;
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "larosa_cpu.h"
@@ -39,27 +40,39 @@ class Range {
 // of one is the beginning of the next.
 class Job {
   public:
-    Job(int64_t tasks, int64_t threads, void (*run)(void *, int64_t), void *context)
-        : tasks_(tasks), ranges_(threads < kRanges ? threads : kRanges), run_(run), context_(context) {
+    Job(int64_t tasks, int64_t threads, Tasks run, std::shared_ptr<Job> beside)
+        : tasks_(tasks),
+          ranges_(threads < kRanges ? threads : kRanges),
+          run_(std::move(run)),
+          beside_(std::move(beside)) {
         for (int64_t i = 0; i < ranges_; ++i) range_[i].set(tasks * i / ranges_, tasks * (i + 1) / ranges_);
     }
 
-    // Takes tasks until none is left. Any number of threads may, so it does not matter how many come.
+    // Takes tasks until none is left, and while others are at the last ones, some of the job beside. Any number of
+    // threads may, so it does not matter how many come.
     void work() {
         const int64_t own = arrived_.fetch_add(1, std::memory_order_relaxed);
-        int64_t finished = 0;
-        for (int64_t i = 0; i < ranges_; ++i)
-            for (int64_t task; (task = range_[(own + i) % ranges_].take(i == 0)) >= 0; ++finished) run_(context_, task);
-        if (finished) done_.fetch_add(finished, std::memory_order_release);
+        take(own, [] { return true; });
+        if (beside_) beside_->take(own, [this] { return !finished(); });
     }
     bool finished() const { return done_.load(std::memory_order_acquire) == tasks_; }
 
   private:
+    // Takes tasks, beginning with a thread's own, until none is left or there is better to do.
+    template <class Condition>
+    void take(int64_t own, Condition idle) {
+        int64_t finished = 0;
+        for (int64_t i = 0; i < ranges_; ++i)
+            for (int64_t task; idle() && (task = range_[(own + i) % ranges_].take(i == 0)) >= 0; ++finished)
+                run_(task);
+        if (finished) done_.fetch_add(finished, std::memory_order_release);
+    }
+
     static constexpr int64_t kRanges = 64;  // more threads than that share some
 
     const int64_t tasks_, ranges_;
-    void (*const run_)(void *, int64_t);
-    void *const context_;
+    const Tasks run_;
+    const std::shared_ptr<Job> beside_;
     Range range_[kRanges];
     std::atomic<int64_t> arrived_{0};
     std::atomic<int64_t> done_{0};
@@ -117,21 +130,41 @@ Pool &pool() {
 using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
+void run_job(const std::shared_ptr<Job> &job, int64_t threads) {
+    if (const GompParallel parallel = gomp_parallel.load(std::memory_order_relaxed)) {
+        parallel([](void *job) { static_cast<Job *>(job)->work(); }, job.get(), unsigned(threads), 0);
+    } else {
+        pool().run(job, threads);
+    }
+}
+
+// What the caller's thread has put off, and for how many threads.
+thread_local std::shared_ptr<Job> deferred;
+thread_local int64_t deferred_for = 1;
+
 }  // namespace
 
-void run_tasks(int64_t tasks, int64_t threads, void (*run)(void *, int64_t), void *context) {
-    if (threads <= 1 || tasks <= 1) {
-        for (int64_t task = 0; task < tasks; ++task) run(context, task);
+void parallel(int64_t tasks, int64_t threads, Tasks run) {
+    if (threads <= 1 || (tasks <= 1 && !deferred)) {
+        for (int64_t task = 0; task < tasks; ++task) run(task);
         return;
     }
     // Always as many threads as asked for, even for fewer tasks: OpenMP's team is costly to resize.
-    if (const GompParallel parallel = gomp_parallel.load(std::memory_order_relaxed)) {
-        Job job(tasks, threads, run, context);
-        parallel([](void *job) { static_cast<Job *>(job)->work(); }, &job, unsigned(threads), 0);
-    } else {
-        pool().run(std::make_shared<Job>(tasks, threads, run, context), threads);
-    }
+    run_job(std::make_shared<Job>(tasks, threads, std::move(run), deferred), threads);
 }
+
+void defer(int64_t tasks, int64_t threads, Tasks run) {
+    deferred = std::make_shared<Job>(tasks, threads, std::move(run), nullptr);
+    deferred_for = threads;
+}
+
+void finish_deferred() {
+    if (deferred) run_job(deferred, deferred_for);
+    deferred = nullptr;
+    deferred_for = 1;
+}
+
+int64_t deferred_threads() { return deferred_for; }
 
 }  // namespace larosa
 

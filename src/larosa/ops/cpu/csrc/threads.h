@@ -2,16 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace larosa {
 
-// Calls run(context, task) for every task in [0, tasks), in any order, on up to `threads` threads; returns when all are
-// done. Must not throw.
-void run_tasks(int64_t tasks, int64_t threads, void (*run)(void *context, int64_t task), void *context);
+// A number of tasks, which must not throw.
+using Tasks = std::function<void(int64_t task)>;
 
-template <class Function>
-void parallel(int64_t tasks, int64_t threads, Function f) {
-    run_tasks(tasks, threads, [](void *context, int64_t task) { (*static_cast<Function *>(context))(task); }, &f);
-}
+// Calls run(task) for every task in [0, tasks), in any order, on up to `threads` threads; returns when all are done.
+void parallel(int64_t tasks, int64_t threads, Tasks run);
+
+// Puts off such work: in later calls of parallel() by this thread, threads take tasks of it instead of waiting for each
+// other, and finish_deferred() does what is left, to be called before more is put off.
+void defer(int64_t tasks, int64_t threads, Tasks run);
+void finish_deferred();
+
+// How many threads a single task is worth: those of the work put off, 1 where none is.
+int64_t deferred_threads();
 
 }  // namespace larosa
