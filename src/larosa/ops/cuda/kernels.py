@@ -29,7 +29,7 @@ _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
-_KEPT_STEP = 256  # one kernel for this many k
+_KEPT_STEP = 1024  # one compiled kernel for this many k
 
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Tensor:
