@@ -109,7 +109,7 @@ class _Bench:
     def products(
         self, name: str, outputs: tuple[int, ...], depth: int, sparsities: tuple[float, ...]
     ) -> Iterator[GpuKernelRow]:
-        """Dense by PyTorch and by larosa, and sparse."""
+        """Dense by PyTorch and by larosa, sparse, and where an operator does both, with the selection."""
         total = sum(outputs)
         size = total * depth * self.dtype.itemsize
         copies = max(2, -(-self.bytes_of_copies // size))
@@ -123,11 +123,17 @@ class _Bench:
             values, indices = self._selected(depth, sparsity)
             return lambda copy: _ops.sparse_linear(values, indices, columns[copy], biases)
 
+        def selected(sparsity: float) -> Call:
+            return lambda copy: _ops.top_k_linear(x, _kept(depth, sparsity), None, columns[copy], biases)
+
+        calls = {"sparse_linear": sparse}
+        if name not in ("down", "adapter"):
+            calls["top_k_linear"] = selected
         times = time_captured(
             {
                 "pytorch": lambda copy: F.linear(typed, fused[copy]),
                 "linear": lambda copy: _ops.linear(x, [fused[copy]], [None]),
-                **{str(sparsity): sparse(sparsity) for sparsity in sparsities},
+                **{f"{kernel} {sparsity}": call(sparsity) for sparsity in sparsities for kernel, call in calls.items()},
             },
             copies,
             self.rounds,
@@ -137,7 +143,8 @@ class _Bench:
             yield self._row(kernel, label, 0.0, times[kernel], size, dense)
         for sparsity in sparsities:
             read = total * _kept(depth, sparsity) * self.dtype.itemsize
-            yield self._row("sparse_linear", label, sparsity, times[str(sparsity)], read, dense)
+            for kernel in calls:
+                yield self._row(kernel, label, sparsity, times[f"{kernel} {sparsity}"], read, dense)
 
     def selections(self, hidden: int, intermediate: int) -> Iterator[GpuKernelRow]:
         """At half of the entries, with scores; one after the other, as dependent launches."""
@@ -206,18 +213,27 @@ class _Bench:
                 result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), *added)
                 return result
 
-            def choose(name: str, operator: Any, *arguments: Any) -> Any:
-                return operator(*arguments, len(lists[name][0][0]), scores[name]) if selects else lists[name]
+            def selected(copy: int, name: str, operator: Any, arguments: Any, *added: torch.Tensor) -> torch.Tensor:
+                if not selects:
+                    return product(copy, name, lists[name], *added)
+                chosen = weights[copy][name]
+                result: torch.Tensor = operator(
+                    *arguments, len(lists[name][0][0]), scores[name], chosen, [None] * len(chosen), *added
+                )
+                return result
 
             def run(copy: int) -> torch.Tensor:
                 x = given["adapter"]
-                qkv = product(copy, "q+k+v", choose("q+k+v", _ops.rms_norm_top_k, x, None, 1e-5))
+                qkv = selected(copy, "q+k+v", _ops.rms_norm_top_k_linear, (x, None, 1e-5))
                 y = attended
                 if attends:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
-                x = product(copy, "o", choose("o", _ops.top_k, y), x)
-                gate_up = product(copy, "gate+up", choose("gate+up", _ops.rms_norm_top_k, x, None, 1e-5))
-                return product(copy, "down", choose("down", _ops.silu_mul_top_k, gate_up), x, adapters[copy])
+                x = selected(copy, "o", _ops.top_k_linear, (y,), x)
+                gate_up = selected(copy, "gate+up", _ops.rms_norm_top_k_linear, (x, None, 1e-5))
+                down = lists["down"]
+                if selects:
+                    down = _ops.silu_mul_top_k(gate_up, len(down[0][0]), scores["down"])
+                return product(copy, "down", down, x, adapters[copy])
 
             return run
 

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from larosa.ops.linear import Biases, Weights
 from larosa.ops.triton.linear import sparse_linear
 from larosa.ops.triton.select import rms_norm_top_k, top_k
 
 
-def top_k_linear(
-    x: torch.Tensor,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+def top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
     """See `top_k_linear_reference`."""
-    return sparse_linear(*top_k(x, k, score), weights, biases, residual)
+    return sparse_linear(*top_k(x, k, score), *product)
 
 
 def rms_norm_top_k_linear(
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
     """See `rms_norm_top_k_linear_reference`."""
-    return sparse_linear(*rms_norm_top_k(x, gain, eps, k, score), weights, biases, residual)
+    return sparse_linear(*rms_norm_top_k(x, gain, eps, k, score), *product)
