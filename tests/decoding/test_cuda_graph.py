@@ -26,13 +26,13 @@ def prompts(token_ids):
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.8, 1.0), (1.0, 0.7)])
 def test_gives_the_tokens_of_separate_steps(model, token_ids, temperature, top_p):
     for prompt in prompts(token_ids):
-        samplers = [Sampler(temperature, top_p, seed=7, device=DEVICE) for _ in range(2)]
+        samplers = [Sampler(temperature, top_p, seed=7, device=DEVICE, kernels=kernels) for kernels in (False, True)]
         expected = list(continue_prompt(Engine(model, 64), prompt, 40, samplers[0]))
         assert list(GraphLoop(Engine(model, 64), samplers[1]).continue_prompt(prompt, 40)) == expected
 
 
 def test_serves_several_prompts(model, token_ids):
-    loop = GraphLoop(Engine(model, 64), Sampler(device=DEVICE))
+    loop = GraphLoop(Engine(model, 64), Sampler(device=DEVICE, kernels=True))
     for prompt in prompts(token_ids):
         expected = list(continue_prompt(Engine(model, 64), prompt, 30, Sampler(device=DEVICE)))
         assert list(loop.continue_prompt(prompt, 30)) == expected
@@ -41,7 +41,7 @@ def test_serves_several_prompts(model, token_ids):
 
 def test_ends_at_a_stop_token_and_at_the_end_of_the_cache(model, token_ids):
     prompt = token_ids(1, 5, seed=1)
-    loop = GraphLoop(Engine(model, 45), Sampler(device=DEVICE))
+    loop = GraphLoop(Engine(model, 45), Sampler(device=DEVICE, kernels=True))
     tokens = list(loop.continue_prompt(prompt, 41))
     assert len(tokens) == 41
     first = tokens.index(tokens[20])
@@ -50,6 +50,6 @@ def test_ends_at_a_stop_token_and_at_the_end_of_the_cache(model, token_ids):
 
 def test_logits_that_are_not_finite(model, token_ids):
     model.model.layers[-1].mlp.down_proj.weight.data.fill_(torch.nan)
-    loop = GraphLoop(Engine(model, 64), Sampler(device=DEVICE))
+    loop = GraphLoop(Engine(model, 64), Sampler(device=DEVICE, kernels=True))
     with pytest.raises(LarosaError, match="NaN or Inf"):
         list(loop.continue_prompt(token_ids(1, 5, seed=1), 30))

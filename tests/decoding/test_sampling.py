@@ -5,7 +5,7 @@ import torch
 
 from larosa import LarosaError
 from larosa.decoding.sampling import Sampler
-from larosa.ops.greedy import NO_TOKEN
+from larosa.ops.greedy import NO_TOKEN, greedy_reference
 
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
 
@@ -115,3 +115,13 @@ def test_the_ends_of_the_random_numbers(monkeypatch, number):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, number, dtype=torch.float64))
     drawn = Sampler(1.0, banned=(0, 5))(torch.tensor([[9.0, 1.0, 2.0, 1.0, 3.0, 9.0]]))
     assert drawn.tolist() == [1 if number == 0 else 4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_kernels_draw_what_pytorch_draws(monkeypatch, temperature):
+    monkeypatch.setattr(torch.ops.larosa, "greedy", greedy_reference)
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    logits[2, 7], logits[4, 9] = torch.nan, torch.inf
+    tokens = Sampler(temperature, seed=3, kernels=True)(logits)
+    assert torch.equal(tokens, Sampler(temperature, seed=3)(logits))
+    assert (tokens == NO_TOKEN).nonzero().flatten().tolist() == [2, 4]

@@ -268,7 +268,7 @@ class _Rows:
 
     def add_engine(self, name: str, model: Any, engine: Engine) -> None:
         """The engine, from a prompt of random tokens on."""
-        loop = GraphLoop(engine, Sampler(device=self._device))
+        loop = GraphLoop(engine, Sampler(device=self._device, kernels=True))
         generator = torch.Generator().manual_seed(0)
         loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
         report = inspect_config(model.config)

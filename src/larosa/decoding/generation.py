@@ -79,8 +79,9 @@ def generate(
     if max_new_tokens < 1:
         raise LarosaError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     device = model.get_input_embeddings().weight.device
-    sampler = Sampler(temperature, top_p, seed, device=device)
     chosen = _engine(engine, device)
+    kernels = chosen is EngineName.LAROSA and device.type != "cpu"
+    sampler = Sampler(temperature, top_p, seed, device=device, kernels=kernels)
     ids = _prompt_ids(model, tokenizer, prompt)
     context = model.config.max_position_embeddings
     if len(ids) + max_new_tokens > context:

@@ -23,6 +23,7 @@ class Sampler:
         seed: of the generator; the same seed and logits give the same tokens on the same device.
         banned: token ids that are never drawn.
         device: of the logits.
+        kernels: take the likeliest token by `torch.ops.larosa.greedy`, for which a GPU's kernels must be there.
 
     Raises:
         LarosaError: an option is out of its range.
@@ -35,6 +36,7 @@ class Sampler:
         seed: int = 0,
         banned: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
+        kernels: bool = False,
     ) -> None:
         if not 0 <= temperature < float("inf"):
             raise LarosaError(f"--temperature must be at least 0, not {temperature:g}")
@@ -43,18 +45,19 @@ class Sampler:
         self._temperature = temperature
         self._top_p = top_p
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
+        self._kernels = kernels
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
         greedy = self._banned is None and self._temperature == 0
-        if greedy and not logits.is_cpu:
+        if greedy and self._kernels:
             token: torch.Tensor = torch.ops.larosa.greedy(logits)
             return token
         # Of a row with NaN, the maximum is NaN.
         highest, best = logits.max(dim=-1)
         # On the CPU looking costs less than to go on without.
-        if greedy and all(map(math.isfinite, highest.tolist())):
+        if greedy and logits.is_cpu and all(map(math.isfinite, highest.tolist())):
             return best
         usable = highest.isfinite()
         if self._banned is not None:
