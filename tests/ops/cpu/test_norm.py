@@ -23,6 +23,12 @@ def test_rms_norm(chance, rows, width, dtype, eps):
     close(ops.rms_norm(x, gain, eps), rms_norm_reference(x.double(), doubled(gain), eps), 3e-7)
 
 
+def test_an_entry_too_small_for_float32_before_its_infinite_gain():
+    x, gain = torch.ones(1, 31), torch.ones(31)
+    x[0, 3], x[0, 16], gain[16] = torch.finfo(torch.float32).max, 1e-45, torch.inf
+    assert ops.rms_norm(x, gain, 0.0)[0, 16] == torch.inf
+
+
 def check_silu_mul(gate_up) -> None:
     """Within 1e-6; silu itself loses what is below the smallest normal float, times |gate|."""
     result, exact = ops.silu_mul(gate_up), silu_mul_reference(gate_up.double())

@@ -16,9 +16,9 @@ inline void rms_norm(const float *x, const larosa_vector &gain, double eps, int6
     const double unit = 1 / __builtin_sqrt(sum(squares) / double(width) + eps);
     for_vectors(width, [&](int64_t at, int64_t count) {
         const Doubles wide = __builtin_convertvector(load_at(x, at, count), Doubles);
-        Floats normed = __builtin_convertvector(wide * unit, Floats);
-        if (gain.data) normed *= load_vector(gain, at, count);
-        store_at(out, at, normed, count);
+        Doubles normed = wide * unit;
+        if (gain.data) normed *= __builtin_convertvector(load_vector(gain, at, count), Doubles);
+        store_at(out, at, __builtin_convertvector(normed, Floats), count);
     });
 }
 
