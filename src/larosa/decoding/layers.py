@@ -29,12 +29,6 @@ class _Source(Protocol):
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection: ...
 
 
-class _FusedSource(Protocol):
-    """One of those for which one operator selects and multiplies."""
-
-    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True)
 class Norm:
     """An RMSNorm, before h1 and h3."""
@@ -102,7 +96,7 @@ class Site:
     score: torch.Tensor | None = None
     threshold: float | None = None
     every: torch.Tensor | None = None
-    fused: _FusedSource | None = None
+    fused: Norm | _AsItIs | None = None
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None

@@ -5,6 +5,8 @@ For a GPU's kernels alone, where one launch after another takes time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from larosa.ops.linear import Biases, Weights, sparse_linear_reference
@@ -43,27 +45,13 @@ def _rms_norm_top_k_linear(
     return _top_k_linear(x, k, score, weights, biases, residual)
 
 
-def top_k_linear_reference(
-    x: torch.Tensor,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`sparse_linear` of `top_k`."""
-    return sparse_linear_reference(*top_k_reference(x, k, score), weights, biases, residual)
+def top_k_linear_reference(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
+    """`sparse_linear` of `top_k`; `product` are its weights, biases and residual."""
+    return sparse_linear_reference(*top_k_reference(x, k, score), *product)
 
 
 def rms_norm_top_k_linear_reference(
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
-    """`sparse_linear` of `rms_norm_top_k`."""
-    return sparse_linear_reference(*rms_norm_top_k_reference(x, gain, eps, k, score), weights, biases, residual)
+    """`sparse_linear` of `rms_norm_top_k`; `product` are its weights, biases and residual."""
+    return sparse_linear_reference(*rms_norm_top_k_reference(x, gain, eps, k, score), *product)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_uint, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -112,30 +113,16 @@ def sparse_linear(
     return result
 
 
-def top_k_linear(
-    x: torch.Tensor,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+def top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
     """See `top_k_linear_reference`."""
-    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, weights, biases, residual)
+    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, *product)
 
 
 def rms_norm_top_k_linear(
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
     """See `rms_norm_top_k_linear_reference`."""
-    return _select_and_multiply("NORMED", x, k, score, gain, eps, weights, biases, residual)
+    return _select_and_multiply("NORMED", x, k, score, gain, eps, *product)
 
 
 def _select_and_multiply(
@@ -147,7 +134,7 @@ def _select_and_multiply(
     eps: float,
     weights: Weights,
     biases: Biases,
-    residual: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One launch where every block can have a multiprocessor to itself, else two."""
     rows, width = checks.vectors("x", x)

@@ -163,11 +163,11 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 }
 
 // --- Programmatic dependent launch. Every block of every kernel calls first wait_for_inputs(), which returns once the
-// kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's blocks
-// take their places early: products when they have read all, for blocks that come while others read are placed unevenly,
-// two on one multiprocessor and none on the next. So when a kernel begins, all have finished but the one before it: what that one may have
-// written is not read, and nothing is written, before wait_for_inputs(). Gains and scores are parameters of a model,
-// which no kernel writes.
+// kernel before has finished and its results are visible, then release_dependents(), which lets the next kernel's
+// blocks take their places early: products when they have read all, for blocks that come while others read are placed
+// unevenly, two on one multiprocessor and none on the next. So when a kernel begins, all have finished but the one
+// before it: what that one may have written is not read, and nothing is written, before wait_for_inputs(). Gains and
+// scores are parameters of a model, which no kernel writes.
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -91,5 +91,5 @@ greedy(const float* logits, int vocabulary, long long* tokens) {
         best.meet(other);
     }
     const bool usable = best.order > NEGATIVE_INFINITE && best.order < INFINITE;
-    tokens[blockIdx.y] = usable ? static_cast<long long>(best.index) : -1;
+    tokens[blockIdx.y] = usable ? static_cast<long long>(best.index) : -1;  // NO_TOKEN in ops/greedy.py
 }
