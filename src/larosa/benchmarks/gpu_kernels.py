@@ -148,12 +148,13 @@ class _Bench:
 
     def selections(self, hidden: int, intermediate: int) -> Iterator[GpuKernelRow]:
         """At half of the entries, with scores; one after the other, as dependent launches."""
-        calls: dict[str, tuple[int, Callable[[torch.Tensor, int, torch.Tensor], object]]] = {
-            "top_k": (hidden, lambda x, k, score: _ops.top_k(x, k, score)),
-            "rms_norm_top_k": (hidden, lambda x, k, score: _ops.rms_norm_top_k(x, None, 1e-5, k, score)),
-            "silu_mul_top_k": (intermediate, lambda x, k, score: _ops.silu_mul_top_k(x, k, score)),
-        }
-        for kernel, (width, call) in calls.items():
+        calls: list[tuple[str, int, Callable[[torch.Tensor, int, torch.Tensor], object]]] = [
+            ("top_k", hidden, lambda x, k, score: _ops.top_k(x, k, score)),
+            ("rms_norm_top_k", hidden, lambda x, k, score: _ops.rms_norm_top_k(x, None, 1e-5, k, score)),
+            ("top_k", intermediate, lambda x, k, score: _ops.top_k(x, k, score)),
+            ("silu_mul_top_k", intermediate, lambda x, k, score: _ops.silu_mul_top_k(x, k, score)),
+        ]
+        for kernel, width, call in calls:
             x = self._random(1, 2 * width if kernel == "silu_mul_top_k" else width)
             score = torch.rand(width, device=self.device)
 
@@ -229,10 +230,10 @@ class _Bench:
                 if attends:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
                 x = selected(copy, "o", _ops.top_k_linear, (y,), x)
-                gate_up = selected(copy, "gate+up", _ops.rms_norm_top_k_linear, (x, None, 1e-5))
+                gated = selected(copy, "gate+up", _ops.rms_norm_top_k_swiglu, (x, None, 1e-5))
                 down = lists["down"]
                 if selects:
-                    down = _ops.silu_mul_top_k(gate_up, len(down[0][0]), scores["down"])
+                    down = _ops.top_k(gated, len(down[0][0]), scores["down"])
                 return product(copy, "down", down, x, adapters[copy])
 
             return run

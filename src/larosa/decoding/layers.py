@@ -6,7 +6,7 @@ Sites are the paper's: h1 is read by q/k/v, h2 by the attention's output project
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,9 +48,11 @@ class Norm:
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor:
         """A site's outputs for the entries that it keeps, on top of a residual."""
-        outputs: torch.Tensor = _ops.rms_norm_top_k_linear(
-            x, self.gain, self.eps, site.k, site.score, site.weights, site.biases, residual
-        )
+        selected = (x, self.gain, self.eps, site.k, site.score)
+        if site.swiglu:
+            gated: torch.Tensor = _ops.rms_norm_top_k_swiglu(*selected, site.weights, site.biases)
+            return gated
+        outputs: torch.Tensor = _ops.rms_norm_top_k_linear(*selected, site.weights, site.biases, residual)
         return outputs
 
 
@@ -86,7 +88,8 @@ class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
-    a list of `every` column. Where `fused` is there, one operator selects and multiplies.
+    a list of `every` column. Where `fused` is there, one operator selects and multiplies, and where they are an MLP's
+    gate and up (`swiglu`) it makes silu(gate) * up of them.
     """
 
     source: _Source
@@ -97,6 +100,12 @@ class Site:
     threshold: float | None = None
     every: torch.Tensor | None = None
     fused: Norm | _AsItIs | None = None
+    swiglu: bool = False
+
+    @property
+    def fuses(self) -> bool:
+        """Whether one operator selects and multiplies where there is no adapter."""
+        return self.k is not None and self.fused is not None
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
@@ -105,7 +114,7 @@ class Site:
 
         The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
         """
-        if self.k is not None and self.fused is not None and adapter is None:
+        if self.fuses and self.fused is not None and adapter is None:
             return self.fused.product(x, self, residual)
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
@@ -215,20 +224,31 @@ def read_layers(
         chosen = selectors(model, architecture)
 
     def site(name: str, index: int, source: Norm | _AsItIs | _Gated) -> Site:
-        return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
+        linears, selector = architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None
+        # The MLP's entries are too many for each block of a product to select from.
+        return _site(linears, selector, source, fuses=name != "h4")
 
-    return [
-        DecodeLayer(
-            h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
-            attention=_attention(model, architecture, layer, index, cache, tables),
-            h2=site("h2", index, _AsItIs()),
-            attention_adapter=_adapter(layer, "attention_adapter"),
-            h3=site("h3", index, norm(architecture.norm(layer, "h3"))),
-            h4=site("h4", index, _Gated()),
-            residual_adapter=_adapter(layer, "residual_adapter"),
+    def mlp(index: int) -> tuple[Site, Site]:
+        h3 = site("h3", index, norm(architecture.norm(layers[index], "h3")))
+        if not h3.fuses:
+            return h3, site("h4", index, _Gated())
+        return replace(h3, swiglu=True), site("h4", index, _AsItIs())
+
+    read = []
+    for index, layer in enumerate(layers):
+        h3, h4 = mlp(index)
+        read.append(
+            DecodeLayer(
+                h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
+                attention=_attention(model, architecture, layer, index, cache, tables),
+                h2=site("h2", index, _AsItIs()),
+                attention_adapter=_adapter(layer, "attention_adapter"),
+                h3=h3,
+                h4=h4,
+                residual_adapter=_adapter(layer, "residual_adapter"),
+            )
         )
-        for index, layer in enumerate(layers)
-    ]
+    return read
 
 
 def norm(module: Any) -> Norm:
@@ -241,14 +261,15 @@ def own(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.data
 
 
-def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
+def _site(
+    linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated, fuses: bool
+) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
     every = None if kept else _every_column(linears[0])
     for linear in linears:
         _lay_out(linear, by_columns=bool(kept) or every is not None)
     weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    # The MLP's entries are too many for each block of a product to select from.
-    fused = None if weights[0].is_cpu or isinstance(source, _Gated) else source
+    fused = source if fuses and not weights[0].is_cpu and not isinstance(source, _Gated) else None
     return Site(source, weights, biases, every=every, fused=fused, **kept)
 
 

@@ -19,7 +19,8 @@ from larosa.ops.select import above_reference
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
 _OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
-    *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "attend", "greedy"),
+    *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
+    *("attend", "greedy"),
 )
 
 

@@ -79,6 +79,12 @@ def residual(
     return width
 
 
+def gate_and_up(sizes: Sequence[int]) -> None:
+    """Checks the outputs of the matrices of an MLP's gated activation."""
+    if len(sizes) != 2 or sizes[0] != sizes[1]:
+        raise ValueError(f"gate and up must be two matrices of one size, not of {list(sizes)} outputs")
+
+
 def attention(
     qkv: torch.Tensor,
     keys: torch.Tensor,

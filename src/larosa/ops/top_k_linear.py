@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from larosa.ops.linear import Biases, Weights, sparse_linear_reference
+from larosa.ops.norm import silu_mul_reference
 from larosa.ops.schema import define
 from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
 
@@ -45,6 +46,22 @@ def _rms_norm_top_k_linear(
     return _top_k_linear(x, k, score, weights, biases, residual)
 
 
+@define(
+    "rms_norm_top_k_swiglu(Tensor x, Tensor? gain, float eps, int k, Tensor? score, Tensor[] weights, "
+    "Tensor?[] biases) -> Tensor"
+)
+def _rms_norm_top_k_swiglu(
+    x: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+) -> torch.Tensor:
+    return x.new_empty(len(x), len(weights[0]))
+
+
 def top_k_linear_reference(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
     """`sparse_linear` of `top_k`; `product` are its weights, biases and residual."""
     return sparse_linear_reference(*top_k_reference(x, k, score), *product)
@@ -55,3 +72,10 @@ def rms_norm_top_k_linear_reference(
 ) -> torch.Tensor:
     """`sparse_linear` of `rms_norm_top_k`; `product` are its weights, biases and residual."""
     return sparse_linear_reference(*rms_norm_top_k_reference(x, gain, eps, k, score), *product)
+
+
+def rms_norm_top_k_swiglu_reference(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
+) -> torch.Tensor:
+    """`silu_mul` of `rms_norm_top_k_linear` by an MLP's gate and up, matrices of one size."""
+    return silu_mul_reference(rms_norm_top_k_linear_reference(x, gain, eps, k, score, *product))

@@ -13,21 +13,26 @@ from larosa.ops.cuda import compiler, launch
 
 KERNELS = (
     *(
-        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, **flags})
+        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", **flags})
         for weight, lanes, cluster, flags in (
-            ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true"}),
-            ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false"}),
-            ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true"}),
+            ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "false"}),
+            ("Half", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true"}),
+            ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false"}),
+            ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false"}),
         )
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
     *(
-        ("select.cu", {"SOURCE": source, "BLOCK": "1024", "EACH": each, "GAIN": gain, "SCORE": score})
-        for source, each, gain, score in (
-            ("AS_IS", "4", "None", "float"),
-            ("GATED", "11", "None", "None"),
-            ("NORMED", "8", "Half", "float"),
-            ("NORMED", "32", "BFloat16", "Half"),
+        (
+            "select.cu",
+            {"SOURCE": source, "BLOCK": "1024", "EARLY": early, "EACH": each, "GAIN": gain, "SCORE": score},
+        )
+        for source, early, each, gain, score in (
+            ("AS_IS", "false", "4", "None", "float"),
+            ("AS_IS", "true", "11", "None", "float"),
+            ("GATED", "false", "11", "None", "None"),
+            ("NORMED", "false", "8", "Half", "float"),
+            ("NORMED", "false", "32", "BFloat16", "Half"),
         )
     ),
     *(
@@ -36,12 +41,14 @@ KERNELS = (
             {
                 **{"SOURCE": source, "EACH": each, "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
+                "SWIGLU": swiglu,
             },
         )
-        for source, each, gain, weight, lanes, cluster in (
-            ("NORMED", "8", "Half", "Half", "16", "1"),
-            ("AS_IS", "8", "None", "BFloat16", "8", "2"),
-            ("NORMED", "16", "float", "float", "32", "1"),
+        for source, each, gain, weight, lanes, cluster, swiglu in (
+            ("NORMED", "8", "Half", "Half", "16", "1", "false"),
+            ("NORMED", "8", "Half", "Half", "44", "2", "true"),
+            ("AS_IS", "8", "None", "BFloat16", "8", "2", "false"),
+            ("NORMED", "16", "float", "float", "32", "1", "false"),
         )
     ),
     ("greedy.cu", {"CLUSTER": "8"}),

@@ -7,7 +7,7 @@ from larosa.decoding import Engine
 
 OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend"),
-    *("top_k_linear", "rms_norm_top_k_linear", "greedy"),
+    *("top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu", "greedy"),
 )
 TOKENS = 6
 

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa.ops.cuda.launch import Machine
-from larosa.ops.cuda.plan import attend_plan, fused_plan, linear_blocks, sparse_plan
+from larosa.ops.cuda.plan import (
+    alone_plan,
+    attend_plan,
+    fused_plan,
+    linear_blocks,
+    sparse_plan,
+    swiglu_plan,
+)
 
 H200 = Machine((9, 0), 132, 232448)
 A100 = Machine((8, 0), 108, 166912)
@@ -55,16 +62,28 @@ def test_any_product_has_a_plan(gpu, outputs, k, batch, element_size):
     st.sampled_from([2, 4]),
 )
 def test_blocks_that_select_for_themselves_have_a_multiprocessor_each(gpu, outputs, k, batch, element_size):
-    plan = fused_plan(gpu, outputs, k, batch, element_size)
-    if plan is not None:
-        blocks = batch * plan.cluster * sum(-(-size // plan.tile) for size in outputs)
-        assert 0.7 * gpu.multiprocessors <= blocks <= gpu.multiprocessors
+    for plan in (
+        fused_plan(gpu, outputs, k, batch, element_size),
+        alone_plan(gpu, outputs, k, batch, element_size),
+        swiglu_plan(gpu, 2 * outputs[0], k, batch, element_size),
+    ):
+        if plan is not None:
+            assert plan.tile == plan.lanes * 16 // element_size <= 512
+            assert plan.lanes % 4 == 0
+    for plan in (fused_plan(gpu, outputs, k, batch, element_size), alone_plan(gpu, outputs, k, batch, element_size)):
+        if plan is not None:
+            blocks = batch * plan.cluster * sum(-(-size // plan.tile) for size in outputs)
+            assert 0.7 * gpu.multiprocessors <= blocks <= gpu.multiprocessors
 
 
-def test_llamas_attention_products_select_for_themselves():
-    for outputs in ([4096, 4096, 4096], [4096], [4096, 1024, 1024]):
+def test_products_of_7b_models_select_for_themselves():
+    for outputs in ([4096, 4096, 4096], [4096], [4096, 1024, 1024], [3584, 512, 512], [3584]):
         assert fused_plan(H200, outputs, 3072, 1, 2)
-    assert fused_plan(H200, [11008, 11008], 2048, 1, 2) is None
+    for intermediate in (11008, 14336, 18944):
+        plan = swiglu_plan(H200, 2 * intermediate, 2048, 1, 2)
+        assert 0.9 * 132 <= plan.cluster * -(-intermediate // (plan.tile // 2)) < 132, "one for the next selection"
+    assert alone_plan(H200, [4096], 5504, 1, 2).cluster == 2
+    assert alone_plan(H200, [11008, 11008], 2048, 1, 2) is None
 
 
 @given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))

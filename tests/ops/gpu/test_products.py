@@ -66,6 +66,20 @@ def test_a_residual_that_goes_through_an_adapter(target, problem, width, data):
     check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual, adapter)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "width", "depth", "k"), [(200, 500, 700, 350), (4096, 640, 900, 7), (200, 3, 13000, 12999)]
+)
+def test_an_adapter_where_blocks_have_a_multiprocessor_each(target, dtype, outputs, width, depth, k):
+    """Outputs of which a small or a large GPU makes as many blocks, whose teams have short or very long lists."""
+    values, residual = entries("normal", 1, k, seed=0), entries("normal", 1, width, seed=1)
+    weight = entries("normal", outputs, depth, seed=2).to(dtype)
+    adapter = entries("normal", outputs, width, seed=3).to(dtype)
+    indices = torch.randperm(depth, generator=seeded(4))[:k].sort().values.int()[None]
+    result = target("sparse_linear", values, indices, [column_major(weight)], [None], residual, column_major(adapter))
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], residual, adapter)
+
+
 @settings(deadline=None, max_examples=20)
 @given(problems())
 def test_linear(target, problem):

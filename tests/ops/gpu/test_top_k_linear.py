@@ -81,3 +81,15 @@ def test_what_cannot_be_selected_and_multiplied(target):
         target("top_k_linear", x, 2, None, [column_major(weight)], [None], x)
     with pytest.raises(ValueError, match="score must be"):
         target("top_k_linear", x, 2, torch.zeros(3), [column_major(weight)], [None], None)
+
+
+@pytest.mark.parametrize(("width", "outputs", "k", "rows"), [(700, 96, 350, 1), (512, 1000, 300, 1), (64, 7, 9, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_of_what_is_selected(target, dtype, width, outputs, k, rows):
+    x, gain = entries("normal", rows, width, seed=1), entries("normal", width, seed=2)
+    weights = [(entries("normal", outputs, width, seed=i) / width**0.5).to(dtype) for i in (3, 4)]
+    biases = [None, entries("normal", outputs, seed=5).to(dtype)]
+    columns = [column_major(weight) for weight in weights]
+    result = target("rms_norm_top_k_swiglu", x, gain, EPS, k, None, columns, biases)
+    expected = target("silu_mul", target("rms_norm_top_k_linear", x, gain, EPS, k, None, columns, biases, None))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)

@@ -108,7 +108,7 @@ def _compile(source: str, options: list[str], architecture: str) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{source} does not compile with {' '.join(options)}:\n{log.decode()}")
+        raise RuntimeError(f"{source} does not compile with {' '.join(options)}:\n{log.decode().rstrip(chr(0))}")
     code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))

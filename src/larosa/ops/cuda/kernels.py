@@ -18,10 +18,12 @@ from larosa.ops.cuda.plan import (
     SPARSE_THREADS,
     THREADS,
     SparsePlan,
+    alone_plan,
     attend_plan,
     fused_plan,
     linear_blocks,
     sparse_plan,
+    swiglu_plan,
 )
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
@@ -30,6 +32,9 @@ _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
+#: Of an MLP's vector so wide, whose product takes an adapter along: of longer ones the selection takes longer than
+#: reading the adapter does, which then is in the way of the selection's loads.
+_EARLY = (8192, 16384)
 _KEPT_STEP = 1024  # one compiled kernel for this many k
 
 
@@ -95,34 +100,43 @@ def sparse_linear(
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major.
 
-    With an adapter, the residual must not be what the kernel launched just before this one writes.
+    With an adapter, the residual must not be what one of the two kernels launched just before this one writes.
     """
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
-    plan = sparse_plan(machine(values.device), [len(weight) for weight in weights], k, rows, weights[0].element_size())
+    sizes, gpu, element = [len(weight) for weight in weights], machine(values.device), weights[0].element_size()
+    alone = None if adapter is None else alone_plan(gpu, sizes, k, rows, element)
+    plan = alone or sparse_plan(gpu, sizes, k, rows, element)
     product = _Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
     stride = 0 if adapter is None else adapter.stride(1)
     before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
     operands = _address(values), _address(indices), c_int(k), product.matrices
     arguments = (*operands, *before, _address(result), c_int(outputs))
-    macros = {**product.macros, "ADAPTER": str(adapter is not None).lower()}
+    macros = {**product.macros, "ADAPTER": _flag(adapter is not None), "ALONE": _flag(alone is not None)}
     _launch(values, "sparse_linear.cu", "sparse_linear", macros, product.grid, arguments)
     return result
 
 
 def top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
     """See `top_k_linear_reference`."""
-    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, *product)
+    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, False, *product)
 
 
 def rms_norm_top_k_linear(
     x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
     """See `rms_norm_top_k_linear_reference`."""
-    return _select_and_multiply("NORMED", x, k, score, gain, eps, *product)
+    return _select_and_multiply("NORMED", x, k, score, gain, eps, False, *product)
+
+
+def rms_norm_top_k_swiglu(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
+) -> torch.Tensor:
+    """See `rms_norm_top_k_swiglu_reference`."""
+    return _select_and_multiply("NORMED", x, k, score, gain, eps, True, *product)
 
 
 def _select_and_multiply(
@@ -132,20 +146,27 @@ def _select_and_multiply(
     score: torch.Tensor | None,
     gain: torch.Tensor | None,
     eps: float,
+    swiglu: bool,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One launch where every block can have a multiprocessor to itself, else two."""
+    """One launch where every block can have a multiprocessor to itself, else one after the other."""
     rows, width = checks.vectors("x", x)
     checks.kept(k, width)
     outputs = checks.matrices(weights, biases, width, column_major=True)
     sizes = [len(weight) for weight in weights]
-    plan = fused_plan(machine(x.device), sizes, k, rows, weights[0].element_size())
+    if swiglu:
+        checks.gate_and_up(sizes)
+        plan = swiglu_plan(machine(x.device), outputs, k, rows, weights[0].element_size())
+    else:
+        plan = fused_plan(machine(x.device), sizes, k, rows, weights[0].element_size())
     if plan is None or not k or width > _WIDEST_FUSED:
-        return sparse_linear(*_select(source, x, width, k, score, gain, eps), weights, biases, residual)
+        linear = sparse_linear(*_select(source, x, width, k, score, gain, eps), weights, biases, residual)
+        return silu_mul(linear) if swiglu else linear
     checks.residual(residual, None, rows, outputs)
-    product = _Product.of(plan, weights, biases, rows)
+    product = _Product.of(plan, weights, biases, rows, swiglu=swiglu)
+    outputs //= 1 + swiglu
     result = x.new_empty(rows, outputs)
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     arguments = (_address(x), c_int(width), c_int(k), *vectors, product.matrices)
@@ -169,9 +190,17 @@ class _Product:
 
     @classmethod
     def of(
-        cls, plan: SparsePlan, weights: Weights, biases: Biases, rows: int, more: Sequence[torch.Tensor] = ()
+        cls,
+        plan: SparsePlan,
+        weights: Weights,
+        biases: Biases,
+        rows: int,
+        more: Sequence[torch.Tensor] = (),
+        swiglu: bool = False,
     ) -> _Product:
         """For so many rows of x; `more` are matrices with as many outputs that are read along.
+
+        For `swiglu` half of a tile's outputs are of the first matrix, half of the second.
 
         Raises:
             LarosaError: a matrix is too large.
@@ -181,12 +210,14 @@ class _Product:
             raise LarosaError(
                 "the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton"
             )
-        packed, tiles = Matrices.of(weights, biases, plan.tile, along=1)
+        packed, tiles = Matrices.of(weights, biases, plan.tile // (1 + swiglu), along=1)
+        tiles //= 1 + swiglu
         macros = {
             "WEIGHT": TYPE_NAMES[weights[0].dtype],
             "LANES": str(plan.lanes),
             "CLUSTER": str(plan.cluster),
             "ALIGNED": _aligned(matrices, [len(weight) for weight in weights], along=1),
+            "SWIGLU": _flag(swiglu),
         }
         return cls(packed, Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster), macros)
 
@@ -206,7 +237,8 @@ def attend(
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
-    The position, and keys and values of earlier ones, must not be what the kernel launched just before this one writes.
+    The position, and keys and values of earlier ones, must not be what one of the two kernels launched just before this
+    one writes.
 
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
@@ -261,7 +293,8 @@ def _select(
             f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
         )
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
-    macros = {"BLOCK": str(_ROW), **_selection_macros(source, width, _ROW, gain, score)}
+    early = source == "AS_IS" and _EARLY[0] < width <= _EARLY[1]
+    macros = {"BLOCK": str(_ROW), "EARLY": _flag(early), **_selection_macros(source, width, _ROW, gain, score)}
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     arguments = (_address(x), c_int(width), c_int(k), *vectors, _address(values), _address(indices))
     if k:
@@ -291,7 +324,12 @@ def _aligned(weights: Weights, sizes: Sequence[int], along: int) -> str:
     element = weights[0].element_size()
     whole = all(size * element % 16 == 0 for size in sizes)
     placed = all((weight.data_ptr() | weight.stride(along) * element) % 16 == 0 for weight in weights)
-    return str(whole and placed).lower()
+    return _flag(whole and placed)
+
+
+def _flag(wanted: bool) -> str:
+    """As C++ writes it."""
+    return str(wanted).lower()
 
 
 def _address(tensor: torch.Tensor | None) -> c_void_p:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from larosa.ops.cuda.launch import Machine
@@ -16,6 +16,9 @@ _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
 _FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list aside
 #: Blocks a multiprocessor, on the average, that read as fast as more of them do.
 _ENOUGH = 0.7
+_NEARLY = 0.9  # the same where a product takes long
+_LEAVING = 0.965  # the same, so that a few multiprocessors stay free
+_LANES = (32, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,59 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
         batch: vectors.
         element_size: bytes of a weight.
     """
-    return min(_plans(gpu, element_size), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
+    return min(_plans(gpu, element_size, _LANES), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
 
 
-def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
-    """The same for a product whose blocks select for themselves; None where a kernel that selects for all is faster.
+def alone_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+    """The same for a product whose blocks have a multiprocessor each; None where they would be too many or too few.
 
-    One block on most multiprocessors and two on none, or some would select for longer than others; and no large
-    clusters, which wait until that many multiprocessors are free.
+    So it is for blocks that select for themselves, or some would select for longer than others. No large clusters,
+    which wait until that many multiprocessors are free.
     """
-
-    def fits(plan: SparsePlan) -> bool:
-        room = _FUSED_ROOM + 8 * k // plan.cluster <= gpu.shared_memory
-        return room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= 1
-
-    plans = filter(fits, _plans(gpu, element_size))
+    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most=1.0)
     return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
 
 
-def _plans(gpu: Machine, element_size: int) -> list[SparsePlan]:
+def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+    """The same for a product whose blocks select for themselves, with pieces of memory of other widths if need be."""
+    plan = alone_plan(gpu, outputs, k, batch, element_size)
+    return plan or _widest(gpu, outputs, k, batch, element_size, most=1.0)
+
+
+def swiglu_plan(gpu: Machine, outputs: int, k: int, batch: int, element_size: int) -> SparsePlan | None:
+    """The same for gate and up with so many outputs together, whose product takes longest.
+
+    A few multiprocessors are left to the selection that comes next, which has one to itself.
+    """
+    return _widest(gpu, [outputs], k, batch, element_size, most=_LEAVING)
+
+
+def _widest(
+    gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int, most: float
+) -> SparsePlan | None:
+    """Of plans with pieces of any multiple of 32 bytes a side, the widest of those with blocks for nearly all."""
+    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, range(64, 4, -4)), most)
+    return min(plans, key=lambda plan: (-min(_blocks(gpu, outputs, batch, plan), _NEARLY), -plan.lanes), default=None)
+
+
+def _fitting(
+    gpu: Machine, outputs: Sequence[int], k: int, batch: int, plans: Iterable[SparsePlan], most: float
+) -> Iterator[SparsePlan]:
+    for plan in plans:
+        room = _FUSED_ROOM + 8 * k // plan.cluster <= gpu.shared_memory
+        if room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= most:
+            yield plan
+
+
+def _plans(gpu: Machine, element_size: int, lanes: Iterable[int]) -> list[SparsePlan]:
     clusters = _CLUSTERS if gpu.overlaps else (1,)
     width = 16 // element_size
-    return [SparsePlan(lanes, cluster, lanes * width) for lanes in (32, 16, 8) for cluster in clusters]
+    return [
+        SparsePlan(number, cluster, number * width)
+        for number in lanes
+        for cluster in clusters
+        if number * width <= SPARSE_THREADS
+    ]
 
 
 def _blocks(gpu: Machine, outputs: Sequence[int], batch: int, plan: SparsePlan) -> float:

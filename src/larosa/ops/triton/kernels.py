@@ -5,7 +5,7 @@ from larosa.ops.triton.attend import attend
 from larosa.ops.triton.linear import linear, sparse_linear
 from larosa.ops.triton.norm import rms_norm, silu_mul
 from larosa.ops.triton.select import rms_norm_top_k, silu_mul_top_k, top_k
-from larosa.ops.triton.top_k_linear import rms_norm_top_k_linear, top_k_linear
+from larosa.ops.triton.top_k_linear import rms_norm_top_k_linear, rms_norm_top_k_swiglu, top_k_linear
 
 __all__ = [
     "attend",
@@ -14,6 +14,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_top_k",
     "rms_norm_top_k_linear",
+    "rms_norm_top_k_swiglu",
     "silu_mul",
     "silu_mul_top_k",
     "sparse_linear",

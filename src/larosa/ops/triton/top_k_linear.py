@@ -1,4 +1,4 @@
-"""Selections with their products: two launches, one after the other."""
+"""Selections with their products: launches one after the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from larosa.ops.triton.linear import sparse_linear
+from larosa.ops.triton.norm import silu_mul
 from larosa.ops.triton.select import rms_norm_top_k, top_k
 
 
@@ -20,3 +21,10 @@ def rms_norm_top_k_linear(
 ) -> torch.Tensor:
     """See `rms_norm_top_k_linear_reference`."""
     return sparse_linear(*rms_norm_top_k(x, gain, eps, k, score), *product)
+
+
+def rms_norm_top_k_swiglu(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
+) -> torch.Tensor:
+    """See `rms_norm_top_k_swiglu_reference`."""
+    return silu_mul(rms_norm_top_k_linear(x, gain, eps, k, score, *product))

@@ -54,6 +54,7 @@ struct Warp {
 
 struct Block {
     Barrier barrier;
+    Barrier teams[15];
     std::vector<Warp> warps;
     std::vector<unsigned char> shared;
 };
@@ -198,6 +199,12 @@ const char* emulate(unsigned x, unsigned y, unsigned cluster, unsigned threads, 
 #define blockIdx (emulator::current->block)
 #define gridDim (emulator::grid)
 
+template <int TEAMS, int THREADS_EACH>
+void team_sync(int team) {
+    emulator::Block& block = *emulator::current->of;
+    if (TEAMS > 1) block.teams[team].size = THREADS_EACH;
+    emulator::wait_at(TEAMS > 1 ? block.teams[team] : block.barrier);
+}
 inline void __syncthreads() { emulator::wait_at(emulator::current->of->barrier); }
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -307,6 +314,7 @@ inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");
 }
 inline void wait_for_inputs() { emulator::current->waited = true; }
+inline void release_dependents_early() { emulator::current->released = true; }
 inline void release_dependents() {
     if (!emulator::current->waited) emulator::fail("the next kernel is let begin before wait_for_inputs");
     emulator::current->released = true;

@@ -1,22 +1,29 @@
 // Columns of matrices times the entries of a list, added up: what sparse products have in common.
 //
 // Matrices are column-major. A tile of LANES * WIDTH outputs belongs to a cluster of CLUSTER blocks; each block takes a
-// part of the list, each group of LANES threads every GROUPS-th entry of that part, 16 bytes a thread. Partial sums meet
-// in shared memory, first of the block, then of the cluster, each output's in the block that finishes it.
+// part of the list, each group of LANES threads every GROUPS-th entry of that part, 16 bytes a thread. Where LANES is no
+// power of two, groups go across warps, and the last few threads have nothing to do. Partial sums meet in shared memory,
+// first of the block, then of the cluster, each output's in the block that finishes it.
 #ifndef LAROSA_COLUMNS
 #define LAROSA_COLUMNS
 
-#include "vectors.cuh"
+#include "values.cuh"
 
 #ifndef WEIGHT
-#error "WEIGHT, LANES, CLUSTER and ALIGNED are given by the launcher"
+#error "WEIGHT, LANES, CLUSTER, ALIGNED and SWIGLU are given by the launcher"
 #endif
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int GROUPS = THREADS / LANES;
 constexpr int TILE = LANES * WIDTH<WEIGHT>;
-constexpr int SHARE = (TILE + CLUSTER - 1) / CLUSTER;  // outputs that a block finishes
+constexpr int SIDES = SWIGLU ? 2 : 1;
+constexpr int SIDE = TILE / SIDES;                     // results of a tile
+constexpr int SHARE = (SIDE + CLUSTER - 1) / CLUSTER;  // results that a block finishes
+constexpr bool IN_WARPS = 32 % LANES == 0;              // groups, of which a warp can add up its own
+constexpr int PARTS = IN_WARPS ? WARPS : GROUPS;        // of a sum in a block
+static_assert(TILE <= THREADS, "a thread adds up the parts of an output");
+static_assert(LANES % SIDES == 0, "a thread is on one side");
 
 struct Entry {
     float value;
@@ -25,14 +32,16 @@ struct Entry {
 
 // What a thread adds up.
 struct Outputs {
-    const Matrix& matrix;
-    const int first;  // of the tile, in its matrix
+    const Matrix* const side;  // the tile's matrix; the first of two where SWIGLU
+    const Matrix& matrix;      // this thread's
+    const int first;           // of the tile, in each of its matrices
     const int mine;   // of this thread; beyond the matrix it reads the last whole piece again, and the sum is not used
     const int there;  // weights to be had from `mine` on
 
     DEVICE Outputs(const Matrices& matrices, int tile)
-        : matrix(matrices.of(tile)),
-          first((tile - static_cast<int>(matrix.tile)) * TILE),
+        : side(SWIGLU ? matrices.matrix : &matrices.of(tile)),
+          matrix(side[lane() / (LANES / SIDES)]),
+          first((tile - static_cast<int>(side->tile)) * SIDE),
           mine(ALIGNED ? min(own(), static_cast<int>(matrix.outputs) - WIDTH<WEIGHT>) : own()),
           there(static_cast<int>(matrix.outputs) - mine) {}
 
@@ -40,10 +49,16 @@ struct Outputs {
     DEVICE unsigned stride() const { return static_cast<unsigned>(matrix.stride); }
 
 private:
-    DEVICE int own() const { return first + static_cast<int>(threadIdx.x) % LANES * WIDTH<WEIGHT>; }
+    DEVICE static int lane() { return static_cast<int>(threadIdx.x) % LANES; }
+    DEVICE int own() const { return first + lane() % (LANES / SIDES) * WIDTH<WEIGHT>; }
 };
 
 using Packed = Pack<WEIGHT>;
+
+// The thread's group in the block; those left over make one that is not full.
+DEVICE int group() {
+    return static_cast<int>(threadIdx.x) / LANES;
+}
 
 DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Packed& pack) {
 #pragma unroll
@@ -54,23 +69,26 @@ DEVICE void load(Packed& pack, const WEIGHT* from, int there) {
     pack.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
-// Adds entries of a list in shared memory, each group of threads every GROUPS-th from its own number on. As soon as one
-// load has been added, the next takes its registers, so that DEPTH are under way from first to last.
-DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count, const WEIGHT* weights, int there) {
-    constexpr int BATCH = DEPTH * GROUPS;
-    int from = static_cast<int>(threadIdx.x) / LANES;
+// Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
+// entry `from`. As soon as one load has been added, the next takes its registers, so that DEPTH are under way from first
+// to last.
+template <int SHARING>
+DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count, const WEIGHT* weights,
+                       int there) {
+    constexpr int BATCH = DEPTH * SHARING;
+    if (from >= SHARING) from = count;
     Packed pack[DEPTH];
 #pragma unroll
     for (int j = 0; j < DEPTH; ++j)  // without a condition in between, or the compiler waits at each
-        load(pack[j], at_offset(weights, entries[min(from + j * GROUPS, count - 1)].offset), there);
+        load(pack[j], at_offset(weights, entries[min(from + j * SHARING, count - 1)].offset), there);
 #pragma unroll 1
-    for (; from + 2 * BATCH - GROUPS < count; from += BATCH) {
+    for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
         float value[DEPTH];
         const WEIGHT* next[DEPTH];
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
-            value[j] = entries[from + j * GROUPS].value;
-            next[j] = at_offset(weights, entries[from + j * GROUPS + BATCH].offset);
+            value[j] = entries[from + j * SHARING].value;
+            next[j] = at_offset(weights, entries[from + j * SHARING + BATCH].offset);
         }
 #pragma unroll
         for (int j = 0; j < DEPTH; ++j) {
@@ -82,58 +100,69 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int co
     Packed last[DEPTH];
 #pragma unroll
     for (int j = 0; j < DEPTH; ++j) {
-        const int i = from + j * GROUPS + BATCH;
+        const int i = from + j * SHARING + BATCH;
         const WEIGHT* next = at_offset(weights, entries[min(i, count - 1)].offset);
         if (i < count) load(last[j], next, there);
     }
 #pragma unroll
     for (int j = 0; j < DEPTH; ++j) {
-        const int i = from + j * GROUPS;
+        const int i = from + j * SHARING;
         if (i >= count) pack[j] = Packed();
         add(sum, i < count ? entries[i].value : 0.0f, pack[j]);
     }
 #pragma unroll
     for (int j = 0; j < DEPTH; ++j) {
-        const int i = from + j * GROUPS + BATCH;
+        const int i = from + j * SHARING + BATCH;
         add(sum, i < count ? entries[i].value : 0.0f, last[j]);
     }
 }
 
 struct Sums {
-    float warps[WARPS][TILE];
-    float found[CLUSTER][SHARE];  // by the blocks of the cluster, for this one
+    float parts[PARTS][TILE];
+    float found[CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
 };
 
-// Writes residual + (sum + bias): groups of one warp, warps of the block, blocks of the cluster. One thread of the
-// cluster finishes each output; what it adds to the sum is on its way while sums meet.
+// Writes residual + (sum + bias), or silu(sum + bias) of the first side times that of the second where SWIGLU: groups of
+// the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
+// way while sums meet.
 DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], const float* residual, float* result) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
     const int finished = rank * SHARE + thread;
-    const bool finishes = thread < SHARE && finished < TILE && tile.first + finished < tile.matrix.outputs;
-    const long long place = tile.matrix.first + tile.first + finished;
-    float bias = 0.0f;
+    const bool finishes = thread < SHARE && finished < SIDE && tile.first + finished < tile.side->outputs;
+    const long long place = tile.side->first + tile.first + finished;
+    float bias[SIDES] = {};
     float before = 0.0f;
     if (finishes && residual) before = load_fresh(residual + place);
-    if (finishes) bias = tile.matrix.bias.at(tile.first + finished, 0.0f);
+#pragma unroll
+    for (int side = 0; side < SIDES; ++side)
+        if (finishes) bias[side] = tile.side[side].bias.at(tile.first + finished, 0.0f);
 
+    if (IN_WARPS)
 #pragma unroll
-    for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = warp_sum(sum[e], LANES);
-    if (thread % 32 < LANES)
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = warp_sum(sum[e], LANES);
+    const int part = IN_WARPS ? thread / 32 : group();
+    if (part < PARTS && (!IN_WARPS || thread % 32 < LANES))
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.warps[thread / 32][thread % LANES * WIDTH<WEIGHT> + e] = sum[e];
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.parts[part][thread % LANES * WIDTH<WEIGHT> + e] = sum[e];
     cluster_begun<CLUSTER>();
     __syncthreads();
     if (thread < TILE) {
         float total = 0.0f;
-        for (int warp = 0; warp < WARPS; ++warp) total += sums.warps[warp][thread];
-        cluster_store<CLUSTER>(sums.found[rank][thread % SHARE], thread / SHARE, total);
+        for (int part = 0; part < PARTS; ++part) total += sums.parts[part][thread];
+        const int side = thread / SIDE;
+        const int of_side = thread % SIDE;
+        cluster_store<CLUSTER>(sums.found[rank][side * SHARE + of_side % SHARE], of_side / SHARE, total);
     }
     cluster_sync<CLUSTER>();
     if (finishes) {
-        float total = 0.0f;
-        for (int from = 0; from < CLUSTER; ++from) total += sums.found[from][thread];
-        result[place] = before + (total + bias);
+        float total[SIDES] = {};
+#pragma unroll
+        for (int side = 0; side < SIDES; ++side) {
+            for (int from = 0; from < CLUSTER; ++from) total[side] += sums.found[from][side * SHARE + thread];
+            total[side] += bias[side];
+        }
+        result[place] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : before + total[0];
     }
 }
 

@@ -136,8 +136,8 @@ DEVICE Short load_parameter(const Short* from, bool there) {
     return data;
 }
 
-// What a kernel wrote that had finished before the one in front of this one began: it may stand before
-// wait_for_inputs(), for that kernel let this one begin only after its own wait.
+// What a kernel wrote that had finished before the one in front of this one began, or the one in front of that where
+// that one releases early: it may stand before wait_for_inputs().
 template <class T>
 DEVICE T load_earlier(const T* from) {
     return load_fresh(from);
@@ -168,6 +168,9 @@ DEVICE void prefetch(const void* from, unsigned bytes) {
 // unevenly, two on one multiprocessor and none on the next. So when a kernel begins, all have finished but the one
 // before it: what that one may have written is not read, and nothing is written, before wait_for_inputs(). Gains and
 // scores are parameters of a model, which no kernel writes.
+//
+// Selections in front of the product that ends the MLP release it even before they wait themselves, so that it reads its
+// adapter from when the product before them ends. Of that kernel, then, the two before it may not have finished.
 
 DEVICE void release_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -175,10 +178,24 @@ DEVICE void release_dependents() {
 #endif
 }
 
+DEVICE void release_dependents_early() {
+    release_dependents();
+}
+
 DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// --- Teams: the threads of a block in TEAMS of THREADS_EACH, of which each waits for its own.
+
+template <int TEAMS, int THREADS_EACH>
+DEVICE void team_sync(int team) {
+    if constexpr (TEAMS == 1)
+        __syncthreads();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(THREADS_EACH) : "memory");
 }
 
 // --- Clusters: blocks that run at the same time and write to each other's shared memory.

@@ -1,6 +1,6 @@
 // Which entries of a vector the next product reads: their values and indices, in the order of indices.
 #ifndef BLOCK
-#error "BLOCK, the threads, is given by the launcher"
+#error "BLOCK, the threads, and EARLY are given by the launcher"
 #endif
 constexpr int THREADS = BLOCK;
 
@@ -23,8 +23,9 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
     Activation activation(input, row, width, gain, eps);
+    if (EARLY) release_dependents_early();
     wait_for_inputs();
-    release_dependents();
+    if (!EARLY) release_dependents();
 
     float x[EACH];
     unsigned keep;

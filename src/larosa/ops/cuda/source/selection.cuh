@@ -33,8 +33,8 @@ static_assert(EACH <= 32 && EACH * THREADS <= 1 << INDEX_BITS && QUADS > 0, "no 
 constexpr unsigned MOST = 256;  // candidates to compare with each other
 constexpr int HELPERS = 8;      // threads that compare one of them
 
-// The entries of a long vector do not fit in registers beside their keys and what they are multiplied by.
-constexpr bool IN_REGISTERS = EACH * THREADS <= 16384;
+// The entries of a long vector do not fit in registers beside their keys and what they are made from.
+constexpr bool IN_REGISTERS = EACH * THREADS <= (SOURCE == AS_IS ? 20480 : 16384);
 
 struct alignas(16) Digit {
     unsigned digit;  // of the k-th largest

@@ -3,12 +3,19 @@
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
 // goes into the same sums.
 #ifndef ADAPTER
-#error "ADAPTER is given by the launcher"
+#error "ADAPTER and ALONE, whether a block has a multiprocessor to itself, are given by the launcher"
 #endif
-constexpr int DEPTH = 5;     // loads in flight in each thread: as many as there are registers for
-constexpr int CHUNK = 2048;  // entries of the list held in shared memory
+constexpr int DEPTH = ALONE ? 6 : 5;  // loads in flight in each thread
 
 #include "columns.cuh"
+
+// From the end of the adapter to the first listed column memory would be idle. So a block that is alone is two teams, of
+// which the first is done with its part of the adapter earlier, and takes more of the list.
+constexpr int TEAMS = ALONE ? 2 : 1;
+constexpr int MATES = THREADS / TEAMS;          // threads of a team
+constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries that the first team takes of the list, not of the adapter
+constexpr int CHUNK = ALONE ? 3072 : 2048;      // entries of the list that a team holds in shared memory
+static_assert(MATES % LANES == 0, "a group is in one team");
 
 // The entries that a product reads, and how far apart columns are.
 struct Listed {
@@ -28,42 +35,67 @@ struct Carried {
 };
 
 struct Shared {
-    Entry entries[CHUNK];
+    Entry entries[TEAMS][CHUNK];
     Sums sums;
 };
 
 SHARED(Shared);
 
-// Adds this block's part of `count` entries.
+// Entries [begin, end) of a list.
+struct Part {
+    int begin;
+    int end;
+
+    // This block's part of so many entries.
+    DEVICE static Part of_block(int count) {
+        const int rank = cluster_rank<CLUSTER>();
+        return {static_cast<int>(static_cast<long long>(count) * rank / CLUSTER),
+                static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER)};
+    }
+
+    // What is the thread's team's of it, the first team having `more` than the second.
+    DEVICE Part of_team(int more) const {
+        if constexpr (TEAMS == 1) return *this;
+        const int middle = begin + (end - begin + more) / 2;
+        return threadIdx.x < MATES ? Part{begin, middle} : Part{middle, end};
+    }
+};
+
+// Adds a part of the entries.
 template <class Entries>
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, int count, const WEIGHT* weights,
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, const WEIGHT* weights,
                 int there) {
-    const int rank = cluster_rank<CLUSTER>();
-    const int begin = static_cast<int>(static_cast<long long>(count) * rank / CLUSTER);
-    const int end = static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER);
-    for (int start = begin; start < end; start += CHUNK) {
-        const int here = min(CHUNK, end - start);
-        __syncthreads();  // what stood here has been read
-        for (int i = static_cast<int>(threadIdx.x); i < here; i += THREADS) shared.entries[i] = entries.at(start + i);
-        __syncthreads();
-        add_listed(sum, shared.entries, here, weights, there);
+    const int team = static_cast<int>(threadIdx.x) / MATES;
+    const int mate = static_cast<int>(threadIdx.x) % MATES;
+    for (int start = part.begin; start < part.end; start += CHUNK) {
+        const int here = min(CHUNK, part.end - start);
+        team_sync<TEAMS, MATES>(team);  // what stood here has been read
+        for (int i = mate; i < here; i += MATES) shared.entries[team][i] = entries.at(start + i);
+        team_sync<TEAMS, MATES>(team);
+        add_listed<MATES / LANES>(sum, shared.entries[team], mate / LANES, here, weights, there);
     }
 }
 
-KERNEL(THREADS, 2)
+KERNEL(THREADS, ALONE ? 1 : 2)
 sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual,
               const void* adapter, unsigned adapter_stride, int width, float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
     const long long row = blockIdx.y;
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
+    const Part listed = Part::of_block(k);
 
     cluster_begin<CLUSTER>();
     float sum[WIDTH<WEIGHT>] = {};
-    if constexpr (ADAPTER)
-        add(sum, shared, Carried{residual + row * width, adapter_stride}, width,
+    int earlier = 0;
+    if constexpr (ADAPTER) {
+        const Part carried = Part::of_block(width);
+        earlier = 2 * min(EARLIER, min(carried.end - carried.begin, listed.end - listed.begin) / 2);
+        add(sum, shared, Carried{residual + row * width, adapter_stride}, carried.of_team(-earlier),
             static_cast<const WEIGHT*>(adapter) + tile.matrix.first + tile.mine, tile.there);
+    }
     wait_for_inputs();
-    add(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, k, tile.weights(), tile.there);
+    add(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed.of_team(earlier),
+        tile.weights(), tile.there);
     release_dependents();
     finish(shared.sums, tile, sum, ADAPTER || !residual ? nullptr : residual + row * outputs, result + row * outputs);
 }

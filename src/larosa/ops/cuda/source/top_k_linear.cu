@@ -54,7 +54,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     __syncthreads();
     const unsigned count = end - begin + (digit.need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
-    if (count > 0) add_listed(sum, shared.entries, static_cast<int>(count), tile.weights(), tile.there);
+    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
     release_dependents();
     finish(shared.sums, tile, sum, residual ? residual + row * outputs : nullptr, result + row * outputs);
 }
