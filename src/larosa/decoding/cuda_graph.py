@@ -88,7 +88,7 @@ class GraphLoop:
         return graph
 
     def _step(self) -> None:
-        # NO_TOKEN, drawn from logits that are not finite, must not be looked up: the host will find it and stop.
-        token = self._sampler(self._engine.step(self._token.clamp(min=0), self._position))
+        # After NO_TOKEN, drawn from logits that are not finite, the first token is run: the host will find it and stop.
+        token = self._sampler(self._engine.step(self._token, self._position))
         self._token.copy_(token)
         self._position += 1

@@ -51,7 +51,7 @@ class Engine:
         self._final_norm = norm(architecture.final_norm(model))
         head = architecture.head(model)
         self._head = [head.weight.data], [own(head.bias)]
-        # What a step starts from, at places that a graph can read again.
+        # What a step starts from, at places that a CPU's graph can read again.
         self._hidden = torch.zeros(1, weight.shape[1], device=weight.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self._graph: Graph | None = None
@@ -91,21 +91,22 @@ class Engine:
         Nothing in it waits for the device or looks at the arguments' values.
 
         Args:
-            token: [1] int64.
+            token: [1] int64; on a GPU the first token stands in for `NO_TOKEN`.
             position: [1] int64, how many tokens came before; less than `max_length`.
 
         Returns:
             [1, vocabulary] float32, the logits of the token that follows.
         """
+        if self.device.type != "cpu":
+            return self._run(torch.ops.larosa.embed(self._embedding, token), position)
         self._hidden.copy_(torch.embedding(self._embedding, token))
         self._position.copy_(position)
-        return self._replayed().clone() if self._replays else self._run()
+        return self._replayed().clone() if self._replays else self._run(self._hidden, self._position)
 
-    def _run(self) -> torch.Tensor:
-        """The step, operator by operator: logits [1, vocabulary] of `_hidden` at `_position`."""
-        x = self._hidden
+    def _run(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The step, operator by operator: logits [1, vocabulary] of an embedding x [1, D] at a position."""
         for layer in self._layers:
-            x = layer(x, self._position)
+            x = layer(x, position)
         return self._logits(self._final_norm.every(x))
 
     def _logits(self, normed: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class Engine:
 
     def _replayed(self) -> torch.Tensor:
         if self._graph is None or self._graph.threads != torch.get_num_threads():
-            self._graph = Graph(self._run)
+            self._graph = Graph(lambda: self._run(self._hidden, self._position))
             return self._graph.output
         return self._graph.replay()
 

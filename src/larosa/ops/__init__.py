@@ -5,11 +5,22 @@
 folder a device.
 """
 
-from larosa.ops import attend, greedy, linear, norm, select, top_k_linear  # declares the operators
+from larosa.ops import attend, embed, greedy, linear, norm, select, top_k_linear  # declares the operators
 from larosa.ops import backend as _gpu  # noqa: F401 - implements them
 from larosa.ops.cpu import kernels as _cpu  # noqa: F401 - implements them
 from larosa.ops.linear import column_major
 from larosa.ops.threshold import drop_up_to
 from larosa.ops.top_k import keep_top_k
 
-__all__ = ["attend", "column_major", "drop_up_to", "greedy", "keep_top_k", "linear", "norm", "select", "top_k_linear"]
+__all__ = [
+    "attend",
+    "column_major",
+    "drop_up_to",
+    "embed",
+    "greedy",
+    "keep_top_k",
+    "linear",
+    "norm",
+    "select",
+    "top_k_linear",
+]

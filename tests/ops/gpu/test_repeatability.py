@@ -32,6 +32,7 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         along = (entries("normal", 1, 90, seed=6), column_major(entries("normal", 200, 90, seed=7).half()))
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], *along)
         yield target("greedy", x)
+        yield target("embed", weight, torch.tensor([3, 199]))
         yield target("linear", x, [weight], [None], None)
         at = torch.tensor([80])
         yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_uint, c_void_p
+from ctypes import c_float, c_int, c_longlong, c_uint, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,20 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     result = gate_up.new_empty(rows, width // 2)
     arguments = (_address(gate_up), c_int(width // 2), _address(result))
     _launch(gate_up, "elementwise.cu", "silu_mul", {}, Grid(-(-width // 2 // _ROW), rows, _ROW), arguments)
+    return result
+
+
+def embed(embedding: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """See `embed_reference`. A token that the embedding does not have gives NaN."""
+    vocabulary, width = embedding.shape
+    if embedding.dtype not in TYPE_NAMES or not embedding.is_contiguous():
+        raise ValueError("embedding must be contiguous, and float32, bfloat16 or float16")
+    if tokens.dtype != torch.int64 or tokens.dim() != 1:
+        raise ValueError("tokens must be int64 of one dimension")
+    result = embedding.new_empty(len(tokens), width, dtype=torch.float32)
+    table = Vector.of("embedding", embedding.view(-1), embedding.numel())
+    arguments = (table, c_longlong(vocabulary), c_int(width), _address(tokens), _address(result))
+    _launch(embedding, "elementwise.cu", "embed", {}, Grid(-(-width // _ROW), len(tokens), _ROW), arguments)
     return result
 
 

@@ -15,7 +15,7 @@ from larosa.errors import LarosaError
 from larosa.ops.cuda.compiler import compiled, missing
 
 #: What a kernel takes: an int, a float, a tensor's address, or a structure.
-Argument = ctypes.c_int | ctypes.c_uint | ctypes.c_float | ctypes.c_void_p | ctypes.Structure
+Argument = ctypes.c_int | ctypes.c_uint | ctypes.c_longlong | ctypes.c_float | ctypes.c_void_p | ctypes.Structure
 
 
 @dataclass(frozen=True)

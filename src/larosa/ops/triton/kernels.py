@@ -1,5 +1,6 @@
 """The operators by Triton, in one place."""
 
+from larosa.ops.embed import embed_reference as embed
 from larosa.ops.greedy import greedy_reference as greedy
 from larosa.ops.triton.attend import attend
 from larosa.ops.triton.linear import linear, sparse_linear
@@ -9,6 +10,7 @@ from larosa.ops.triton.top_k_linear import rms_norm_top_k_linear, rms_norm_top_k
 
 __all__ = [
     "attend",
+    "embed",
     "greedy",
     "linear",
     "rms_norm",

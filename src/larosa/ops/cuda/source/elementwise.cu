@@ -1,4 +1,5 @@
-// The vectors that are sparsified elsewhere, in full: what a dense layer reads.
+// What is worked out entry by entry: a token's embedding, and the vectors that are sparsified elsewhere, in full, as a
+// dense layer reads them.
 #include "block.cuh"
 #include "values.cuh"
 
@@ -35,4 +36,18 @@ silu_mul(const float* gate_up, int width, float* result) {
     release_dependents();
     gate_up += row * 2 * width;
     if (i < width) result[row * width + i] = silu_mul(load_fresh(gate_up + i), load_fresh(gate_up + width + i));
+}
+
+// A token below 0 is none, for which the first stands in; one that the table does not have gives NaN.
+KERNEL(THREADS, 1)
+embed(Vector table, long long vocabulary, int width, const long long* tokens, float* result) {
+    const long long row = blockIdx.y;
+    const int i = static_cast<int>(blockIdx.x) * THREADS + static_cast<int>(threadIdx.x);
+
+    wait_for_inputs();
+    release_dependents();
+    const long long token = max(load_fresh(tokens + row), 0ll);
+    if (i >= width) return;
+    const Vector embedding = {static_cast<const char*>(table.data) + token * width * table.size(), table.type};
+    result[row * width + i] = token < vocabulary ? embedding.at(i, 0.0f) : __uint_as_float(0x7fffffffu);
 }

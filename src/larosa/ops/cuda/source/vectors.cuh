@@ -14,6 +14,8 @@ struct Vector {
     const void* data;
     long long type;  // 0 float32, 1 bfloat16, 2 float16
 
+    DEVICE unsigned size() const { return type == 0 ? 4u : 2u; }  // bytes of an entry
+
     DEVICE float at(int i, float otherwise) const {
         if (data == nullptr) return otherwise;
         if (type == 1) return widen(static_cast<const BFloat16*>(data)[i]);
@@ -32,10 +34,10 @@ struct Vector {
         for (int i = 0; i < COUNT; ++i) entries[i] = i * 32 < size - first ? widen(bits[i]) : 1.0f;
     }
 
-    // Brings its first `size` entries near, whole pieces of 16 bytes of them. For one thread.
-    DEVICE void fetch(int size) const {
+    // Brings its first `count` entries near, whole pieces of 16 bytes of them. For one thread.
+    DEVICE void fetch(int count) const {
         if (data != nullptr && reinterpret_cast<unsigned long long>(data) % 16 == 0)
-            prefetch(data, static_cast<unsigned>(size) * (type == 0 ? 4u : 2u) / 16 * 16);
+            prefetch(data, static_cast<unsigned>(count) * size() / 16 * 16);
     }
 };
 
