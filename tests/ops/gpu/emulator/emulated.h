@@ -54,7 +54,7 @@ struct Warp {
 
 struct Block {
     Barrier barrier;
-    Barrier teams[15];
+    Barrier teams[2];
     std::vector<Warp> warps;
     std::vector<unsigned char> shared;
 };

@@ -188,14 +188,17 @@ DEVICE void wait_for_inputs() {
 #endif
 }
 
-// --- Teams: the threads of a block in TEAMS of THREADS_EACH, of which each waits for its own.
+// --- Teams: the threads of a block in one or two teams of THREADS_EACH, of which each waits for its own.
 
 template <int TEAMS, int THREADS_EACH>
 DEVICE void team_sync(int team) {
-    if constexpr (TEAMS == 1)
+    static_assert(TEAMS <= 2, "a barrier each, by its number");
+    if (TEAMS == 1)
         __syncthreads();
+    else if (team == 0)
+        asm volatile("bar.sync 1, %0;" ::"n"(THREADS_EACH) : "memory");
     else
-        asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(THREADS_EACH) : "memory");
+        asm volatile("bar.sync 2, %0;" ::"n"(THREADS_EACH) : "memory");
 }
 
 // --- Clusters: blocks that run at the same time and write to each other's shared memory.

@@ -53,26 +53,26 @@ struct Part {
                 static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER)};
     }
 
-    // What is the thread's team's of it, the first team having `more` than the second.
-    DEVICE Part of_team(int more) const {
-        if constexpr (TEAMS == 1) return *this;
-        const int middle = begin + (end - begin + more) / 2;
-        return threadIdx.x < MATES ? Part{begin, middle} : Part{middle, end};
-    }
+    DEVICE int size() const { return end - begin; }
 };
 
-// Adds a part of the entries.
+// Adds entries of a part, those of the thread's team, of which the first has `more` than the second. Both take equally
+// many chunks, or racecheck no longer knows which of their barriers belong together.
 template <class Entries>
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, const WEIGHT* weights,
-                int there) {
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, int more,
+                const WEIGHT* weights, int there) {
     const int team = static_cast<int>(threadIdx.x) / MATES;
     const int mate = static_cast<int>(threadIdx.x) % MATES;
-    for (int start = part.begin; start < part.end; start += CHUNK) {
-        const int here = min(CHUNK, part.end - start);
+    const int middle = part.begin + (part.size() + more) / 2;
+    const Part own = TEAMS == 1 ? part : team == 0 ? Part{part.begin, middle} : Part{middle, part.end};
+    const int most = TEAMS == 1 ? part.size() : max(middle - part.begin, part.end - middle);
+    for (int done = 0; done < most; done += CHUNK) {
+        const int start = own.begin + done;
+        const int here = min(CHUNK, own.end - start);
         team_sync<TEAMS, MATES>(team);  // what stood here has been read
         for (int i = mate; i < here; i += MATES) shared.entries[team][i] = entries.at(start + i);
         team_sync<TEAMS, MATES>(team);
-        add_listed<MATES / LANES>(sum, shared.entries[team], mate / LANES, here, weights, there);
+        if (here > 0) add_listed<MATES / LANES>(sum, shared.entries[team], mate / LANES, here, weights, there);
     }
 }
 
@@ -89,13 +89,13 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     int earlier = 0;
     if constexpr (ADAPTER) {
         const Part carried = Part::of_block(width);
-        earlier = 2 * min(EARLIER, min(carried.end - carried.begin, listed.end - listed.begin) / 2);
-        add(sum, shared, Carried{residual + row * width, adapter_stride}, carried.of_team(-earlier),
+        earlier = 2 * min(EARLIER, min(carried.size(), listed.size()) / 2);
+        add(sum, shared, Carried{residual + row * width, adapter_stride}, carried, -earlier,
             static_cast<const WEIGHT*>(adapter) + tile.matrix.first + tile.mine, tile.there);
     }
     wait_for_inputs();
-    add(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed.of_team(earlier),
-        tile.weights(), tile.there);
+    add(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier, tile.weights(),
+        tile.there);
     release_dependents();
     finish(shared.sums, tile, sum, ADAPTER || !residual ? nullptr : residual + row * outputs, result + row * outputs);
 }
