@@ -88,8 +88,8 @@ class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
-    a list of `every` column. Where `fused` is there, one operator selects and multiplies, and where they are an MLP's
-    gate and up (`swiglu`) it makes silu(gate) * up of them.
+    a list of `every` column. Where `fused` is there, one operator selects k entries and multiplies with them, and where
+    the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
     """
 
     source: _Source
@@ -102,11 +102,6 @@ class Site:
     fused: Norm | _AsItIs | None = None
     swiglu: bool = False
 
-    @property
-    def fuses(self) -> bool:
-        """Whether one operator selects and multiplies where there is no adapter."""
-        return self.k is not None and self.fused is not None
-
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -114,7 +109,7 @@ class Site:
 
         The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
         """
-        if self.fuses and self.fused is not None and adapter is None:
+        if self.fused is not None and adapter is None:
             return self.fused.product(x, self, residual)
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
@@ -230,7 +225,7 @@ def read_layers(
 
     def mlp(index: int) -> tuple[Site, Site]:
         h3 = site("h3", index, norm(architecture.norm(layers[index], "h3")))
-        if not h3.fuses:
+        if h3.fused is None:
             return h3, site("h4", index, _Gated())
         return replace(h3, swiglu=True), site("h4", index, _AsItIs())
 
@@ -269,8 +264,14 @@ def _site(
     for linear in linears:
         _lay_out(linear, by_columns=bool(kept) or every is not None)
     weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    fused = source if fuses and not weights[0].is_cpu and not isinstance(source, _Gated) else None
+    fuses = fuses and "k" in kept and _selects_in_products(weights[0])
+    fused = source if fuses and not isinstance(source, _Gated) else None
     return Site(source, weights, biases, every=every, fused=fused, **kept)
+
+
+def _selects_in_products(weight: torch.Tensor) -> bool:
+    """Whether launching one kernel less is worth selecting in every block of a product."""
+    return not weight.is_cpu
 
 
 def _every_column(linear: nn.Linear) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from larosa.decoding import Engine
+from larosa.decoding import Engine, layers
 
 OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend"),
@@ -14,9 +14,10 @@ TOKENS = 6
 
 @pytest.fixture
 def engine(target, monkeypatch):
-    """engine(model): an engine whose operators are the target's, and where they are."""
+    """engine(model): an engine over the target's operators, which selects in products as on a GPU."""
     for name in OPERATORS:
         monkeypatch.setattr(torch.ops.larosa, name, getattr(target.kernels, name))
+    monkeypatch.setattr(layers, "_selects_in_products", lambda weight: True)
     # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
     monkeypatch.setattr(Engine, "_replayed", lambda engine: engine._run(engine._hidden, engine._position))
     return lambda model: Engine(model.to(target.device), TOKENS)

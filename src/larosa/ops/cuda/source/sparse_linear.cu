@@ -12,9 +12,9 @@ constexpr int DEPTH = ALONE ? 6 : 5;  // loads in flight in each thread
 // From the end of the adapter to the first listed column memory would be idle. So a block that is alone is two teams, of
 // which the first is done with its part of the adapter earlier, and takes more of the list.
 constexpr int TEAMS = ALONE ? 2 : 1;
-constexpr int MATES = THREADS / TEAMS;          // threads of a team
-constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries that the first team takes of the list, not of the adapter
-constexpr int CHUNK = ALONE ? 3072 : 2048;      // entries of the list that a team holds in shared memory
+constexpr int MATES = THREADS / TEAMS;           // threads of a team
+constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries, 16 KB, that the first team takes of the list instead
+constexpr int CHUNK = ALONE ? 3072 : 2048;       // entries of the list that a team holds in shared memory
 static_assert(MATES % LANES == 0, "a group is in one team");
 
 // The entries that a product reads, and how far apart columns are.
