@@ -219,31 +219,25 @@ def read_layers(
         chosen = selectors(model, architecture)
 
     def site(name: str, index: int, source: Norm | _AsItIs | _Gated) -> Site:
-        linears, selector = architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None
-        # The MLP's entries are too many for each block of a product to select from.
-        return _site(linears, selector, source, fuses=name != "h4")
+        return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
 
-    def mlp(index: int) -> tuple[Site, Site]:
-        h3 = site("h3", index, norm(architecture.norm(layers[index], "h3")))
+    def decode_layer(index: int, layer: nn.Module) -> DecodeLayer:
+        h3 = site("h3", index, norm(architecture.norm(layer, "h3")))
         if h3.fused is None:
-            return h3, site("h4", index, _Gated())
-        return replace(h3, swiglu=True), site("h4", index, _AsItIs())
-
-    read = []
-    for index, layer in enumerate(layers):
-        h3, h4 = mlp(index)
-        read.append(
-            DecodeLayer(
-                h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
-                attention=_attention(model, architecture, layer, index, cache, tables),
-                h2=site("h2", index, _AsItIs()),
-                attention_adapter=_adapter(layer, "attention_adapter"),
-                h3=h3,
-                h4=h4,
-                residual_adapter=_adapter(layer, "residual_adapter"),
-            )
+            h4 = site("h4", index, _Gated())
+        else:  # the MLP's entries are too many for each block of a product to select from
+            h3, h4 = replace(h3, swiglu=True), replace(site("h4", index, _AsItIs()), fused=None)
+        return DecodeLayer(
+            h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
+            attention=_attention(model, architecture, layer, index, cache, tables),
+            h2=site("h2", index, _AsItIs()),
+            attention_adapter=_adapter(layer, "attention_adapter"),
+            h3=h3,
+            h4=h4,
+            residual_adapter=_adapter(layer, "residual_adapter"),
         )
-    return read
+
+    return [decode_layer(index, layer) for index, layer in enumerate(layers)]
 
 
 def norm(module: Any) -> Norm:
@@ -256,15 +250,13 @@ def own(weight: torch.Tensor | None) -> torch.Tensor | None:
     return None if weight is None else weight.data
 
 
-def _site(
-    linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated, fuses: bool
-) -> Site:
+def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
     every = None if kept else _every_column(linears[0])
     for linear in linears:
         _lay_out(linear, by_columns=bool(kept) or every is not None)
     weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    fuses = fuses and "k" in kept and _selects_in_products(weights[0])
+    fuses = "k" in kept and _selects_in_products(weights[0])
     fused = source if fuses and not isinstance(source, _Gated) else None
     return Site(source, weights, biases, every=every, fused=fused, **kept)
 

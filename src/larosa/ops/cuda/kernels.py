@@ -1,4 +1,4 @@
-"""The operators on CUDA by the kernels in `source/`: each one launch, or two where one would not be faster."""
+"""The operators on CUDA by the kernels in `source/`: each one launch, or several where one would not be faster."""
 
 from __future__ import annotations
 
