@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from larosa.ops.linear import Biases, Weights, sparse_linear_reference
+from larosa.ops.linear import Weights, sparse_linear_reference
 from larosa.ops.norm import silu_mul_reference
 from larosa.ops.schema import define
 from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
@@ -18,14 +18,7 @@ from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
 @define(
     "top_k_linear(Tensor x, int k, Tensor? score, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor"
 )
-def _top_k_linear(
-    x: torch.Tensor,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, weights: Weights, *_: Any) -> torch.Tensor:
     return x.new_empty(len(x), sum(len(weight) for weight in weights))
 
 
@@ -34,16 +27,9 @@ def _top_k_linear(
     "Tensor?[] biases, Tensor? residual=None) -> Tensor"
 )
 def _rms_norm_top_k_linear(
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
-    return _top_k_linear(x, k, score, weights, biases, residual)
+    return _top_k_linear(x, k, score, *product)
 
 
 @define(
@@ -51,15 +37,10 @@ def _rms_norm_top_k_linear(
     "Tensor?[] biases) -> Tensor"
 )
 def _rms_norm_top_k_swiglu(
-    x: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    k: int,
-    score: torch.Tensor | None,
-    weights: Weights,
-    biases: Biases,
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
-    return x.new_empty(len(x), len(weights[0]))
+    gate, _ = product[0]
+    return x.new_empty(len(x), len(gate))
 
 
 def top_k_linear_reference(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:

@@ -14,6 +14,8 @@ from larosa.ops.cuda.plan import (
     swiglu_plan,
 )
 
+from .conftest import SMALL_H200
+
 H200 = Machine((9, 0), 132, 232448)
 A100 = Machine((8, 0), 108, 166912)
 
@@ -74,6 +76,14 @@ def test_blocks_that_select_for_themselves_have_a_multiprocessor_each(gpu, outpu
         if plan is not None:
             blocks = batch * plan.cluster * sum(-(-size // plan.tile) for size in outputs)
             assert 0.7 * gpu.multiprocessors <= blocks <= gpu.multiprocessors
+
+
+def test_small_cases_of_the_tests_take_the_same_ways():
+    """Those of test_products.py and test_top_k_linear.py on the GPU that stands in for a large one."""
+    for element_size in (2, 4):
+        assert alone_plan(SMALL_H200, [200], 350, 1, element_size)
+        assert alone_plan(SMALL_H200, [200], 12999, 1, element_size)
+        assert swiglu_plan(SMALL_H200, 2 * 96, 350, 1, element_size)
 
 
 def test_products_of_7b_models_select_for_themselves():

@@ -4,9 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from larosa.ops import column_major
+from larosa.ops.embed import embed_reference
+from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
+from larosa.ops.top_k_linear import (
+    rms_norm_top_k_linear_reference,
+    rms_norm_top_k_swiglu_reference,
+    top_k_linear_reference,
+)
 
 from .cases import DTYPES, entries
 from .test_products import check
@@ -81,6 +90,17 @@ def test_what_cannot_be_selected_and_multiplied(target):
         target("top_k_linear", x, 2, None, [column_major(weight)], [None], x)
     with pytest.raises(ValueError, match="score must be"):
         target("top_k_linear", x, 2, torch.zeros(3), [column_major(weight)], [None], None)
+    with pytest.raises(ValueError, match="gate and up must be two matrices of one size, not of \\[3, 2\\] outputs"):
+        target(
+            "rms_norm_top_k_swiglu",
+            x,
+            None,
+            EPS,
+            2,
+            None,
+            [column_major(weight), column_major(weight[:2])],
+            [None, None],
+        )
 
 
 @pytest.mark.parametrize(("width", "outputs", "k", "rows"), [(700, 96, 350, 1), (512, 1000, 300, 1), (64, 7, 9, 2)])
@@ -93,3 +113,23 @@ def test_swiglu_of_what_is_selected(target, dtype, width, outputs, k, rows):
     result = target("rms_norm_top_k_swiglu", x, gain, EPS, k, None, columns, biases)
     expected = target("silu_mul", target("rms_norm_top_k_linear", x, gain, EPS, k, None, columns, biases, None))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_as_pytorch_sees_them(dtype):
+    """Of operators that only a GPU has, for which a CPU's test of all operators' contracts does not ask."""
+    x, k, weights = entries("normal", 2, 30, seed=0), 9, [entries("normal", 8, 30, seed=i).to(dtype) for i in (1, 2)]
+    product, tokens = ([column_major(weight) for weight in weights], [None, None]), torch.tensor([1, 0, 2])
+    calls = {
+        "top_k_linear": (top_k_linear_reference, (x, k, None, *product)),
+        "rms_norm_top_k_linear": (rms_norm_top_k_linear_reference, (x, None, EPS, k, None, *product, x[:, :16])),
+        "rms_norm_top_k_swiglu": (rms_norm_top_k_swiglu_reference, (x, None, EPS, k, None, *product)),
+        "greedy": (greedy_reference, (x,)),
+        "embed": (embed_reference, (weights[0], tokens)),
+    }
+    for name, (reference, arguments) in calls.items():
+        expected = reference(*arguments)
+        with FakeTensorMode() as mode:
+            faked = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            result = getattr(torch.ops.larosa, name)(*faked)
+        assert (result.shape, result.dtype) == (expected.shape, expected.dtype), name

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from larosa.ops import checks
 from larosa.ops.triton.linear import sparse_linear
 from larosa.ops.triton.norm import silu_mul
 from larosa.ops.triton.select import rms_norm_top_k, top_k
@@ -27,4 +28,5 @@ def rms_norm_top_k_swiglu(
     x: torch.Tensor, gain: torch.Tensor | None, eps: float, k: int, score: torch.Tensor | None, *product: Any
 ) -> torch.Tensor:
     """See `rms_norm_top_k_swiglu_reference`."""
+    checks.gate_and_up([len(weight) for weight in product[0]])
     return silu_mul(rms_norm_top_k_linear(x, gain, eps, k, score, *product))
