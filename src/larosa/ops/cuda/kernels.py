@@ -14,6 +14,7 @@ from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
 from larosa.ops.cuda.plan import (
+    ATTEND_THREADS,
     LINEAR_TILE,
     SPARSE_THREADS,
     THREADS,
@@ -277,7 +278,7 @@ def attend(
     }
     addresses = (_address(tensor) for tensor in (qkv, keys, values, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
-    grid = Grid(query_heads // plan.heads * plan.cluster, 1, THREADS, plan.cluster)
+    grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
     _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, _address(result)))
     return result
 

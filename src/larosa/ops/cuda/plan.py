@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from larosa.ops.cuda.launch import Machine
 
-THREADS = 256  # of a block, in linear.cu and attend.cu
+THREADS = 256  # of a block, in linear.cu
+ATTEND_THREADS = 128  # the same in attend.cu
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
 LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
@@ -140,7 +141,7 @@ def attend_plan(gpu: Machine, query_heads: int, key_heads: int, length: int) -> 
     """
     group = query_heads // key_heads
     shared = [heads for heads in range(min(group, 8), 0, -1) if group % heads == 0]
-    cluster = next((c for c in reversed(_CLUSTERS) if c * 64 <= length), 1) if gpu.overlaps else 1
+    cluster = next((c for c in reversed(_CLUSTERS) if c * 32 <= length), 1) if gpu.overlaps else 1
     enough = 0.9 * gpu.multiprocessors
     heads = next((h for h in shared if query_heads // h * cluster >= enough), 1)
     return AttendPlan(heads, cluster)

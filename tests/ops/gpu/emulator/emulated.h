@@ -22,6 +22,7 @@
 #define __global__
 #define __device__
 #define KERNEL(threads, blocks) static void
+#define KERNEL_IN_REGISTERS(registers) static void
 #define DEVICE inline
 #define SHARED(type) extern "C" unsigned shared_bytes; unsigned shared_bytes = sizeof(type)
 
@@ -66,6 +67,7 @@ struct Thread {
     ucontext_t context;  // to start it
     jmp_buf place;       // to go on: jumps spare the system calls of ucontext
     std::unique_ptr<char[]> stack;
+    std::vector<std::vector<std::pair<uint4*, uint4>>> copies;  // groups of them, the last one not ended yet
     bool started = false;
     bool waited = false;    // has called wait_for_inputs
     bool released = false;  // has called release_dependents
@@ -309,6 +311,26 @@ T load_parameter(const T* from, bool there) {
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
+}
+inline void copy_later(uint4& to, const void* from, bool there) {
+    if (there) emulator::check_place(from, 16);
+    auto& groups = emulator::current->copies;
+    if (groups.empty()) groups.emplace_back();
+    groups.back().emplace_back(&to, there ? *static_cast<const uint4*>(from) : uint4{});
+    to = {~0u, ~0u, ~0u, ~0u};
+}
+inline void copies_issued() {
+    auto& groups = emulator::current->copies;
+    if (groups.empty()) groups.emplace_back();
+    groups.emplace_back();
+}
+template <int PENDING>
+void copies_arrived() {
+    auto& groups = emulator::current->copies;
+    while (groups.size() > PENDING + 1) {
+        for (const auto& [to, what] : groups.front()) *to = what;
+        groups.erase(groups.begin());
+    }
 }
 inline void prefetch(const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulator::fail("a misaligned prefetch");

@@ -1,21 +1,24 @@
 // One position's attention over the cache.
 //
 // A cluster of CLUSTER blocks serves HEADS query heads that share a key head, each block a stretch of positions.
-// Groups of LANES threads hold one position's keys and values at a time, 16 bytes a thread, and carry a running
-// softmax (maximum, sum, weighted values); groups, warps and blocks are merged at the end, in a fixed order. The first
-// keys and values of each group are on their way before the queries are there.
+// Groups of LANES threads work on STEP positions' keys and values at a time, 16 bytes a thread, and carry a running
+// softmax (maximum, sum, weighted values); groups, warps and blocks are merged at the end, in a fixed order. Keys and
+// values are copied to shared memory STEPS steps ahead, without registers, and the first before the queries are there;
+// a thread reads what it has copied itself, so that nobody waits for others.
 #include "vectors.cuh"
 
 #ifndef CACHE
 #error "CACHE, SIZE, HEADS and CLUSTER are given by the launcher"
 #endif
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;  // so few find room beside the blocks of the product before
 constexpr int WARPS = THREADS / 32;
 constexpr int PARTS = SIZE / WIDTH<CACHE>;  // threads that hold a vector
 constexpr int LANES = PARTS <= 1 ? 1 : PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : PARTS <= 16 ? 16 : 32;
 constexpr int GROUPS = THREADS / LANES;
-constexpr int DEPTH = 4;  // positions a group has in flight
+constexpr int STEP = 4;   // positions that a group works on at once
+constexpr int STEPS = 2;  // whose keys and values are in shared memory, or on their way there
+constexpr float LOG2_E = 1.44269504f;
 static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pieces of 16 bytes");
 
 using Packed = Pack<CACHE>;
@@ -31,6 +34,8 @@ struct Partial {
 };
 
 struct Shared {
+    uint4 keys[STEPS][STEP][THREADS];  // a piece for each thread
+    uint4 values[STEPS][STEP][THREADS];
     alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
     alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
@@ -61,27 +66,51 @@ DEVICE Stretch stretch_of(int position, int window, int rank) {
     return {start + static_cast<int>(seen * rank / CLUSTER), start + static_cast<int>(seen * (rank + 1) / CLUSTER)};
 }
 
-// By which what was summed under `maximum` counts under a larger one; nothing was summed under -infinity.
+// Scores are logarithms to the base 2. By which what was summed under `maximum` counts under a larger one; nothing was
+// summed under -infinity.
 DEVICE float rescale(float maximum, float larger) {
-    return maximum == none() ? 0.0f : expf(maximum - larger);
+    return maximum == none() ? 0.0f : power_of_two(maximum - larger);
 }
 
-// The keys and values of one position for each of a group's loads.
-struct Batch {
-    Packed key[DEPTH];
-    Packed value[DEPTH];
-
-    // What is not there reads the last position again, and does not count.
-    DEVICE void load(const CACHE* keys, const CACHE* values, int from, int end, int part) {
+// Copies the keys and values of a thread's next positions. For what is not there it writes zeros.
+DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* values, int from, int end, int part) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (from < end)
 #pragma unroll
-        for (int j = 0; j < DEPTH; ++j) {
-            const int at = from + j * GROUPS + static_cast<int>(threadIdx.x) / LANES;
+        for (int j = 0; j < STEP; ++j) {
+            const int at = from + j * GROUPS + thread / LANES;
             const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
-            key[j].template load<true>(keys + place, WIDTH<CACHE>);
-            value[j].template load<true>(values + place, WIDTH<CACHE>);
+            copy_later(shared.keys[slot][j][thread], keys + place, at < end);
+            copy_later(shared.values[slot][j][thread], values + place, at < end);
         }
+    copies_issued();
+}
+
+// Adds up each of COUNT numbers over lanes that differ in the bits up to DISTANCE: all get all sums. Where it can, each
+// half of the lanes adds half of them, and tells the other.
+template <int COUNT, int DISTANCE>
+DEVICE void sum_lanes(float* x) {
+    if constexpr (DISTANCE > 0 && COUNT % 2 == 0) {
+        constexpr int HALF = COUNT / 2;
+        const bool upper = threadIdx.x & DISTANCE;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const float other = __shfl_xor_sync(ALL_LANES, upper ? x[i] : x[i + HALF], DISTANCE);
+            x[i] = (upper ? x[i + HALF] : x[i]) + other;
+        }
+        sum_lanes<HALF, DISTANCE / 2>(x);
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const float other = __shfl_xor_sync(ALL_LANES, x[i], DISTANCE);
+            x[i + HALF] = upper ? x[i] : other;
+            x[i] = upper ? other : x[i];
+        }
+    } else if constexpr (DISTANCE > 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) x[i] += __shfl_xor_sync(ALL_LANES, x[i], DISTANCE);
+        sum_lanes<COUNT, DISTANCE / 2>(x);
     }
-};
+}
 
 // Norms and rotates one head with one warp; `put(i, x)` takes the entries.
 template <class Put>
@@ -169,8 +198,8 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const bool inside = asked >= 0 && asked < length;
     const int position = inside ? static_cast<int>(asked) : 0;
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
-    Batch batch;
-    if (begin < end) batch.load(keys, values, begin, end, part);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) fetch(shared, step, keys, values, begin + step * GROUPS * STEP, end, part);
     wait_for_inputs();
     release_dependents();
 
@@ -178,7 +207,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     // takes it from shared memory itself.
     for (int head = warp; head < HEADS; head += WARPS)
         prepare(qkv + (first_head + head) * SIZE, rotary.q_gain.data != nullptr, rotary.q_gain, rotary, position,
-                [&](int i, float x) { shared.queries[head][i] = x * rotary.scale; });
+                [&](int i, float x) { shared.queries[head][i] = x * (rotary.scale * LOG2_E); });
     if (rank == CLUSTER - 1 && inside) {
         const long long at = static_cast<long long>(position) * SIZE;
         if (warp == WARPS - 1)
@@ -208,47 +237,51 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     for (int h = 0; h < HEADS; ++h) maximum[h] = none();
 
     // Whole warps stay in the loop together: they exchange scores.
-    for (int from = begin; from < end; from += GROUPS * DEPTH) {
-        if (from > begin) batch.load(keys, values, from, end, part);
-        bool there[DEPTH];
+    int slot = 0;
+    for (int from = begin; from < end; from += GROUPS * STEP) {
+        copies_arrived<STEPS - 1>();
+        Packed key[STEP];
+        Packed value[STEP];
+        bool there[STEP];
 #pragma unroll
-        for (int j = 0; j < DEPTH; ++j) {
+        for (int j = 0; j < STEP; ++j) {
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
-            if (at == position) {
-                batch.key[j].data = *reinterpret_cast<const uint4*>(shared.key + part);
-                batch.value[j].data = *reinterpret_cast<const uint4*>(shared.value + part);
-            }
-            if (!there[j]) batch.value[j] = Packed();
+            const bool own = there[j] && at == position;
+            key[j].data = *(own ? reinterpret_cast<const uint4*>(shared.key + part) : &shared.keys[slot][j][thread]);
+            value[j].data = *(own ? reinterpret_cast<const uint4*>(shared.value + part) : &shared.values[slot][j][thread]);
         }
+        float score[HEADS * STEP] = {};
+#pragma unroll
+        for (int j = 0; j < STEP; ++j)
+#pragma unroll
+            for (int e = 0; e < WIDTH<CACHE>; ++e)
+#pragma unroll
+                for (int h = 0; h < HEADS; ++h)
+                    score[h * STEP + j] = fmaf(query[h][e], widen(key[j].weight[e]), score[h * STEP + j]);
+        sum_lanes<HEADS * STEP, LANES / 2>(score);
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
-            float score[DEPTH];
             float larger = maximum[h];
 #pragma unroll
-            for (int j = 0; j < DEPTH; ++j) {
-                float dot = 0.0f;
-#pragma unroll
-                for (int e = 0; e < WIDTH<CACHE>; ++e) dot = fmaf(query[h][e], widen(batch.key[j].weight[e]), dot);
-#pragma unroll
-                for (int lane = 1; lane < LANES; lane *= 2) dot += __shfl_xor_sync(ALL_LANES, dot, lane);
-                score[j] = dot;
-                if (there[j]) larger = fmaxf(larger, dot);
-            }
+            for (int j = 0; j < STEP; ++j)
+                if (there[j]) larger = fmaxf(larger, score[h * STEP + j]);
             const float old = rescale(maximum[h], larger);
             sum[h] *= old;
 #pragma unroll
             for (int e = 0; e < WIDTH<CACHE>; ++e) weighted[h][e] *= old;
 #pragma unroll
-            for (int j = 0; j < DEPTH; ++j) {
-                const float weight = there[j] ? rescale(score[j], larger) : 0.0f;
+            for (int j = 0; j < STEP; ++j) {
+                const float weight = there[j] ? rescale(score[h * STEP + j], larger) : 0.0f;
                 sum[h] += weight;
 #pragma unroll
                 for (int e = 0; e < WIDTH<CACHE>; ++e)
-                    weighted[h][e] = fmaf(weight, widen(batch.value[j].weight[e]), weighted[h][e]);
+                    weighted[h][e] = fmaf(weight, widen(value[j].weight[e]), weighted[h][e]);
             }
             maximum[h] = larger;
         }
+        fetch(shared, slot, keys, values, from + STEPS * GROUPS * STEP, end, part);
+        slot = slot + 1 == STEPS ? 0 : slot + 1;
     }
 
 #pragma unroll

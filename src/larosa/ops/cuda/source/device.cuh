@@ -5,6 +5,8 @@
 #define LAROSA_DEVICE
 
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// The same for a compiler that is told how many registers a thread has, of a block as large as any.
+#define KERNEL_IN_REGISTERS(registers) extern "C" __global__ void __maxnreg__(registers)
 #define DEVICE __device__ __forceinline__
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -152,6 +154,20 @@ DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
         "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
         "f"(x), "l"(also_to), "r"(y), "r"(wanted)
         : "memory");
+}
+
+// Copies 16 bytes to shared memory, later; zeros where they are not `there`. This thread finds all there but those of the
+// last PENDING groups after copies_arrived(); copies_issued() ends a group.
+DEVICE void copy_later(uint4& to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(&to))),
+                 "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+DEVICE void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void copies_arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Ask for `bytes` (a multiple of 16, at an address that is one) to be brought to the second cache. It reads nothing,

@@ -18,7 +18,12 @@ struct Shared {
 
 SHARED(Shared);
 
+// What the compiler makes of 88 registers runs .2 to .5% of a token faster than of the 100 it would take.
+#if EACH <= 8
+KERNEL_IN_REGISTERS(88)
+#else
 KERNEL(THREADS, 1)
+#endif
 top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector score, Matrices matrices,
              const float* residual, float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
