@@ -22,7 +22,6 @@
 #define __global__
 #define __device__
 #define KERNEL(threads, blocks) static void
-#define KERNEL_IN_REGISTERS(registers) static void
 #define DEVICE inline
 #define SHARED(type) extern "C" unsigned shared_bytes; unsigned shared_bytes = sizeof(type)
 

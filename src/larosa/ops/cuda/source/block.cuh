@@ -15,7 +15,10 @@ struct Block {
         x = warp_sum(x);
         if (lane() == 0) sums[warp()] = x;
         __syncthreads();
-        return warp_sum(lane() < WARPS ? sums[lane()] : 0.0f);
+        x = sums[lane() % WARPS];
+#pragma unroll
+        for (int distance = 1; distance < WARPS; distance *= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+        return x;
     }
 
     // The sum of what the warps before this one have in `totals`.

@@ -5,8 +5,6 @@
 #define LAROSA_DEVICE
 
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-// The same for a compiler that is told how many registers a thread has, of a block as large as any.
-#define KERNEL_IN_REGISTERS(registers) extern "C" __global__ void __maxnreg__(registers)
 #define DEVICE __device__ __forceinline__
 
 constexpr unsigned ALL_LANES = 0xffffffffu;

@@ -8,11 +8,33 @@ constexpr int THREADS = BLOCK;
 
 struct Shared {
     Ranking ranking;
+    unsigned candidates;          // how many are listed
     unsigned accepted[THREADS];   // candidates to be kept, as bits of the thread whose entries they are
     unsigned kept[THREADS / 32];  // entries to be kept, by warp
 };
 
 SHARED(Shared);
+
+// Has `put(i, place, kept)` called for each of the thread's entries: with its place among all that are kept, the warps
+// before this one having `place` of them.
+template <class Put>
+DEVICE void place_kept(unsigned keep, unsigned place, Put put) {
+    // Four rows of the warp's entries at a time, whose counts go side by side into one word.
+#pragma unroll
+    for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
+        const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
+        const unsigned up_to = Threads::up_to(own);
+        const unsigned rows = __shfl_sync(ALL_LANES, up_to, 31);
+        const unsigned before = up_to - own + rows * 0x01010100u;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int i = row_0 + j;
+            if (i >= EACH) break;
+            put(i, __dp4a(before, 1u << 8 * j, place), keep & 1u << i);
+        }
+        place = __dp4a(rows, 0x01010101u, place);
+    }
+}
 
 KERNEL(THREADS, 1)
 select_top_k(const float* input, int width, int k, Vector gain, float eps, Vector score, float* values, int* indices) {
@@ -20,6 +42,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     const long long row = blockIdx.x;
 
     shared.accepted[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.candidates = 0;
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
     Activation activation(input, row, width, gain, eps);
@@ -27,27 +50,31 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     wait_for_inputs();
     if (!EARLY) release_dependents();
 
-    float x[EACH];
-    unsigned keep;
-    const Digit digit = choose(shared.ranking, activation, scores, k, x, keep);
-    const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(keep));
+    const Chosen chosen = choose(shared.ranking, activation, scores, k);
+    if (chosen.open) {
+        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
+    }
+    const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(chosen.keep));
     if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
     __syncthreads();
-    compare(shared.ranking, digit.there, digit.need, [&](unsigned own, unsigned) {
-        const unsigned index = LAST - (own & LAST);
+    compare(shared.ranking, chosen.digit.there, chosen.digit.need, [&](unsigned, unsigned rest, unsigned) {
+        const unsigned index = Chosen::index(rest);
         const unsigned warp = index / (EACH * 32);
         atomicAdd(&shared.accepted[warp * 32 + index % 32], 1u << index / 32 % EACH);
         atomicAdd(&shared.kept[warp], 1u);
     });
     __syncthreads();
-    keep |= shared.accepted[threadIdx.x];
+    const unsigned keep = chosen.keep | shared.accepted[threadIdx.x];
 
     values += row * k;
     indices += row * k;
     settle(values);
     settle(indices);
     place_kept(keep, Threads::before(shared.kept), [&](int i, unsigned at, unsigned kept) {
-        float value = x[i];
+        float value = chosen.x[i];
         if (!IN_REGISTERS) value = kept ? activation.entry(i, activation.load(i), activation.load_up(i)) : 0.0f;
         store(values + at, value, indices + at, activation.first + i * 32, kept);
     });

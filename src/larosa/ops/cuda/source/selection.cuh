@@ -31,7 +31,7 @@ constexpr unsigned LAST = (1u << INDEX_BITS) - 1u;
 static_assert(EACH <= 32 && EACH * THREADS <= 1 << INDEX_BITS && QUADS > 0, "no room for the order's bits");
 
 constexpr unsigned MOST = 256;  // candidates to compare with each other
-constexpr int HELPERS = 8;      // threads that compare one of them
+constexpr int HELPERS = 4;      // threads that compare one of them
 
 // The entries of a long vector do not fit in registers beside their keys and what they are made from.
 constexpr bool IN_REGISTERS = EACH * THREADS <= (SOURCE == AS_IS ? 20480 : 16384);
@@ -45,7 +45,6 @@ struct alignas(16) Digit {
 struct Ranking {
     alignas(16) unsigned histogram[BINS];
     alignas(16) unsigned candidates[MOST];  // the 32 bits after the digit, and 0 where there is none
-    unsigned candidate_count;
     unsigned totals[THREADS / 32];
     Digit found;
     Threads block;
@@ -100,12 +99,15 @@ DEVICE Digit find(Ranking& shared, unsigned need) {
     __syncthreads();
     unsigned before = Threads::before(shared.totals);
     if (before < need && need <= before + own) {  // in the bins of this warp
+        unsigned up_to[QUADS];
+#pragma unroll
+        for (int i = 0; i < QUADS; ++i)
+            up_to[i] = Threads::up_to(counts[i].x + counts[i].y + counts[i].z + counts[i].w);
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) {
             const unsigned four[] = {counts[i].w, counts[i].z, counts[i].y, counts[i].x};
             const unsigned sum = four[0] + four[1] + four[2] + four[3];
-            const unsigned up_to = Threads::up_to(sum);
-            unsigned above = before + up_to - sum;
+            unsigned above = before + up_to[i] - sum;
             if (above < need && need <= above + sum) {
                 unsigned bin = highest - i * 128 + 3, there = four[0];
 #pragma unroll
@@ -117,15 +119,15 @@ DEVICE Digit find(Ranking& shared, unsigned need) {
                 }
                 shared.found = {bin, need - above, there};
             }
-            before += __reduce_add_sync(ALL_LANES, sum);
+            before += __shfl_sync(ALL_LANES, up_to[i], 31);
         }
     }
     __syncthreads();
     return shared.found;
 }
 
-// Takes further digits until few candidates are left, and lists those. `rests` are the bits after the first digit.
-// Seldom needed, so its code is short, and leaves the registers to the rest: `rests` lies in memory.
+// Takes further digits until few candidates are left. `rests` are the bits after the first digit. Seldom needed, so its
+// code is short, and leaves the registers to the rest: `rests` lies in memory.
 DEVICE Digit narrow(Ranking& shared, Digit digit, const unsigned (&rests)[EACH], unsigned& open, unsigned& keep) {
     unsigned known = 0;  // how the candidates' bits begin, down to bit `shift`
     for (int shift = 32; digit.there > MOST;) {
@@ -144,20 +146,18 @@ DEVICE Digit narrow(Ranking& shared, Digit digit, const unsigned (&rests)[EACH],
             if (rests[i] > known) keep |= 1u << i;
         }
     }
-#pragma unroll 1
-    for (int i = 0; i < EACH; ++i)
-        if (open >> i & 1u) shared.candidates[atomicAdd(&shared.candidate_count, 1u)] = rests[i];
     return digit;
 }
 
-// Has `take(bits, rank)` called for each candidate that is among the `need` largest of `there`: by its own bits, and how
-// many of the candidates are larger.
+// Has `take(candidate, rest, rank)` called for each candidate that is among the `need` largest of `there`: with its
+// number, its bits after the first digit, and how many of the candidates are larger.
 template <class Take>
 DEVICE void compare(const Ranking& shared, unsigned there, unsigned need, Take take) {
     constexpr unsigned WARP = 32 / HELPERS;
     const unsigned helper = Threads::lane() % HELPERS;
     for (unsigned first = Threads::warp() * WARP; first < there; first += THREADS / HELPERS) {
-        const unsigned own = shared.candidates[first + Threads::lane() / HELPERS];
+        const unsigned candidate = first + Threads::lane() / HELPERS;
+        const unsigned own = shared.candidates[candidate];
         unsigned larger = 0;
 #pragma unroll 2
         for (unsigned i = 0; i < there; i += HELPERS * 4) {
@@ -170,7 +170,7 @@ DEVICE void compare(const Ranking& shared, unsigned there, unsigned need, Take t
 #pragma unroll
         for (int distance = 1; distance < HELPERS; distance *= 2)
             larger += __shfl_xor_sync(ALL_LANES, larger, distance);
-        if (helper == 0 && larger < need && first + Threads::lane() / HELPERS < there) take(own, larger);
+        if (helper == 0 && larger < need && candidate < there) take(candidate, own, larger);
     }
 }
 
@@ -199,91 +199,63 @@ struct Activation {
         if (SOURCE == NORMED && there(i)) return loaded * inverse * gains.at(i);
         return loaded;
     }
-
-    // Entry `index` of the row, whoever's it is.
-    DEVICE float entry_at(int index) const {
-        const float loaded = load_fresh(input + index);
-        if (SOURCE == GATED) return silu_mul(loaded, load_fresh(input + width + index));
-        return SOURCE == NORMED ? loaded * inverse * gains.vector.at(index, 1.0f) : loaded;
-    }
 };
 
 DEVICE void prepare(Ranking& shared) {
     clear(shared);
     if (threadIdx.x < MOST) shared.candidates[threadIdx.x] = 0;
-    if (threadIdx.x == 0) shared.candidate_count = 0;
     __syncthreads();
 }
 
-// The thread's entries x, and as bits those that are certainly among the k largest. The others among these are the `need`
-// largest of the candidates, which are there after the next __syncthreads().
-DEVICE Digit choose(Ranking& shared, Activation& activation, const Factors<SCORE>& scores, int k, float (&x)[EACH],
-                    unsigned& keep) {
+// What a thread knows of its entries x. Those to be kept are the certain ones, and the `need` largest of all threads'
+// candidates, which whoever includes this lists in shared memory.
+struct Chosen {
+    float x[EACH];
+    unsigned key[EACH];
+    unsigned keep = 0;  // as bits, those that are certainly among the k largest
+    unsigned open = 0;  // as bits, candidates
+    Digit digit;
+
+    // The bits after the first digit of entry i, of a thread whose entries begin with `first`.
+    DEVICE unsigned rest(int i, int first) const { return (key[i] << INDEX_BITS) + (LAST - first) - i * 32; }
+    DEVICE static unsigned index(unsigned rest) { return LAST - (rest & LAST); }
+};
+
+DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCORE>& scores, int k) {
+    Chosen chosen;
     float up[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        x[i] = activation.load(i);
+        chosen.x[i] = activation.load(i);
         up[i] = activation.load_up(i);
     }
     if (SOURCE == NORMED) {
         float squares = 0.0f;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) squares = fmaf(x[i], x[i], squares);
+        for (int i = 0; i < EACH; ++i) squares = fmaf(chosen.x[i], chosen.x[i], squares);
         activation.inverse = inverse_rms(shared.block.sum(squares), activation.width, activation.eps);
     }
-    unsigned key[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        x[i] = activation.entry(i, x[i], up[i]);
-        key[i] = magnitude(x[i], scores.at(i));
-        atomicAdd(&shared.histogram[key[i] >> KEY_BITS], 1u);
+        chosen.x[i] = activation.entry(i, chosen.x[i], up[i]);
+        chosen.key[i] = magnitude(chosen.x[i], scores.at(i));
+        atomicAdd(&shared.histogram[chosen.key[i] >> KEY_BITS], 1u);
     }
-    Digit digit = find(shared, static_cast<unsigned>(k));
+    chosen.digit = find(shared, static_cast<unsigned>(k));
 
-    unsigned open = 0;  // the thread's candidates, as bits
-    keep = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        if (key[i] >= digit.digit << KEY_BITS) open |= 1u << i;
-        if (key[i] >= (digit.digit + 1u) << KEY_BITS) keep |= 1u << i;
+        if (chosen.key[i] >= chosen.digit.digit << KEY_BITS) chosen.open |= 1u << i;
+        if (chosen.key[i] >= (chosen.digit.digit + 1u) << KEY_BITS) chosen.keep |= 1u << i;
     }
-    open ^= keep;
-
-    const auto rest = [&](int i) { return (key[i] << INDEX_BITS) + (LAST - activation.first) - i * 32; };
-    if (digit.there > MOST) {
+    chosen.open ^= chosen.keep;
+    if (chosen.digit.there > MOST) {
         unsigned rests[EACH];
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) rests[i] = rest(i);
-        return narrow(shared, digit, rests, open, keep);
+        for (int i = 0; i < EACH; ++i) rests[i] = chosen.rest(i, activation.first);
+        chosen.digit = narrow(shared, chosen.digit, rests, chosen.open, chosen.keep);
     }
-    if (open) {
-        unsigned slot = atomicAdd(&shared.candidate_count, static_cast<unsigned>(__popc(open)));
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (open >> i & 1u) shared.candidates[slot++] = rest(i);
-    }
-    return digit;
-}
-
-// Has `put(i, place, kept)` called for each of the thread's entries: with its place among all that are kept, the warps
-// before this one having `place` of them.
-template <class Put>
-DEVICE void place_kept(unsigned keep, unsigned place, Put put) {
-    // Four rows of the warp's entries at a time, whose counts go side by side into one word.
-#pragma unroll
-    for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
-        const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
-        const unsigned up_to = Threads::up_to(own);
-        const unsigned rows = __shfl_sync(ALL_LANES, up_to, 31);
-        const unsigned before = up_to - own + rows * 0x01010100u;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int i = row_0 + j;
-            if (i >= EACH) break;
-            put(i, __dp4a(before, 1u << 8 * j, place), keep & 1u << i);
-        }
-        place = __dp4a(rows, 0x01010101u, place);
-    }
+    return chosen;
 }
 
 #endif

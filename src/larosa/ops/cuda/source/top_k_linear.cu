@@ -11,19 +11,15 @@ static_assert(IN_REGISTERS, "longer vectors are selected from by a kernel of the
 
 struct Shared {
     Ranking ranking;
-    unsigned kept[WARPS];  // entries that are certain, by warp
+    unsigned kept[WARPS];  // entries that are certain, and in the upper half candidates, by warp
+    float candidate_values[MOST];
     Entry entries[MOST_KEPT / CLUSTER + 2];
     Sums sums;
 };
 
 SHARED(Shared);
 
-// What the compiler makes of 88 registers runs .2 to .5% of a token faster than of the 100 it would take.
-#if EACH <= 8
-KERNEL_IN_REGISTERS(88)
-#else
 KERNEL(THREADS, 1)
-#endif
 top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector score, Matrices matrices,
              const float* residual, float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
@@ -37,27 +33,40 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     Activation activation(x, row, width, gain, eps);
     wait_for_inputs();
 
-    float entries[EACH];
-    unsigned keep;
-    const Digit digit = choose(shared.ranking, activation, scores, k, entries, keep);
-    const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(keep));
-    if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
+    const Chosen chosen = choose(shared.ranking, activation, scores, k);
+    const unsigned own = __popc(chosen.keep) + (__popc(chosen.open) << 16);
+    const unsigned up_to = Threads::up_to(own);
+    if (Threads::lane() == 31) shared.kept[Threads::warp()] = up_to;
     __syncthreads();
     // Of those that are certain this block takes a stretch, and then of the candidates every CLUSTER-th by their rank.
-    const unsigned certain = k - digit.need;
+    const unsigned need = chosen.digit.need;
+    const unsigned certain = k - need;
     const unsigned begin = certain * rank / CLUSTER;
     const unsigned end = certain * (rank + 1) / CLUSTER;
-    place_kept(keep, Threads::before(shared.kept), [&](int i, unsigned at, unsigned kept) {
-        if (kept && begin <= at && at < end)
-            shared.entries[at - begin] = {entries[i], (activation.first + i * 32) * tile.stride()};
-    });
-    compare(shared.ranking, digit.there, digit.need, [&](unsigned bits, unsigned larger) {
-        if (larger % CLUSTER != rank) return;
-        const unsigned index = LAST - (bits & LAST);
-        shared.entries[end - begin + larger / CLUSTER] = {activation.entry_at(index), index * tile.stride()};
+    const unsigned before = Threads::before(shared.kept) + up_to - own;
+    unsigned place = (before & 0xffffu) - begin;
+    unsigned candidate = before >> 16;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (chosen.keep >> i & 1u) {
+            if (place < end - begin)
+                shared.entries[place] = {chosen.x[i], (activation.first + i * 32) * tile.stride()};
+            ++place;
+        }
+        if (chosen.open >> i & 1u) {
+            shared.ranking.candidates[candidate] = chosen.rest(i, activation.first);
+            shared.candidate_values[candidate] = chosen.x[i];
+            ++candidate;
+        }
+    }
+    __syncthreads();
+    compare(shared.ranking, chosen.digit.there, need, [&](unsigned candidate, unsigned rest, unsigned larger) {
+        if (larger % CLUSTER == rank)
+            shared.entries[end - begin + larger / CLUSTER] = {shared.candidate_values[candidate],
+                                                              Chosen::index(rest) * tile.stride()};
     });
     __syncthreads();
-    const unsigned count = end - begin + (digit.need + CLUSTER - 1 - rank) / CLUSTER;
+    const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
     if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
     release_dependents();
