@@ -64,6 +64,13 @@ def test_windows(target, window):
         check(target, torch.float32, 2, 1, 16, 300, position, window=window)
 
 
+@pytest.mark.parametrize(("query_heads", "key_heads"), [(1, 1), (4, 2), (3, 1)])
+def test_more_positions_than_are_copied_ahead(target, query_heads, key_heads):
+    for position, window in ((399, 0), (399, 333), (130, 0)):
+        check(target, torch.float32, query_heads, key_heads, 128, 400, position, window=window)
+    check(target, torch.bfloat16, query_heads, key_heads, 256, 700, 699)
+
+
 def test_without_rotation(target):
     check(target, torch.bfloat16, 4, 2, 16, 40, 20, rotated=False)
     check(target, torch.bfloat16, 4, 2, 16, 40, 20, rotated=False, gained=True)
