@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from larosa.benchmarks.compiled_decoder import CompiledDecoder, compiled_step
+from larosa.benchmarks.compiled_decoder import CompiledDecoder, attend_at_once, attend_by_products, compiled_step
 
 CPU = torch.device("cpu")
 LENGTH = 12
@@ -46,24 +46,33 @@ def as_transformers(decoder, settings):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", [attend_at_once, attend_by_products])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_the_plain_decoder_is_the_model_of_transformers(key_heads):
+def test_the_plain_decoder_is_the_model_of_transformers(key_heads, attention):
     torch.manual_seed(0)
     settings = config(num_key_value_heads=key_heads)
     decoder = CompiledDecoder(settings, LENGTH, torch.float32, CPU)
     tokens = torch.randint(96, (LENGTH,))
     expected = as_transformers(decoder, settings)(tokens[None]).logits[0]
     for position in range(LENGTH):
-        logits = decoder(tokens[position : position + 1], torch.tensor([position]))
+        logits = decoder(tokens[position : position + 1], torch.tensor([position]), attention)
         torch.testing.assert_close(logits[0], expected[position], rtol=1e-4, atol=1e-4)
 
 
+def test_attention_is_chosen_where_queries_share_keys():
+    ways = {
+        heads: CompiledDecoder(config(num_key_value_heads=heads), 2, torch.float32, CPU).attentions for heads in (4, 2)
+    }
+    assert ways == {4: (attend_at_once,), 2: (attend_at_once, attend_by_products)}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("attention", [attend_at_once, attend_by_products])
 @torch.no_grad()
-def test_the_compiled_step_is_the_decoder():
+def test_the_compiled_step_is_the_decoder(attention):
     device = torch.device("cuda")
     decoder = CompiledDecoder(config(), LENGTH, torch.float32, device)
-    step = compiled_step(decoder)
+    step = compiled_step(decoder, attention)
     token = torch.tensor([3], device=device)
     for position in range(LENGTH):
         at = torch.tensor([position], device=device)

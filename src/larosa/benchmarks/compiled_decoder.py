@@ -69,15 +69,19 @@ class _Sizes:
         )
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention [1, K, G, d] of G queries for each of K key heads, in the way that is the faster on an H200.
+#: Attention [1, K, G, d] of queries [1, K, G, d] over keys and values [1, K, T, d] where a mask [1, 1, 1, T] is true.
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-    PyTorch's one kernel has too few heads to fill the GPU where queries share keys: two products take 8 instead of
-    15 us for 8 key heads of 4 queries and a cache of 300 positions, and 25 instead of 53 us for 2,177. With a key head
-    for each of 32 queries they take 10 as it does, and 25 instead of 18 us.
-    """
-    if queries.shape[2] == 1:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+def attend_at_once(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention by PyTorch's kernel for it."""
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+def attend_by_products(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Attention by two products and a softmax, which leave more for the GPU to do side by side."""
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32)
     return weights.to(values.dtype) @ values
@@ -111,7 +115,13 @@ class _Layer(nn.Module):
         self.register_buffer("values", torch.zeros(cache, dtype=dtype, device=device))
 
     def forward(
-        self, x: torch.Tensor, position: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        x: torch.Tensor,
+        position: torch.Tensor,
+        mask: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attention: Attention,
     ) -> torch.Tensor:
         sizes = self.sizes
         (qkv,) = self.products["h1"](_rms_norm(x, self.first_norm, sizes.eps))
@@ -120,7 +130,7 @@ class _Layer(nn.Module):
         self.keys[:, :, position] = k
         self.values[:, :, position] = v
         # Queries that share keys as if they were positions of one head: the cache is not repeated for each of them.
-        attended = _attend(q.reshape(1, sizes.keys, -1, sizes.head), self.keys, self.values, mask)
+        attended = attention(q.reshape(1, sizes.keys, -1, sizes.head), self.keys, self.values, mask)
         (output,) = self.products["h2"](attended.reshape(1, -1))
         x = x + output
         gate, up = self.products["h3"](_rms_norm(x, self.second_norm, sizes.eps))
@@ -152,7 +162,7 @@ class CompiledDecoder(nn.Module):
         products: Products = lambda weights, layer, site: DenseProducts(weights),
     ) -> None:
         super().__init__()
-        sizes = _Sizes.of(config, length)
+        self.sizes = sizes = _Sizes.of(config, length)
         self.embedding = nn.Parameter(_random((sizes.vocabulary, sizes.hidden), dtype, device), requires_grad=False)
         self.layers = nn.ModuleList(_Layer(sizes, i, products, dtype, device) for i in range(sizes.layers))
         self.norm = _gain(sizes, dtype, device)
@@ -164,13 +174,21 @@ class CompiledDecoder(nn.Module):
         self.register_buffer("cos", angles.cos().to(dtype))
         self.register_buffer("sin", angles.sin().to(dtype))
 
-    def forward(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """What may be the fastest. Where queries share keys, PyTorch's kernel has few heads to work on side by side."""
+        shared = self.sizes.queries > self.sizes.keys
+        return (attend_at_once, attend_by_products) if shared else (attend_at_once,)
+
+    def forward(
+        self, token: torch.Tensor, position: torch.Tensor, attention: Attention = attend_at_once
+    ) -> torch.Tensor:
         """Logits [1, V] of the token after `token` [1] int64, which stands at `position` [1] int64."""
         x = F.embedding(token, self.embedding)
         mask = (self.positions <= position)[None, None, None]
         cos, sin = self.cos[position], self.sin[position]
         for layer in self.layers:
-            x = layer(x, position, mask, cos, sin)
+            x = layer(x, position, mask, cos, sin, attention)
         return F.linear(_rms_norm(x, self.norm, self.eps), self.head)
 
 
@@ -181,15 +199,17 @@ def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
     return weights + cache_bytes(config, dtype, length)
 
 
-def compiled_step(decoder: CompiledDecoder) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def compiled_step(
+    decoder: CompiledDecoder, attention: Attention = attend_at_once
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A step from token to next token [1], greedily, compiled with CUDA graphs and tuned kernels.
 
-    Every decoder is compiled for its own thresholds: PyTorch would make arguments of those that differ from the decoder
-    before, and leaves CUDA graphs out where an argument is on the CPU.
+    Every decoder is compiled for its own thresholds and attention: PyTorch would make arguments of those that differ
+    from the decoder before, and leaves CUDA graphs out where an argument is on the CPU.
     """
 
     def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return decoder(token, position).argmax(dim=-1)
+        return decoder(token, position, attention).argmax(dim=-1)
 
     compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
         step, mode="max-autotune", fullgraph=True, dynamic=False
