@@ -1,12 +1,22 @@
 """What the benchmarks on a GPU compare with computes what it should; on a CPU here, and small."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from larosa.benchmarks.compiled_decoder import CompiledDecoder, attend_at_once, attend_by_products, compiled_step
+from larosa.benchmarks.compiled_decoder import (
+    CompiledDecoder,
+    attend_at_once,
+    attend_by_products,
+    compilation,
+    compiled_step,
+)
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 12
 
 
@@ -66,17 +76,21 @@ def test_attention_is_chosen_where_queries_share_keys():
     assert ways == {4: (attend_at_once,), 2: (attend_at_once, attend_by_products)}
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(
+    DEVICE == CPU and not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="PyTorch's compiler wants Python's headers",
+)
 @pytest.mark.parametrize("attention", [attend_at_once, attend_by_products])
 @torch.no_grad()
-def test_the_compiled_step_is_the_decoder(attention):
-    device = torch.device("cuda")
-    decoder = CompiledDecoder(config(), LENGTH, torch.float32, device)
+def test_the_compiled_step_is_the_decoder(attention, capsys):
+    decoder = CompiledDecoder(config(), LENGTH, torch.float32, DEVICE)
     step = compiled_step(decoder, attention)
-    token = torch.tensor([3], device=device)
-    for position in range(LENGTH):
-        at = torch.tensor([position], device=device)
-        assert torch.equal(step(token, at), decoder(token, at).argmax(-1))
+    token = torch.tensor([3], device=DEVICE)
+    with compilation():
+        for position in range(LENGTH):
+            at = torch.tensor([position], device=DEVICE)
+            assert torch.equal(step(token, at), decoder(token, at, attention).argmax(-1))
+    assert "utotune" not in capsys.readouterr().err.lower()
 
 
 def teal():
@@ -84,9 +98,6 @@ def teal():
     from larosa.benchmarks import teal_kernel
 
     return teal_kernel
-
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(40, 100), (300, 33), (1, 1)])

@@ -9,7 +9,8 @@ kernels are measured in the same decoder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ from larosa.sparsity import SiteSizes
 #: read a site ("h1" to "h4") of a layer. It gives a list [1, N_i]. What it holds must be parameters or buffers: CUDA
 #: graphs copy everything else at each step.
 Products = Callable[[list[torch.Tensor], int, str], nn.Module]
+
+
+#: Decoders that may be compiled side by side, two for each sparsity; by itself PyTorch gives up after eight.
+_MOST_DECODERS = 64
 
 
 class DenseProducts(nn.Module):
@@ -215,6 +220,17 @@ def compiled_step(
         step, mode="max-autotune", fullgraph=True, dynamic=False
     )
     return compiled
+
+
+@contextmanager
+def compilation() -> Iterator[None]:
+    """Has PyTorch compile what first runs within, as many decoders as there are, without telling of each choice."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    quiet = {"max_autotune_report_choices_stats": False, "autotune_num_choices_displayed": 0}
+    with dynamo.patch(recompile_limit=_MOST_DECODERS), inductor.patch(quiet):
+        yield
 
 
 def _random(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

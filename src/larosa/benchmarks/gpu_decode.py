@@ -15,7 +15,13 @@ import torch
 
 from larosa.architectures import Heads
 from larosa.benchmarks.checkpoints import is_converted, load_alike
-from larosa.benchmarks.compiled_decoder import Attention, CompiledDecoder, compiled_step, decoder_bytes
+from larosa.benchmarks.compiled_decoder import (
+    Attention,
+    CompiledDecoder,
+    compilation,
+    compiled_step,
+    decoder_bytes,
+)
 from larosa.benchmarks.decode import DENSE, LAROSA
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
@@ -34,7 +40,7 @@ from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
 from larosa.errors import LarosaError
-from larosa.progress import advance
+from larosa.progress import advance, track
 from larosa.sparsity.report import inspect_config
 
 COMPILED, TEAL = "compiled PyTorch", "TEAL's kernel in it"
@@ -43,8 +49,6 @@ COMPILED, TEAL = "compiled PyTorch", "TEAL's kernel in it"
 _ROUND = 32
 #: Tokens by which the faster of two ways is told.
 _TRIAL = 16
-#: Decoders that PyTorch may compile side by side, two for each sparsity; by itself it gives up after eight.
-_MOST_DECODERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ def measure_gpu_shape(
         shape: one of `larosa.benchmarks.shapes.SHAPES`.
         device: a GPU.
         sparsities: of LaRoSA's rows.
-        teal_sparsities: of the rows with TEAL's kernel, which take a minute to compile each.
+        teal_sparsities: of the rows with TEAL's kernel, which take a minute or two to compile each.
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
@@ -255,7 +259,8 @@ class _Rows:
 
     def _add_decoder(self, name: str, decoder: CompiledDecoder, sparsity: float) -> None:
         _fill_cache(decoder)
-        _, run = min((self._compiled(decoder, attention) for attention in decoder.attentions), key=itemgetter(0))
+        ways = track(decoder.attentions, f"Compiling: {name}")
+        _, run = min((self._compiled(decoder, attention) for attention in ways), key=itemgetter(0))
         dense = inspect_config(self._config)
         skipped = round(sparsity * dense.bytes_dense_total)
         self.add(name, sparsity, dense.bytes_dense_total - skipped + dense.head_bytes, run)
@@ -271,7 +276,7 @@ class _Rows:
             token.copy_(step(token, position))
             position.add_(1)
 
-        with torch._dynamo.config.patch(recompile_limit=_MOST_DECODERS):
+        with compilation():
             for _ in range(3):  # compiles, warms up and captures
                 run()
         trial = _Row("", 0.0, 0, run, [])
