@@ -90,7 +90,7 @@ def test_the_compiled_step_is_the_decoder(attention, capsys):
         for position in range(LENGTH):
             at = torch.tensor([position], device=DEVICE)
             assert torch.equal(step(token, at), decoder(token, at, attention).argmax(-1))
-    assert "utotune" not in capsys.readouterr().err.lower()
+    assert "autotune" not in capsys.readouterr().err.lower()
 
 
 def teal():

@@ -27,7 +27,6 @@ from larosa.sparsity import SiteSizes
 #: graphs copy everything else at each step.
 Products = Callable[[list[torch.Tensor], int, str], nn.Module]
 
-
 #: Decoders that may be compiled side by side, two for each sparsity; by itself PyTorch gives up after eight.
 _MOST_DECODERS = 64
 
