@@ -209,6 +209,7 @@ void team_sync(int team) {
 inline void __syncthreads() { emulator::wait_at(emulator::current->of->barrier); }
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int lanes) {
@@ -370,8 +371,8 @@ inline unsigned plus_below(unsigned x, int distance) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     return emulator::exchange(x, [=](const unsigned* all) { return lane < distance ? x : x + all[lane - distance]; });
 }
-inline float warp_sum(float x, int from = 1) {
-    for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+inline float warp_sum(float x, int from = 1, int below = 32) {
+    for (int lane = from; lane < below; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
     return x;
 }
 

@@ -18,7 +18,6 @@ constexpr int LANES = PARTS <= 1 ? 1 : PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <
 constexpr int GROUPS = THREADS / LANES;
 constexpr int STEP = 4;   // positions that a group works on at once
 constexpr int STEPS = 2;  // whose keys and values are in shared memory, or on their way there
-constexpr float LOG2_E = 1.44269504f;
 static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pieces of 16 bytes");
 
 using Packed = Pack<CACHE>;

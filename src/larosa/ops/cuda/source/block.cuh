@@ -15,10 +15,7 @@ struct Block {
         x = warp_sum(x);
         if (lane() == 0) sums[warp()] = x;
         __syncthreads();
-        x = sums[lane() % WARPS];
-#pragma unroll
-        for (int distance = 1; distance < WARPS; distance *= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
-        return x;
+        return warp_sum(sums[lane() % WARPS], 1, WARPS);
     }
 
     // The sum of what the warps before this one have in `totals`.

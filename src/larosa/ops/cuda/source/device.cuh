@@ -8,6 +8,7 @@
 #define DEVICE __device__ __forceinline__
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.44269504f;  // e^x is 2^(LOG2_E x)
 
 struct Half {
     unsigned short bits;
@@ -282,9 +283,9 @@ DEVICE unsigned plus_below(unsigned x, int distance) {
 
 // --- Sums in a fixed order, so that the same input gives the same bits.
 
-// Over the lanes of a warp whose numbers differ in the bits from `from` up: all get it.
-DEVICE float warp_sum(float x, int from = 1) {
-    for (int lane = from; lane < 32; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
+// Over the lanes of a warp whose numbers differ in the bits from `from` up to those below `below`: all get it.
+DEVICE float warp_sum(float x, int from = 1, int below = 32) {
+    for (int lane = from; lane < below; lane *= 2) x += __shfl_xor_sync(ALL_LANES, x, lane);
     return x;
 }
 

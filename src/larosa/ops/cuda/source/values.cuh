@@ -7,7 +7,7 @@
 // gate / (1 + exp(-gate)) * up, without a power that overflows and without branches: to within 1e-6 for gates down to
 // -10, and 7e-6 for all, because the exponent is rounded.
 DEVICE float silu_mul(float gate, float up) {
-    const float power = power_of_two(-1.44269504f * fabsf(gate));
+    const float power = power_of_two(-LOG2_E * fabsf(gate));
     return gate * ((gate < 0.0f ? power : 1.0f) * reciprocal(1.0f + power)) * up;
 }
 
