@@ -5,7 +5,7 @@
 folder a device.
 """
 
-from larosa.ops import attend, embed, greedy, linear, norm, select, top_k_linear  # declares the operators
+from larosa.ops import adapter, attend, embed, greedy, linear, norm, select, top_k_linear  # declares the operators
 from larosa.ops import backend as _gpu  # noqa: F401 - implements them
 from larosa.ops.cpu import kernels as _cpu  # noqa: F401 - implements them
 from larosa.ops.linear import column_major
@@ -13,6 +13,7 @@ from larosa.ops.threshold import drop_up_to
 from larosa.ops.top_k import keep_top_k
 
 __all__ = [
+    "adapter",
     "attend",
     "column_major",
     "drop_up_to",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from larosa.ops.adapter import adapt_reference
 from larosa.ops.cpu.pages import empty_on_huge_pages
 from larosa.ops.schema import define
 
@@ -18,7 +19,7 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
 
 @define(
     "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
-    "Tensor? adapter=None) -> Tensor"
+    "Tensor? adapter=None, Tensor? adapter_scale=None) -> Tensor"
 )
 def _sparse_linear(
     values: torch.Tensor,
@@ -27,6 +28,7 @@ def _sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _outputs(values, weights)
 
@@ -64,6 +66,7 @@ def sparse_linear_reference(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` of the vectors that have `values` at `indices` and are zero elsewhere.
 
@@ -77,6 +80,7 @@ def sparse_linear_reference(
         residual: [B, sum of N_i] like `values`, or None.
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. For a GPU's kernels alone, which want it column-major.
+        adapter_scale: [sum of N_i] of the weights' dtype, or None: the adapter is then int8 and added as `adapt` has it.
 
     Returns:
         [B, sum of N_i] like `values`.
@@ -87,7 +91,10 @@ def sparse_linear_reference(
     ]
     result = torch.cat([_outputs(values[:0], weights), *rows])  # cat of nothing is an error
     if residual is not None and adapter is not None:
-        residual = linear_reference(residual, [adapter], [None])
+        if adapter_scale is None:
+            residual = linear_reference(residual, [adapter], [None])
+        else:
+            residual = adapt_reference(residual, adapter, adapter_scale)
     return result if residual is None else residual + result
 
 

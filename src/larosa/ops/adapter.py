@@ -1,0 +1,32 @@
+"""The residual stream's way into another basis, by 8-bit numbers (paper, section 4.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from larosa.ops.schema import define
+
+#: How much more an entry's high digit counts than its low one.
+HIGH = 128.0
+
+
+@define("adapt(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+def _adapt(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def adapt_reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """scale * (W [x, 128 x_leading]): the first entries of x, which are the largest, have two digits each.
+
+    Args:
+        x: [..., D], of any float dtype.
+        weight: [N, D + leading] int8: for each output a low digit for every entry, then high digits for the first
+            `leading` of them.
+        scale: [N], of any float dtype.
+
+    Returns:
+        [..., N] like `x`.
+    """
+    leading = weight.shape[1] - x.shape[-1]
+    digits = torch.cat([x, HIGH * x[..., :leading]], dim=-1)
+    return digits @ weight.to(x.dtype).T * scale.to(x.dtype)
