@@ -50,6 +50,11 @@ class Rotation(StrEnum):
     BLOCK = "block"
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether the residual stream changes its basis on the way."""
+        return self in (Rotation.LAYER, Rotation.BLOCK)
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
@@ -60,8 +65,15 @@ class Rotation(StrEnum):
         An adapter carries the residual stream from one group's basis to the next. What does not divide evenly is
         left over at the beginning, as the first layers have the least in common with others.
         """
-        size = layers_per_rotation if self in (Rotation.LAYER, Rotation.BLOCK) else layers
+        size = layers_per_rotation if self.has_adapters else layers
         return [range(layers)[max(end - size, 0) : end] for end in range(layers, 0, -size)][::-1]
+
+
+class AdapterFormat(StrEnum):
+    """What adapters are stored as: the model's own dtype (`full`), or 8 bits and a scale an output (`int8`)."""
+
+    FULL = "full"
+    INT8 = "int8"
 
 
 class Covariance(StrEnum):
@@ -241,6 +253,7 @@ class LarosaConfig(_Block):
     thresholds: Thresholds | None = Field(default=None, validate_default=True)
     rotation: Rotation
     layers_per_rotation: int = 1
+    adapters: AdapterFormat = AdapterFormat.FULL
     covariance: Covariance | None = None
     rotation_objective: RotationObjective | None = None
     value_rotation: bool = False
@@ -267,6 +280,11 @@ class LarosaConfig(_Block):
     @classmethod
     def _check_layers_per_rotation(cls, value: int, info: ValidationInfo) -> int:
         return check_layers_per_rotation(value, info.data.get("rotation", Rotation.LAYER))
+
+    @field_validator("adapters")
+    @classmethod
+    def _check_adapters(cls, value: AdapterFormat, info: ValidationInfo) -> AdapterFormat:
+        return check_adapters(value, info.data.get("rotation", Rotation.LAYER))
 
     @field_validator("score")
     @classmethod
@@ -339,3 +357,14 @@ def check_layers_per_rotation(layers: int, rotation: Rotation = Rotation.LAYER) 
     if layers > 1 and rotation is not Rotation.LAYER:
         raise LarosaError(f"{layers} layers per rotation: only rotation 'layer' has a choice, '{rotation}' has none")
     return layers
+
+
+def check_adapters(adapters: AdapterFormat, rotation: Rotation) -> AdapterFormat:
+    """Return `adapters` if this rotation can have them stored so.
+
+    Raises:
+        LarosaError: it has none.
+    """
+    if adapters is not AdapterFormat.FULL and not rotation.has_adapters:
+        raise LarosaError(f"adapters '{adapters}': rotation '{rotation}' has none")
+    return adapters

@@ -36,7 +36,9 @@ from larosa.progress import track
 from larosa.rotation import (
     Adapters,
     LayerBases,
+    LayerFrames,
     UnitFisher,
+    connect,
     merge_bases,
     output_aware,
     principal_basis,
@@ -66,6 +68,7 @@ def convert(
     seed: int = 0,
     rotation: str | None = None,
     layers_per_rotation: int = 1,
+    adapters: str | None = None,
     covariance: str | None = None,
     rotation_objective: str | None = None,
     value_rotation: bool | None = None,
@@ -98,6 +101,8 @@ def convert(
         seed: of the calibration sample and of random rotations.
         rotation: `layer`, `block`, `model`, `random` or `none`.
         layers_per_rotation: of rotation `layer`, how many consecutive layers share one.
+        adapters: what takes the residual stream from one basis to the next is stored in the model's dtype (`full`) or
+            by 8-bit numbers (`int8`), whose rounding the weights make up for.
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
         rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
@@ -132,6 +137,7 @@ def convert(
         seed=seed,
         rotation=rotation,
         layers_per_rotation=layers_per_rotation,
+        adapters=adapters,
         covariance=covariance,
         rotation_objective=rotation_objective,
         value_rotation=value_rotation,
@@ -157,13 +163,14 @@ def convert(
     _untie(model, architecture)
     fisher = _fisher(model, architecture, settings, sequences, where)
     bases = _bases(model, architecture, settings, sequences, where, fisher)
+    frames = connect(bases, settings.adapters, architecture.embedding(model).weight.dtype)
     scores: list[dict[str, torch.Tensor]] | None = None
     if settings.score is Score.FISHER:
         scores = []
-        bases = _scored(bases, fisher, scores)
+        frames = _scored(frames, fisher, scores)
     layers = len(architecture.layers(model))
-    adapters = merge_bases(model, architecture, track(bases, "Merging bases", total=layers))
-    _adopt(model, family_of(architecture), block, adapters, scores)
+    stored = merge_bases(model, architecture, track(frames, "Merging bases", total=layers))
+    _adopt(model, family_of(architecture), block, stored, scores)
     if settings.search in _SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
         _SEARCHES[settings.search](model, architecture, block, sequences, search_log)
@@ -219,6 +226,7 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         alphas=settings.alphas,
         rotation=settings.rotation,
         layers_per_rotation=settings.layers_per_rotation,
+        adapters=settings.adapters,
         covariance=settings.covariance,
         rotation_objective=settings.rotation_objective,
         value_rotation=settings.value_rotation,
@@ -281,12 +289,12 @@ def _fisher(
 
 
 def _scored(
-    bases: Iterable[LayerBases], fisher: list[UnitFisher], scores: list[dict[str, torch.Tensor]]
-) -> Iterator[LayerBases]:
+    frames: Iterable[LayerFrames], fisher: list[UnitFisher], scores: list[dict[str, torch.Tensor]]
+) -> Iterator[LayerFrames]:
     """Pass the bases on, and note the scores of the sites in them."""
-    for basis, found in zip(bases, fisher, strict=True):
-        scores.append(found.scores(basis))
-        yield basis
+    for layer, found in zip(frames, fisher, strict=True):
+        scores.append(found.scores(layer))
+        yield layer
 
 
 def _bases(
@@ -366,9 +374,12 @@ def _adopt(
     family.adopt(model, block)
     for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=True):
         for name in ("attention", "residual"):
-            matrix = getattr(layer_adapters, name)
-            if matrix is not None:
-                getattr(layer, f"{name}_adapter").weight.copy_(matrix.T)
+            adapter = getattr(layer_adapters, name)
+            if adapter is not None:
+                module = getattr(layer, f"{name}_adapter")
+                module.weight.copy_(adapter.weight)
+                if adapter.scale is not None:
+                    module.scale.copy_(adapter.scale)
     set_scores(model, family.architecture, scores)
     model.eval().requires_grad_(False)
 

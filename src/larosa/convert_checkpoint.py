@@ -27,8 +27,6 @@ from larosa.sparsity.report import Sparsity, inspect_config
 _MEASURED_WINDOWS = 4
 _MEASURED_LENGTH = 512
 
-#: The searches that keep their points in a file.
-
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -125,11 +123,10 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> Non
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if config.tie_word_embeddings:
         needed += head.numel() * head.element_size()
-    sizes = SiteSizes.of(config)
-    added = sizes.adapter_weights(settings.rotation, settings.layers_per_rotation)
+    sizes, item = SiteSizes.of(config), head.element_size()
+    needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, settings.adapters, item)
     if settings.score.has_vectors:
-        added += sizes.score_entries
-    needed += added * head.element_size()
+        needed += sizes.score_entries * item
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise LarosaError(

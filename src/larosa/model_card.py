@@ -74,6 +74,7 @@ def model_card(
         "recipe": block.recipe,
         "rotation": block.rotation,
         "layers per rotation": block.layers_per_rotation if block.rotation is Rotation.LAYER else None,
+        "adapters": block.adapters if block.rotation.has_adapters else None,
         "covariance": block.covariance,
         "rotation objective": block.rotation_objective,
         "value heads rotated": "yes" if block.value_rotation else "no",

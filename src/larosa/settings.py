@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Self, TypeVar
 
 from larosa.config import (
+    AdapterFormat,
     Budget,
     CalibrationRecord,
     Compensation,
@@ -19,6 +20,7 @@ from larosa.config import (
     RotationObjective,
     Score,
     Search,
+    check_adapters,
     check_layers_per_rotation,
     check_sparsity,
 )
@@ -38,6 +40,7 @@ class Defaults:
     rotation_objective: RotationObjective
     value_rotation: bool
     score: Score
+    adapters: AdapterFormat
     rotation: Rotation = Rotation.LAYER
     num_sequences: int = 16
     sequence_length: int = 2048
@@ -53,6 +56,7 @@ RECIPES = {
         rotation_objective=RotationObjective.INPUTS,
         value_rotation=False,
         score=Score.MAGNITUDE,
+        adapters=AdapterFormat.FULL,
     ),
     Recipe.BEST: Defaults(
         budget=Budget.WEIGHTS,
@@ -62,6 +66,7 @@ RECIPES = {
         rotation_objective=RotationObjective.FISHER,
         value_rotation=True,
         score=Score.FISHER,
+        adapters=AdapterFormat.INT8,
     ),
 }
 
@@ -97,6 +102,7 @@ class Settings:
     budget: Budget
     rotation: Rotation
     layers_per_rotation: int
+    adapters: AdapterFormat
     covariance: Covariance | None
     rotation_objective: RotationObjective | None
     value_rotation: bool
@@ -128,6 +134,7 @@ class Settings:
         seed: int = 0,
         rotation: str | None = None,
         layers_per_rotation: int = 1,
+        adapters: str | None = None,
         covariance: str | None = None,
         rotation_objective: str | None = None,
         value_rotation: bool | None = None,
@@ -155,6 +162,9 @@ class Settings:
         )
         if not chosen_rotation.is_calibrated:  # the controls are to be free of calibration, unless a part is asked for
             defaults = replace(defaults, value_rotation=False, score=_uncalibrated(defaults.score))
+        if not chosen_rotation.has_adapters:
+            defaults = replace(defaults, adapters=AdapterFormat.FULL)
+        chosen_adapters = _choose(AdapterFormat, adapters or defaults.adapters, "adapters")
         if value_rotation is None:
             value_rotation = defaults.value_rotation
         chosen_score = _choose(Score, score or defaults.score, "score")
@@ -209,6 +219,7 @@ class Settings:
             budget=chosen_budget,
             rotation=chosen_rotation,
             layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
+            adapters=check_adapters(chosen_adapters, chosen_rotation),
             covariance=chosen_covariance if applicable.rotation else None,
             rotation_objective=chosen_objective if applicable.rotation else None,
             value_rotation=value_rotation,

@@ -15,6 +15,8 @@ from larosa.benchmarks.checkpoints import load_alike
 from larosa.benchmarks.machine import machine
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
+    DEFAULT_LAYOUT,
+    AdapterLayout,
     cache_bytes,
     check_room,
     random_model,
@@ -24,7 +26,7 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import check_layers_per_rotation, check_sparsity
+from larosa.config import check_sparsity
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
@@ -55,7 +57,7 @@ def measure_shape(
     dtype: torch.dtype = torch.bfloat16,
     layers: int | None = None,
     vocab_size: int | None = None,
-    layers_per_rotation: int = 1,
+    layout: AdapterLayout = DEFAULT_LAYOUT,
     prompt_tokens: int = 128,
     tokens: int = 64,
 ) -> DecodeBenchmark:
@@ -67,7 +69,7 @@ def measure_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
-        layers_per_rotation: LaRoSA's layers that share a basis, without an adapter between them.
+        layout: where LaRoSA's adapters are, and how they are stored.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
 
@@ -75,13 +77,13 @@ def measure_shape(
         LarosaError: unknown shape, bad option, or too little memory.
     """
     return measure_config(
-        shape_name(shape, layers, layers_per_rotation),
+        shape_name(shape, layers, layout),
         shape_config(shape, layers=layers, vocab_size=vocab_size),
         sparsities,
         dtype=dtype,
         prompt_tokens=prompt_tokens,
         tokens=tokens,
-        layers_per_rotation=layers_per_rotation,
+        layout=layout,
     )
 
 
@@ -93,19 +95,18 @@ def measure_config(
     dtype: torch.dtype,
     prompt_tokens: int,
     tokens: int,
-    layers_per_rotation: int = 1,
+    layout: AdapterLayout = DEFAULT_LAYOUT,
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
-    check_layers_per_rotation(layers_per_rotation)
     check_counts(prompt_tokens, tokens)
-    sparse = weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
-    check_room(weight_bytes(config, dtype, sparse=False) + sparse_copies(sparsities) * sparse, device)
+    sparse = weight_bytes(config, dtype, layout)
+    check_room(weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse, device)
     subjects = _Subjects(name, prompt_tokens, tokens)
     subjects.add_dense(random_model(config, dtype, device))
-    for _, model in sparse_models(config, dtype, device, sparsities, layers_per_rotation):
+    for _, model in sparse_models(config, dtype, device, sparsities, layout):
         subjects.add(LAROSA, model)
     return subjects.measure()
 

@@ -26,6 +26,8 @@ from larosa.benchmarks.decode import DENSE, LAROSA
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
+    DEFAULT_LAYOUT,
+    AdapterLayout,
     cache_bytes,
     check_room,
     random_model,
@@ -35,7 +37,7 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import check_layers_per_rotation, check_sparsity
+from larosa.config import check_sparsity
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
@@ -73,7 +75,7 @@ def measure_gpu_shape(
     dtype: torch.dtype = torch.float16,
     layers: int | None = None,
     vocab_size: int | None = None,
-    layers_per_rotation: int = 1,
+    layout: AdapterLayout = DEFAULT_LAYOUT,
     prompt_tokens: int = 128,
     tokens: int = 256,
     compiled: bool = True,
@@ -88,7 +90,7 @@ def measure_gpu_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
-        layers_per_rotation: LaRoSA's layers that share a basis, without an adapter between them.
+        layout: where LaRoSA's adapters are, and how they are stored.
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
@@ -97,14 +99,14 @@ def measure_gpu_shape(
         LarosaError: unknown shape, bad option, or too little memory.
     """
     return measure_gpu_config(
-        shape_name(shape, layers, layers_per_rotation),
+        shape_name(shape, layers, layout),
         shape_config(shape, layers=layers, vocab_size=vocab_size),
         sparsities,
         device=device,
         dtype=dtype,
         prompt_tokens=prompt_tokens,
         tokens=tokens,
-        layers_per_rotation=layers_per_rotation,
+        layout=layout,
         teal_sparsities=teal_sparsities,
         compiled=compiled,
     )
@@ -119,19 +121,18 @@ def measure_gpu_config(
     dtype: torch.dtype,
     prompt_tokens: int,
     tokens: int,
-    layers_per_rotation: int = 1,
+    layout: AdapterLayout = DEFAULT_LAYOUT,
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
 ) -> GpuDecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
-    check_layers_per_rotation(layers_per_rotation)
     check_counts(prompt_tokens, tokens)
     teal_sparsities = teal_sparsities if compiled else ()
     rows = _Rows(name, config, device, dtype, prompt_tokens, tokens)
-    sparse = weight_bytes(config, dtype, sparse=True, layers_per_rotation=layers_per_rotation)
-    weights = weight_bytes(config, dtype, sparse=False) + sparse_copies(sparsities) * sparse
+    sparse = weight_bytes(config, dtype, layout)
+    weights = weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse
     check_room(rows.bytes_needed(compiled + len(teal_sparsities), 1 + len(sparsities)) + weights, device)
     with torch.cuda.device(device):  # streams and events are the current device's
         if compiled:
@@ -140,7 +141,7 @@ def measure_gpu_config(
             rows.add_teal(sparsity)
         dense = random_model(config, dtype, device)
         rows.add_engine(DENSE, dense, Engine(dense, rows.length))
-        for _, model in sparse_models(config, dtype, device, sparsities, layers_per_rotation):
+        for _, model in sparse_models(config, dtype, device, sparsities, layout):
             rows.add_engine(LAROSA, model, Engine(model, rows.length))
         return rows.measure()
 

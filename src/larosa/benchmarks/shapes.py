@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,22 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from larosa.architectures import Heads, find_architecture
-from larosa.config import Budget, LarosaConfig, PerSite, Recipe, Rotation, Score, Search
+from larosa.config import (
+    AdapterFormat,
+    Budget,
+    LarosaConfig,
+    PerSite,
+    Recipe,
+    Rotation,
+    Score,
+    Search,
+    check_layers_per_rotation,
+)
 from larosa.demo import bundled_model
 from larosa.errors import LarosaError
 from larosa.memory import available_memory, release_memory
-from larosa.models import family_of, set_keep_counts
+from larosa.models import Int8Adapter, family_of, set_keep_counts
+from larosa.rotation import int8_adapter
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.version import __version__
 
@@ -98,19 +110,36 @@ def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None
     return config
 
 
-def shape_name(name: str, layers: int | None, layers_per_rotation: int) -> str:
-    """What rows call a shape: its name, and what differs from the whole shape with a rotation a layer."""
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Where a random model has adapters, after so many layers each, and how it stores them; by default as `convert`."""
+
+    layers_per_rotation: int = 1
+    adapters: AdapterFormat = AdapterFormat.INT8
+
+    def __post_init__(self) -> None:
+        check_layers_per_rotation(self.layers_per_rotation)
+
+
+DEFAULT_LAYOUT = AdapterLayout()
+
+
+def shape_name(name: str, layers: int | None, layout: AdapterLayout) -> str:
+    """What rows call a shape: its name, and what differs from the whole shape as it is converted by default."""
     cut = "" if layers is None else f", {layers} layers"
-    return name + cut + ("" if layers_per_rotation == 1 else f", {layers_per_rotation} layers per rotation")
+    shared = "" if layout.layers_per_rotation == 1 else f", {layout.layers_per_rotation} layers per rotation"
+    return name + cut + shared + ("" if layout.adapters is AdapterFormat.INT8 else f", {layout.adapters} adapters")
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, *, sparse: bool, layers_per_rotation: int = 1) -> int:
-    """What the weights of a dense or sparsified model of this configuration take."""
+def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None = None) -> int:
+    """What the weights of a model of this configuration take, which is sparsified if it has adapters."""
     sizes = SiteSizes.of(config)
-    tables = 1 if config.tie_word_embeddings and not sparse else 2
+    tables = 1 if config.tie_word_embeddings and layout is None else 2
     elements = sizes.linear_weights + tables * sizes.vocabulary * sizes.hidden
-    adapters = sizes.adapter_weights(Rotation.LAYER, layers_per_rotation) if sparse else 0
-    return (elements + adapters) * dtype.itemsize
+    weights = elements * dtype.itemsize
+    if layout is None:
+        return weights
+    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, layout.adapters, dtype.itemsize)
 
 
 def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
@@ -149,13 +178,13 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def random_sparse_model(
-    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, *, layers_per_rotation: int = 1
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, *, layout: AdapterLayout = DEFAULT_LAYOUT
 ) -> Any:
-    """The same as LaRoSA converts it: an adapter between each two rotations, a score at each site. Keeps everything."""
+    """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layers_per_rotation))
+        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layout))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -166,7 +195,11 @@ def sparse_copies(sparsities: tuple[float, ...]) -> int:
 
 
 def sparse_models(
-    config: Any, dtype: torch.dtype, device: torch.device, sparsities: tuple[float, ...], layers_per_rotation: int = 1
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    sparsities: tuple[float, ...],
+    layout: AdapterLayout = DEFAULT_LAYOUT,
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
@@ -174,9 +207,9 @@ def sparse_models(
     reads by rows, so that 0 has a model of its own.
     """
     if 0.0 in sparsities:
-        whole = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
+        whole = random_sparse_model(config, dtype, device, layout=layout)
     if any(sparsities):
-        shared = random_sparse_model(config, dtype, device, layers_per_rotation=layers_per_rotation)
+        shared = random_sparse_model(config, dtype, device, layout=layout)
     for sparsity in sparsities:
         if sparsity > 0:
             set_sparsity(shared, sparsity)
@@ -185,13 +218,14 @@ def sparse_models(
 
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Let a sparsified random model skip another fraction of its weights."""
-    block = _block(model.config, sparsity, LarosaConfig.parse(model.config.larosa).layers_per_rotation)
+    now = LarosaConfig.parse(model.config.larosa)
+    block = _block(model.config, sparsity, AdapterLayout(now.layers_per_rotation, now.adapters))
     assert block.keep is not None, "method larosa counts"
     set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
     model.config.larosa = block.model_dump(mode="json")
 
 
-def _block(config: Any, sparsity: float, layers_per_rotation: int) -> LarosaConfig:
+def _block(config: Any, sparsity: float, layout: AdapterLayout) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -199,7 +233,8 @@ def _block(config: Any, sparsity: float, layers_per_rotation: int) -> LarosaConf
         budget=Budget.WEIGHTS,
         keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
         rotation=Rotation.LAYER,
-        layers_per_rotation=layers_per_rotation,
+        layers_per_rotation=layout.layers_per_rotation,
+        adapters=layout.adapters,
         score=Score.WEIGHTS,
         search=Search.NONE,
     )
@@ -210,9 +245,27 @@ def _fill(model: Any, seed: int) -> None:
     """Fill every parameter: norm gains and scores with numbers near 1, the rest with columns of length about 1."""
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(_BLOCK, generator=generator)
+    adapters = [module for module in model.modules() if isinstance(module, Int8Adapter)]
+    of_adapters = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     for weight in model.parameters():
+        if id(weight) in of_adapters:
+            continue
         matrix = weight.dim() > 1
         numbers = block / math.sqrt(weight.shape[1]) if matrix else 1 + 0.1 * block
         numbers = numbers.to(weight)
         for piece in weight.view(-1).split(_BLOCK):
             piece.copy_(numbers[: len(piece)])
+    _fill_adapters(adapters, generator)
+
+
+def _fill_adapters(adapters: list[Int8Adapter], generator: torch.Generator) -> None:
+    """One random matrix for all."""
+    if not adapters:
+        return
+    width = len(adapters[0].scale)
+    R = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    stored = int8_adapter(R, torch.float32)
+    assert stored.scale is not None, "8-bit adapters have scales"
+    for adapter in adapters:
+        adapter.weight.copy_(stored.weight)
+        adapter.scale.copy_(stored.scale)

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
 from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_shape
+from larosa.benchmarks.shapes import DEFAULT_LAYOUT, AdapterLayout
 from larosa.checkpoint import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
+from larosa.config import AdapterFormat
 from larosa.errors import LarosaError
 
 
@@ -28,6 +30,9 @@ def decode(
     layers: Annotated[int | None, typer.Option(help="Only so many layers of --shape.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
     layers_per_rotation: Annotated[int, typer.Option(help="Layers of --shape that share a rotation.")] = 1,
+    adapters: Annotated[
+        AdapterFormat, typer.Option(help="How --shape stores what leads from rotation to rotation.")
+    ] = AdapterFormat.INT8,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
@@ -41,8 +46,9 @@ def decode(
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
-    if shape is None and (layers is not None or vocab_size is not None or layers_per_rotation != 1):
-        raise LarosaError("--layers, --vocab-size and --layers-per-rotation are for --shape")
+    layout = AdapterLayout(layers_per_rotation, adapters)
+    if shape is None and (layers is not None or vocab_size is not None or layout != DEFAULT_LAYOUT):
+        raise LarosaError("--layers, --vocab-size, --layers-per-rotation and --adapters are for --shape")
     where = find_device(device)
     options.check_json_file(json)
     if threads is not None:
@@ -56,8 +62,7 @@ def decode(
             _show(measure_checkpoints(checkpoints or [], **settings), json)
         return
     fractions = options.numbers("--sparsity", sparsity, float, "fractions separated by commas, 0.25,0.5")
-    settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size}
-    settings |= {"layers_per_rotation": layers_per_rotation}
+    settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size, "layout": layout}
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":

@@ -11,6 +11,7 @@ from rich.table import Table
 from larosa.cli import options
 from larosa.cli.options import console
 from larosa.config import (
+    AdapterFormat,
     Budget,
     Compensation,
     Covariance,
@@ -43,6 +44,10 @@ def convert(
     seed: options.Seed = 0,
     rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
     layers_per_rotation: Annotated[int, typer.Option(help="Layers that share a rotation of --rotation layer.")] = 1,
+    adapters: Annotated[
+        AdapterFormat | None,
+        typer.Option(help="Store adapters between rotations in full, or by 8-bit numbers."),
+    ] = None,
     covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
     rotation_objective: Annotated[
         RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what it does.")
@@ -95,6 +100,7 @@ def convert(
         seed=seed,
         rotation=rotation,
         layers_per_rotation=layers_per_rotation,
+        adapters=adapters,
         covariance=covariance,
         rotation_objective=rotation_objective,
         value_rotation=value_rotation,

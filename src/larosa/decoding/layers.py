@@ -14,7 +14,7 @@ from torch import nn
 
 from larosa.architectures import Architecture
 from larosa.decoding.cache import KeyValueCache
-from larosa.models import Selector, Threshold, TopK, selectors
+from larosa.models import Int8Adapter, Selector, Threshold, TopK, selectors
 from larosa.ops import column_major
 from larosa.ops.select import Selection
 
@@ -103,11 +103,11 @@ class Site:
     swiglu: bool = False
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: torch.Tensor | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
     ) -> torch.Tensor:
         """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from.
 
-        The residual goes through an adapter [N, D] first where there is one, for which columns must be listed.
+        The residual goes through an adapter first where there is one, for which columns must be listed.
         """
         if self.fused is not None and adapter is None:
             return self.fused.product(x, self, residual)
@@ -121,7 +121,8 @@ class Site:
                 by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
                 return by_rows
             indices = self.every
-        by_columns: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual, adapter)
+        along = () if adapter is None else (adapter.weight, adapter.scale)
+        by_columns: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual, *along)
         return by_columns
 
 
@@ -163,10 +164,20 @@ class Adapter:
 
     Attention and MLP write into that basis by themselves. So on a GPU the weight stands by columns, and the product
     that ends the branch takes it `along`: it is read while that product's entries are still being selected.
+    With a scale the weight is int8, for `torch.ops.larosa.adapt`.
     """
 
     weight: torch.Tensor
+    scale: torch.Tensor | None
     along: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, D] in the basis behind it, by rows."""
+        if self.scale is None:
+            in_full: torch.Tensor = _ops.linear(x, [self.weight], [None])
+            return in_full
+        adapted: torch.Tensor = _ops.adapt(x, self.weight, self.scale)
+        return adapted
 
 
 @dataclass(frozen=True)
@@ -194,14 +205,11 @@ class DecodeLayer:
         return self.h4(self.h3(middle), *carried)
 
 
-def _carried(x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _carried(x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor, Adapter | None]:
     """The residual of a branch that starts from x, and the adapter that its last product takes along, if any."""
     if adapter is None:
         return x, None
-    if adapter.along:
-        return x, adapter.weight
-    carried: torch.Tensor = _ops.linear(x, [adapter.weight], [None])
-    return carried, None
+    return (x, adapter) if adapter.along else (adapter(x), None)
 
 
 def read_layers(
@@ -272,7 +280,7 @@ def _every_column(linear: nn.Linear) -> torch.Tensor | None:
     return None if device.type == "cpu" else torch.arange(linear.in_features, dtype=torch.int32, device=device)[None]
 
 
-def _lay_out(linear: nn.Linear, by_columns: bool) -> None:
+def _lay_out(linear: nn.Linear | Int8Adapter, by_columns: bool) -> None:
     linear.weight.data = column_major(linear.weight.data) if by_columns else linear.weight.data.contiguous()
 
 
@@ -308,9 +316,9 @@ def _attention(
 
 
 def _adapter(layer: nn.Module, name: str) -> Adapter | None:
-    linear = getattr(layer, name, None)
-    if linear is None:
+    module = getattr(layer, name, None)
+    if module is None:
         return None
-    along = linear.weight.device.type != "cpu"
-    _lay_out(linear, by_columns=along)
-    return Adapter(linear.weight.data, along)
+    along = module.weight.device.type != "cpu"
+    _lay_out(module, by_columns=along)
+    return Adapter(module.weight.data, own(getattr(module, "scale", None)), along)

@@ -2,6 +2,7 @@
 
 from larosa.models.families import Family, family_of, register_families
 from larosa.models.modules import (
+    Int8Adapter,
     SparseActivation,
     SparseLinear,
     column_norms,
@@ -16,6 +17,7 @@ register_families()
 
 __all__ = [
     "Family",
+    "Int8Adapter",
     "Selector",
     "SparseActivation",
     "SparseLinear",

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import GATE, KeepCounts, LarosaConfig, Rotation
+from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Rotation
 from larosa.errors import LarosaError
 from larosa.models.selectors import Selector, TopK, make_selector
+from larosa.ops.adapter import adapt_reference, leading_entries
 
 
 class SparseLinear(nn.Linear):
@@ -39,6 +40,20 @@ class SparseActivation(nn.Module):
         return sparse
 
 
+class Int8Adapter(nn.Module):
+    """A residual adapter of 8-bit numbers: `adapt_reference` with these parameters, which are not trained."""
+
+    def __init__(self, width: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        digits = torch.empty(width, width + leading_entries(width), dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(digits, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(width, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] in the next coordinates."""
+        return adapt_reference(x, self.weight, self.scale)
+
+
 class SparseDecoderLayer(nn.Module):
     """Forward pass of a sparsified decoder layer (paper, Figure 2), mixed into the family's own class.
 
@@ -51,8 +66,8 @@ class SparseDecoderLayer(nn.Module):
     architecture: Architecture
     h1: nn.Module
     h3: nn.Module
-    attention_adapter: nn.Linear | None
-    residual_adapter: nn.Linear | None
+    attention_adapter: nn.Linear | Int8Adapter | None
+    residual_adapter: nn.Linear | Int8Adapter | None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One layer over hidden_states [batch, positions, D]; other arguments go to the attention."""
@@ -64,7 +79,7 @@ class SparseDecoderLayer(nn.Module):
         return _carried(hidden_states, self.residual_adapter) + mlp_output
 
 
-def _carried(hidden_states: torch.Tensor, adapter: nn.Linear | None) -> torch.Tensor:
+def _carried(hidden_states: torch.Tensor, adapter: nn.Module | None) -> torch.Tensor:
     """The residual stream in the basis behind an adapter."""
     if adapter is None:
         return hidden_states
@@ -110,8 +125,9 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
             if isinstance(selector, TopK):
                 _check_count(selector.k, weight.shape[1], site, index)
             _PLACES[site].put(architecture, layer, site, selector)
-        layer.attention_adapter = _adapter(layer, architecture) if config.rotation is Rotation.BLOCK else None
-        layer.residual_adapter = _adapter(layer, architecture) if index in before_change else None
+        adapts = config.rotation is Rotation.BLOCK
+        layer.attention_adapter = _adapter(layer, architecture, config.adapters) if adapts else None
+        layer.residual_adapter = _adapter(layer, architecture, config.adapters) if index in before_change else None
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:
@@ -162,8 +178,10 @@ _PLACES = {
 }
 
 
-def _adapter(layer: nn.Module, architecture: Architecture) -> nn.Linear:
+def _adapter(layer: nn.Module, architecture: Architecture, adapters: AdapterFormat) -> nn.Linear | Int8Adapter:
     like = architecture.linears(layer, "h2")[0].weight
+    if adapters is AdapterFormat.INT8:
+        return Int8Adapter(len(like), device=like.device, dtype=like.dtype)
     return nn.Linear(len(like), len(like), bias=False, device=like.device, dtype=like.dtype)
 
 

@@ -9,6 +9,13 @@ from larosa.ops.schema import define
 #: How much more an entry's high digit counts than its low one.
 HIGH = 128.0
 
+_LEADING_STEP = 16
+
+
+def leading_entries(width: int) -> int:
+    """How many of a stream's first entries, which hold most of its length, have two digits: about a sixteenth."""
+    return min(width, _LEADING_STEP * -(-width // (16 * _LEADING_STEP)))
+
 
 @define("adapt(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 def _adapt(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

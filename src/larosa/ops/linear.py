@@ -80,7 +80,7 @@ def sparse_linear_reference(
         residual: [B, sum of N_i] like `values`, or None.
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. For a GPU's kernels alone, which want it column-major.
-        adapter_scale: [sum of N_i] of the weights' dtype, or None: the adapter is then int8 and added as `adapt` has it.
+        adapter_scale: [sum of N_i] of any float dtype, or None: the adapter is then int8, and used as `adapt` has it.
 
     Returns:
         [B, sum of N_i] like `values`.

@@ -8,7 +8,7 @@ import torch
 
 from larosa.architectures import Architecture, Heads
 from larosa.calibration import LayerFisher
-from larosa.rotation.bases import LayerBases
+from larosa.rotation.adapters import LayerFrames
 
 
 class UnitFisher:
@@ -42,20 +42,21 @@ class UnitFisher:
         heads = self._heads
         return self._read().h2.to(self._device).unflatten(0, (heads.keys, heads.group)).mean(1)
 
-    def scores(self, bases: LayerBases) -> dict[str, torch.Tensor]:
-        """For each site the square root of H's diagonal in `bases`, [width] float64.
+    def scores(self, frames: LayerFrames) -> dict[str, torch.Tensor]:
+        """For each site the square root of H's diagonal in the coordinates of `frames`, [width] float64.
 
         An entry's square times its score's square is, but for a factor of 2, the divergence that its loss causes.
         """
         squares = {"h4": self._read().h4}
-        for site, Q in (("h1", bases.attention), ("h3", bases.mlp)):
+        for site, frame in (("h1", frames.attention), ("h3", frames.mlp)):
             # Without a rotation the norm's gain stays where it is, on the activation's side.
-            squares[site] = getattr(self._read(), site).diagonal() if Q is None else _diagonal(self.unit(site), Q)
+            H = getattr(self._read(), site)
+            squares[site] = H.diagonal() if frame is None else _diagonal(self.unit(site), frame.dual)
         h2 = self._read().h2.to(self._device)
-        if bases.values is None:
+        if frames.values is None:
             squares["h2"] = h2.diagonal(dim1=-2, dim2=-1).flatten()
         else:
-            squares["h2"] = _diagonal(h2, bases.values.repeat_interleave(self._heads.group, 0)).flatten()
+            squares["h2"] = _diagonal(h2, frames.values.repeat_interleave(self._heads.group, 0)).flatten()
         return {site: square.clamp_min(0).sqrt() for site, square in squares.items()}
 
 

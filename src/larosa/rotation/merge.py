@@ -13,7 +13,7 @@ from torch import nn
 
 from larosa.architectures import Architecture, Heads
 from larosa.errors import LarosaError
-from larosa.rotation.bases import LayerBases
+from larosa.rotation.adapters import Adapter, Frame, LayerFrames
 
 
 @dataclass
@@ -21,31 +21,31 @@ class Adapters:
     """The residual adapters of one decoder layer (paper, section 4.2), each R [D, D] for x <- x R + f(x).
 
     `attention` carries the residual stream past the attention (rotation level `block` only), `residual` past the
-    MLP. What these add is merged into the basis behind the adapter, so that x R waits for neither.
+    MLP. What these add is merged into the coordinates behind the adapter, so that x R waits for neither.
     """
 
-    attention: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
+    attention: Adapter | None = None
+    residual: Adapter | None = None
 
 
 #: Rows or columns converted and checked at a time, so that a large vocabulary needs no float64 copy of itself.
 _PIECE = 8192
 
 
-def merge_bases(model: Any, architecture: Architecture, bases: Iterable[LayerBases]) -> list[Adapters]:
+def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFrames]) -> list[Adapters]:
     """Rotate `model` in place into the given bases, one set a layer, first layer first.
 
-    `bases` may be a generator that still runs the model: layer l is changed only after its bases have
-    been drawn, and layers after it not yet. Its MLP writes into the basis of layer l + 1 and so is finished one
+    `frames` (see `connect`) may be a generator that still runs the model: layer l is changed only after its bases have
+    been drawn, and layers after it not yet. Its MLP writes into the coordinates of layer l + 1 and so is finished one
     draw later. The embedding is changed last for the same reason. Where the residual stream is not rotated,
     the norms keep their gains.
 
     Args:
         model: a dense causal language model whose head is not tied to its embedding.
-        bases: as many sets as the model has layers.
+        frames: as many sets as the model has layers.
 
     Returns:
-        Each layer's residual adapters, on the CPU in the model's dtype; None where both sides share a basis.
+        Each layer's residual adapters, on the CPU; None where both sides share a basis.
 
     Raises:
         LarosaError: a weight holds NaN or Inf.
@@ -53,49 +53,49 @@ def merge_bases(model: Any, architecture: Architecture, bases: Iterable[LayerBas
     layers = architecture.layers(model)
     heads = Heads.of(model.config)
     adapters = [Adapters() for _ in layers]
-    first = previous = None
-    for index, (layer, basis) in enumerate(zip(layers, bases, strict=True)):
-        _merge_layer(layer, index, architecture, basis, heads)
-        dtype = architecture.linears(layer, "h2")[0].weight.dtype
-        adapters[index].attention = _adapter(basis.attention, basis.mlp, dtype)
-        if previous is not None:
-            _merge_output(layers[index - 1], index - 1, architecture, "h4", basis.attention)
-            adapters[index - 1].residual = _adapter(previous.mlp, basis.attention, dtype)
-        first = first or basis
-        previous = basis
+    first = last = None
+    for index, (layer, frame) in enumerate(zip(layers, frames, strict=True)):
+        _merge_layer(layer, index, architecture, frame, heads)
+        adapters[index].attention = _kept(frame.between)
+        if index > 0:
+            _merge_output(layers[index - 1], index - 1, architecture, "h4", frame.attention)
+            adapters[index - 1].residual = _kept(frame.before)
+        first = first or frame
+        last = frame
     assert first is not None, "a model has at least one layer"
-    assert previous is not None
-    _merge_output(layers[-1], len(layers) - 1, architecture, "h4", previous.mlp)
+    assert last is not None
+    _merge_output(layers[-1], len(layers) - 1, architecture, "h4", last.mlp)
     if first.attention is not None:
         embedding, head = architecture.embedding(model), architecture.head(model)
         norm = architecture.final_norm(model)
-        _merge(embedding.weight, None, first.attention, "the embedding")
-        _merge(head.weight, None, _folded(norm, previous.mlp), "the language-model head")
+        _merge(embedding.weight, None, first.attention.vectors, "the embedding")
+        _merge(head.weight, None, _folded(norm, last.mlp), "the language-model head")
         _reset_gain(norm)
     return adapters
 
 
-def _adapter(before: torch.Tensor | None, after: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if before is None or after is None or before is after:
+def _kept(adapter: Adapter | None) -> Adapter | None:
+    """The same on the CPU."""
+    if adapter is None:
         return None
-    return (before.T @ after).to("cpu", dtype)
+    return Adapter(adapter.weight.cpu(), None if adapter.scale is None else adapter.scale.cpu())
 
 
-def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, basis: LayerBases, heads: Heads) -> None:
-    """All of a layer but what its MLP writes, which is in the next layer's basis."""
+def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, frame: LayerFrames, heads: Heads) -> None:
+    """All of a layer but what its MLP writes, which is in the next layer's coordinates."""
     # As one matrix each: of all values, and of what the query heads make of them.
     values = mixed = None
-    if basis.values is not None:
-        values = torch.block_diag(*basis.values)
-        mixed = torch.block_diag(*basis.values.repeat_interleave(heads.group, 0))
-    for site, Q in (("h1", basis.attention), ("h3", basis.mlp)):
+    if frame.values is not None:
+        values = torch.block_diag(*frame.values)
+        mixed = torch.block_diag(*frame.values.repeat_interleave(heads.group, 0))
+    for site, read in (("h1", frame.attention), ("h3", frame.mlp)):
         norm = architecture.norm(layer, site)
         for linear in architecture.linears(layer, site):
             left = values if linear is architecture.value(layer) else None
-            _merge_linear(linear, left, _folded(norm, Q), f"layer {index}, site {site}")
-        if Q is not None:
+            _merge_linear(linear, left, _folded(norm, read), f"layer {index}, site {site}")
+        if read is not None:
             _reset_gain(norm)
-    _merge_output(layer, index, architecture, "h2", basis.mlp, mixed)
+    _merge_output(layer, index, architecture, "h2", frame.mlp, mixed)
 
 
 def _merge_output(
@@ -103,17 +103,17 @@ def _merge_output(
     index: int,
     architecture: Architecture,
     site: str,
-    after: torch.Tensor | None,
+    after: Frame | None,
     right: torch.Tensor | None = None,
 ) -> None:
-    """What a layer adds to the residual stream at h2 or h4, into the basis that the stream is in `after` it."""
+    """What a layer adds to the residual stream at h2 or h4, into the coordinates that the stream has `after` it."""
     for linear in architecture.linears(layer, site):
-        _merge_linear(linear, after, right, f"layer {index}, site {site}")
+        _merge_linear(linear, None if after is None else after.vectors, right, f"layer {index}, site {site}")
 
 
-def _folded(norm: Any, Q: torch.Tensor | None) -> torch.Tensor | None:
-    """diag(gain) Q."""
-    return None if Q is None else norm.weight.to(Q)[:, None] * Q
+def _folded(norm: Any, frame: Frame | None) -> torch.Tensor | None:
+    """diag(gain) P^-T: what a reader behind the norm is multiplied with."""
+    return None if frame is None else norm.weight.to(frame.dual)[:, None] * frame.dual
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ class Sparsity:
     """The three numbers every report states.
 
     Nominal p, the fraction of the decoder linears' weights that a token does not read, and the same less
-    the residual adapters that every token reads in addition. With Top-K the second is exact for every
-    token; with thresholds it is the mean over the calibration tokens, and what other tokens skip has to
-    be measured (`Evaluation.actual_sparsity`).
+    the residual adapters that every token reads in addition, counted by their bytes. With Top-K the
+    second is exact for every token; with thresholds it is the mean over the calibration tokens, and what
+    other tokens skip has to be measured (`Evaluation.actual_sparsity`).
     """
 
     nominal: float
@@ -87,10 +87,15 @@ def sparsity_of(config: Any) -> Sparsity:
     block = _block(config)
     if block is None:
         return Sparsity(0.0, 0.0, 0.0)
-    sizes = SiteSizes.of(config)
+    sizes, item = SiteSizes.of(config), _element_size(config)
     skipped = sizes.skipped_weights(_dropped_entries(block, sizes))
-    net = skipped - sizes.adapter_weights(block.rotation, block.layers_per_rotation)
+    net = skipped - sizes.adapter_bytes(block.rotation, block.layers_per_rotation, block.adapters, item) / item
     return Sparsity(block.sparsity, skipped / sizes.linear_weights, net / sizes.linear_weights)
+
+
+def _element_size(config: Any) -> int:
+    size: int = (config.dtype or torch.float32).itemsize
+    return size
 
 
 def _dropped_entries(block: LarosaConfig, sizes: SiteSizes) -> dict[str, list[float]]:
@@ -106,7 +111,7 @@ def inspect_config(config: Any) -> Inspection:
     """Everything that follows from a dense or converted model's configuration."""
     block = _block(config)
     sizes = SiteSizes.of(config)
-    item = (config.dtype or torch.float32).itemsize
+    item = _element_size(config)
     dropped = {} if block is None else _dropped_entries(block, sizes)
     sites = []
     for layer in range(sizes.layers):
@@ -126,7 +131,10 @@ def inspect_config(config: Any) -> Inspection:
                     bytes_sparse=round((width - drops) * outputs) * item,
                 )
             )
-    adapters = 0 if block is None else sizes.adapter_weights(block.rotation, block.layers_per_rotation)
+    adapters = adapter_bytes = 0
+    if block is not None:
+        stored = block.rotation, block.layers_per_rotation, block.adapters
+        adapters, adapter_bytes = sizes.adapter_weights(*stored), sizes.adapter_bytes(*stored, item)
     scores = sizes.score_entries if block is not None and block.score.has_vectors else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     skipped = (bytes_dense - bytes_sparse) // item
@@ -140,8 +148,8 @@ def inspect_config(config: Any) -> Inspection:
         sparsity=sparsity_of(config),
         sites=sites,
         bytes_dense_total=bytes_dense,
-        bytes_sparse_total=bytes_sparse + (adapters + scores) * item,
-        adapter_bytes=adapters * item,
+        bytes_sparse_total=bytes_sparse + adapter_bytes + scores * item,
+        adapter_bytes=adapter_bytes,
         score_bytes=scores * item,
         head_bytes=head * item,
         flops_dense=dense,

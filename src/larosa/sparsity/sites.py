@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from larosa.config import GATE, SITES, Method, Rotation
+from larosa.config import GATE, SITES, AdapterFormat, Method, Rotation
+from larosa.ops.adapter import leading_entries
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,22 @@ class SiteSizes:
         return sum(sum(counts) * self.outputs[site] for site, counts in dropped.items())
 
     def num_adapters(self, rotation: Rotation, layers_per_rotation: int = 1) -> int:
-        """Residual adapters of a converted model, each [hidden, hidden]."""
+        """Residual adapters of a converted model."""
         between_groups = len(rotation.groups(self.layers, layers_per_rotation)) - 1
         return between_groups + (self.layers if rotation is Rotation.BLOCK else 0)
 
-    def adapter_weights(self, rotation: Rotation, layers_per_rotation: int = 1) -> int:
+    def adapter_weights(
+        self, rotation: Rotation, layers_per_rotation: int = 1, adapters: AdapterFormat = AdapterFormat.FULL
+    ) -> int:
         """Weight elements that the residual adapters add, over all layers."""
-        return self.num_adapters(rotation, layers_per_rotation) * self.hidden**2
+        width = self.hidden + (leading_entries(self.hidden) if adapters is AdapterFormat.INT8 else 0)
+        return self.num_adapters(rotation, layers_per_rotation) * self.hidden * width
+
+    def adapter_bytes(
+        self, rotation: Rotation, layers_per_rotation: int, adapters: AdapterFormat, element_size: int
+    ) -> int:
+        """What they take in a model whose weights have elements of so many bytes."""
+        elements = self.adapter_weights(rotation, layers_per_rotation, adapters)
+        if adapters is AdapterFormat.FULL:
+            return elements * element_size
+        return elements + self.num_adapters(rotation, layers_per_rotation) * self.hidden * element_size

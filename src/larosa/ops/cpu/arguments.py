@@ -16,7 +16,8 @@ from larosa.ops.linear import Biases, Weights
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _VECTOR = struct.Struct("=2q")
-_MATRIX = struct.Struct("=3q")  # and a bias, a vector
+_MATRIX = struct.Struct("=3q")  # and bias and scale, two vectors
+_INT8 = 3
 _NO_VECTOR = _VECTOR.pack(0, 0)
 
 
@@ -69,11 +70,21 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
                 )
         elif not weight.is_contiguous():
             raise ValueError(f"linear reads weights row by row: make {_of(weight)} contiguous")
-        packed += (_MATRIX.pack(weight.data_ptr(), DTYPES[dtype], outputs), vector("bias", bias, outputs))
+        packed += (_MATRIX.pack(weight.data_ptr(), DTYPES[dtype], outputs), vector("bias", bias, outputs), _NO_VECTOR)
         total += outputs
     if not packed:
         raise ValueError("no weights")
     return b"".join(packed), total
+
+
+def adapter(weight: torch.Tensor, scale: torch.Tensor, width: int) -> bytes:
+    """`larosa_matrix` of an int8 weight [N, depth] for vectors of `width` entries, some of which have two digits."""
+    if weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError(f"weight must be contiguous int8 [N, D + leading] on the CPU, not {_of(weight)}")
+    outputs, depth = weight.shape
+    if not width <= depth <= 2 * width:
+        raise ValueError(f"weight {list(weight.shape)} does not take vectors of {width} entries")
+    return _MATRIX.pack(weight.data_ptr(), _INT8, outputs) + _NO_VECTOR + vector("scale", scale, outputs)
 
 
 def residual(values: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor | None:

@@ -54,7 +54,8 @@ class Graph:
                 functions.update(own)
         self._kept = keep.operators
         for index in _postponable(keep.operators):
-            self._calls[index] = "linear_meanwhile", self._calls[index][1]
+            name, arguments = self._calls[index]
+            self._calls[index] = f"{name}_meanwhile", arguments
         self._program = b"".join(_pack(*call) for call in self._calls)
 
     def _recorder(self, name: str, call: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -72,12 +73,12 @@ class Graph:
 
 
 def _postponable(operators: list[_Operator]) -> Iterator[int]:
-    """Which operators are linears that others come after before a sparse product, which adds it, reads the result.
+    """Which operators are dense products that others follow before a sparse product, which adds it, reads the result.
 
     They can run beside those others, on threads that would wait there.
     """
     for index, (function, _, _, result) in enumerate(operators):
-        if function is torch.ops.larosa.linear.default:
+        if function in (torch.ops.larosa.linear.default, torch.ops.larosa.adapt.default):
             later = (at for at in range(index + 1, len(operators)) if _reads(operators[at], result))
             reader = next(later, index)
             if reader > index + 1 and _only_adds(operators[reader], result):

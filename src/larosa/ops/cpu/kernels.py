@@ -98,6 +98,17 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
     return out
 
 
+@implement("adapt", "CPU")
+def _adapt(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    x = arguments.activations("x", x)
+    rows, width = x.shape
+    matrix = arguments.adapter(weight, scale, width)
+    out = x.new_empty(rows, len(weight))
+    depth, threads = weight.shape[1], torch.get_num_threads()
+    check_status(load().adapt(x.data_ptr(), rows, width, depth, matrix, out.data_ptr(), threads))
+    return out
+
+
 @implement("sparse_linear", "CPU")
 def _sparse_linear(
     values: torch.Tensor,
@@ -106,9 +117,12 @@ def _sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if adapter is not None:
-        raise ValueError("on the CPU a residual goes through its adapter by rows, before: torch.ops.larosa.linear")
+        raise ValueError(
+            "on the CPU a residual goes through its adapter by rows, before: torch.ops.larosa.linear or adapt"
+        )
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     rows, k = values.shape

@@ -70,6 +70,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         c_int,
         (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64),
     ),
+    "adapt": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
+    "adapt_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
     "attend": (c_int, (POINTER(Attention), c_void_p, c_int64)),
     "replay": (c_int, (c_char_p, c_int64)),
 }
@@ -85,6 +87,8 @@ REPLAYED = (
     "sparse_linear",
     "attend",
     "linear_meanwhile",
+    "adapt",
+    "adapt_meanwhile",
 )
 
 

@@ -20,7 +20,9 @@ int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step;
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
-int64_t element_size(int64_t dtype) { return dtype == LAROSA_FLOAT32 ? 4 : 2; }
+constexpr float kHigh = 128;  // how much more an entry's high digit counts than its low one, in larosa_adapt
+
+int64_t element_size(int64_t dtype) { return dtype == LAROSA_FLOAT32 ? 4 : dtype == LAROSA_INT8 ? 1 : 2; }
 
 bool misaligned(const void *pointer, int64_t size) { return reinterpret_cast<uintptr_t>(pointer) % size != 0; }
 
@@ -29,7 +31,9 @@ bool misaligned(const larosa_vector &vector) { return misaligned(vector.data, el
 bool misaligned(const larosa_matrix *matrices, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         const larosa_matrix &matrix = matrices[i];
-        if (misaligned(matrix.weight, element_size(matrix.dtype)) || misaligned(matrix.bias)) return true;
+        if (misaligned(matrix.weight, element_size(matrix.dtype)) || misaligned(matrix.bias) ||
+            misaligned(matrix.scale))
+            return true;
     }
     return false;
 }
@@ -128,6 +132,18 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
     return LAROSA_OK;
 }
 
+int adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const larosa_matrix *matrix, float *out,
+          int64_t threads, bool later) {
+    static thread_local std::vector<float> digits;
+    digits.resize(size_t(rows * depth));
+    for (int64_t row = 0; row < rows; ++row) {
+        float *at = digits.data() + row * depth;
+        for (int64_t i = 0; i < width; ++i) at[i] = x[row * width + i];
+        for (int64_t i = width; i < depth; ++i) at[i] = kHigh * x[row * width + i - width];
+    }
+    return linear(digits.data(), rows, depth, matrix, 1, nullptr, out, threads, later);
+}
+
 }  // namespace
 }  // namespace larosa
 
@@ -193,6 +209,17 @@ int larosa_linear_meanwhile(const float *x, int64_t rows, int64_t depth, const l
                             const float *residual, float *out, int64_t threads) {
     finish_deferred();
     return linear(x, rows, depth, matrices, count, residual, out, threads, true);
+}
+
+int larosa_adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const larosa_matrix *matrix, float *out,
+                 int64_t threads) {
+    return adapt(x, rows, width, depth, matrix, out, threads, false);
+}
+
+int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t depth, const larosa_matrix *matrix,
+                           float *out, int64_t threads) {
+    finish_deferred();
+    return adapt(x, rows, width, depth, matrix, out, threads, true);
 }
 
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,

@@ -13,7 +13,7 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default)
 
-enum larosa_dtype { LAROSA_FLOAT32 = 0, LAROSA_BFLOAT16 = 1, LAROSA_FLOAT16 = 2 };
+enum larosa_dtype { LAROSA_FLOAT32 = 0, LAROSA_BFLOAT16 = 1, LAROSA_FLOAT16 = 2, LAROSA_INT8 = 3 };
 
 enum larosa_status {
     LAROSA_OK = 0,
@@ -28,12 +28,14 @@ struct larosa_vector {
     int64_t dtype;
 };
 
-/* A weight [outputs, depth], row-major for larosa_linear and column-major for larosa_sparse_linear, and its bias. */
+/* A weight [outputs, depth], row-major for larosa_linear and column-major for larosa_sparse_linear, its bias, and what
+ * its rows are multiplied with. Only larosa_adapt's is int8, and only that has a scale. */
 struct larosa_matrix {
     const void *weight;
     int64_t dtype;
     int64_t outputs;
     struct larosa_vector bias;
+    struct larosa_vector scale;
 };
 
 /* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the processor has. */
@@ -71,7 +73,13 @@ int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct laro
  * change what this call was given. */
 int larosa_linear_meanwhile(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
                             const float *residual, float *out, int64_t threads);
-/* The same of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. */
+/* out[rows, outputs] = scale * ([x, 128 x_leading] W^T), with x[rows, width] and an int8 matrix of depth >= width, whose
+ * last depth - width columns are for the leading entries of x once more. Now, or put off likewise. */
+int larosa_adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const struct larosa_matrix *matrix,
+                 float *out, int64_t threads);
+int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t depth,
+                           const struct larosa_matrix *matrix, float *out, int64_t threads);
+/* larosa_linear of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. */
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          int64_t threads);
@@ -108,7 +116,9 @@ enum larosa_function {
     LAROSA_LINEAR = 5,
     LAROSA_SPARSE_LINEAR = 6,
     LAROSA_ATTEND = 7,
-    LAROSA_LINEAR_MEANWHILE = 8
+    LAROSA_LINEAR_MEANWHILE = 8,
+    LAROSA_ADAPT = 9,
+    LAROSA_ADAPT_MEANWHILE = 10
 };
 
 /* An argument: an address or an integer, or a floating-point number of any size. */

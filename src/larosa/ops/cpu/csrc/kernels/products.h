@@ -19,12 +19,13 @@ inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
     return bad == 0;
 }
 
-// residual + (sum of the parts + bias), the same for both products.
+// residual + (sum of the parts * scale + bias), the same for both products.
 inline void finish(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
                    const float *residual, float *out) {
     for_vectors(count, [&](int64_t at, int64_t some) {
         Floats result = load_at(sums, at, some);
         for (int64_t part = 1; part < parts; ++part) result += load_at(sums + part * padded(count), at, some);
+        if (matrix.scale.data) result *= load_vector(matrix.scale, first + at, some);
         if (matrix.bias.data) result += load_vector(matrix.bias, first + at, some);
         if (residual) result += load_at(residual + first, at, some);
         store_at(out + first, at, result, some);
@@ -132,7 +133,7 @@ constexpr int kRows = 4;    // dot products side by side; together they hide the
 // x in the order that dot_rows reads it in, for weights of a dtype.
 inline void arrange(const float *x, int64_t depth, int64_t dtype, float *out) {
     const int64_t whole = depth / (kChains * kLanes) * (kChains * kLanes);
-    const int64_t mixed = with_type(dtype, [&](auto type) { return decltype(type)::mixed ? whole : 0; });
+    const int64_t mixed = with_any_type(dtype, [&](auto type) { return decltype(type)::mixed ? whole : 0; });
     mix(x, mixed, out);
     __builtin_memcpy(out + mixed, x + mixed, size_t(depth - mixed) * sizeof *x);
 }
@@ -172,7 +173,7 @@ inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t
 
 inline void dense_rows(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
                        const float *residual, float *out) {
-    with_type(matrix.dtype, [&](auto type) {
+    with_any_type(matrix.dtype, [&](auto type) {
         using Type = decltype(type);
         const auto *weight = static_cast<const typename Type::Element *>(matrix.weight);
         for (int64_t done = 0; done < count; done += kLanes) {

@@ -22,6 +22,8 @@ constexpr int64_t kLanes = LAROSA_LANES;
 typedef float Floats __attribute__((vector_size(4 * LAROSA_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LAROSA_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LAROSA_LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LAROSA_LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LAROSA_LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LAROSA_LANES)));
 
 template <class To, class From>
@@ -69,6 +71,32 @@ struct Float16 {
 #endif
 };
 
+struct Int8 {
+    using Element = int8_t;
+    using Stored = Bytes;
+    static constexpr bool mixed = false;
+    // The compilers make a slow way through memory of __builtin_convertvector here.
+#if defined(__AVX512F__)
+    static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits<__m128i>(x)))); }
+#elif defined(__AVX2__)
+    static Floats widen(Stored x) {
+        return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits<long long>(x)))));
+    }
+#else
+    // Each byte becomes the highest of four, by two interleavings with zeros.
+    static Floats widen(Stored x) {
+        static_assert(kLanes == 4, "half of eight bytes");
+        typedef int8_t Wide __attribute__((vector_size(16)));
+        typedef int16_t Pairs __attribute__((vector_size(16)));
+        const Wide wide = bits<Wide>(Integers{bits<int32_t>(x), 0, 0, 0});
+        const Pairs pairs = bits<Pairs>(__builtin_shufflevector(Wide{}, wide, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21,
+                                                                6, 22, 7, 23));
+        const Integers high = bits<Integers>(__builtin_shufflevector(Pairs{}, pairs, 0, 8, 1, 9, 2, 10, 3, 11));
+        return __builtin_convertvector(high >> 24, Floats);
+    }
+#endif
+};
+
 template <class Type>
 inline Floats load(const typename Type::Element *from) {
     typename Type::Stored stored;
@@ -105,12 +133,18 @@ inline void store_some(float *to, Floats x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = x[i];
 }
 
-// Calls f.template operator()<Type>() for the dtype.
+// Calls f(Type{}) for a dtype of numbers with a point.
 template <class Function>
 inline auto with_type(int64_t dtype, Function f) {
     if (dtype == LAROSA_BFLOAT16) return f(BFloat16{});
     if (dtype == LAROSA_FLOAT16) return f(Float16{});
     return f(Float32{});
+}
+
+// The same for any dtype.
+template <class Function>
+inline auto with_any_type(int64_t dtype, Function f) {
+    return dtype == LAROSA_INT8 ? f(Int8{}) : with_type(dtype, f);
 }
 
 // `count` <= kLanes elements of a vector of any dtype from element `at` on, the rest zeros.
