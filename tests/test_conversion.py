@@ -435,12 +435,15 @@ def test_a_model_in_training_mode_is_calibrated_without_dropout(make_model, quic
     assert torch.equal(quick_convert(make_model("llama", attention_dropout=0.5).train())(ids).logits, expected)
 
 
+@pytest.mark.parametrize("adapters", [None, "full", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_dtypes_stay_close_to_the_dense_model(make_model, quick_convert, token_ids, dtype):
+def test_narrow_dtypes_stay_close_to_the_dense_model(make_model, quick_convert, token_ids, dtype, adapters):
     model, ids = make_model("llama", dtype), token_ids(2, 24)
     expected = model(ids).logits.float()
-    converted = quick_convert(model, sparsity=0.0)
-    assert {weight.dtype for weight in converted.parameters()} == {dtype}
+    converted = quick_convert(model, sparsity=0.0, adapters=adapters)
+    assert {weight.dtype for weight in converted.parameters()} == {dtype} | (
+        {torch.int8} if adapters != "full" else set()
+    )
     # A handful of roundings of 2^-8 and 2^-11.
     assert relative_error(converted(ids).logits.float(), expected) < {torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
 

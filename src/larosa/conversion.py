@@ -44,6 +44,7 @@ from larosa.rotation import (
     principal_basis,
     random_basis,
     reader_gram,
+    usual_format,
 )
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts, sensitivity
@@ -102,7 +103,7 @@ def convert(
         rotation: `layer`, `block`, `model`, `random` or `none`.
         layers_per_rotation: of rotation `layer`, how many consecutive layers share one.
         adapters: what takes the residual stream from one basis to the next is stored in the model's dtype (`full`) or
-            by 8-bit numbers (`int8`), whose rounding the weights make up for.
+            by 8-bit numbers (`int8`), whose rounding the weights make up for. None is `int8` for models of 16 bits.
         covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
             each at its own site.
         rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
@@ -158,12 +159,14 @@ def convert(
     if settings.calibration is not None:
         sequences = _calibration_sequences(model, tokenizer, settings.calibration)
     where = torch.device(device) if device else architecture.embedding(model).weight.device
-    block = _block(settings, **_selection(model, architecture, settings, sizes, sequences, where))
+    dtype = architecture.embedding(model).weight.dtype
+    selection = _selection(model, architecture, settings, sizes, sequences, where)
+    block = _block(settings, adapters=settings.adapters or usual_format(dtype), **selection)
 
     _untie(model, architecture)
     fisher = _fisher(model, architecture, settings, sequences, where)
     bases = _bases(model, architecture, settings, sequences, where, fisher)
-    frames = connect(bases, settings.adapters, architecture.embedding(model).weight.dtype)
+    frames = connect(bases, block.adapters, dtype)
     scores: list[dict[str, torch.Tensor]] | None = None
     if settings.score is Score.FISHER:
         scores = []
@@ -216,7 +219,7 @@ def _selection(
     return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate)}
 
 
-def _block(settings: Settings, **selection: Any) -> LarosaConfig:
+def _block(settings: Settings, **others: Any) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
         method=settings.method,
@@ -226,7 +229,6 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         alphas=settings.alphas,
         rotation=settings.rotation,
         layers_per_rotation=settings.layers_per_rotation,
-        adapters=settings.adapters,
         covariance=settings.covariance,
         rotation_objective=settings.rotation_objective,
         value_rotation=settings.value_rotation,
@@ -235,7 +237,7 @@ def _block(settings: Settings, **selection: Any) -> LarosaConfig:
         compensation=settings.compensation,
         prefill=settings.prefill,
         calibration=settings.calibration,
-        **selection,
+        **others,
     )
 
 

@@ -19,6 +19,7 @@ from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
 from larosa.memory import peak_memory
 from larosa.model_card import model_card
+from larosa.rotation import usual_format
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
@@ -124,7 +125,8 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> Non
     if config.tie_word_embeddings:
         needed += head.numel() * head.element_size()
     sizes, item = SiteSizes.of(config), head.element_size()
-    needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, settings.adapters, item)
+    adapters = settings.adapters or usual_format(head.dtype)
+    needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item
     free = shutil.disk_usage(output.absolute().parent).free

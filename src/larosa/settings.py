@@ -40,7 +40,7 @@ class Defaults:
     rotation_objective: RotationObjective
     value_rotation: bool
     score: Score
-    adapters: AdapterFormat
+    adapters: AdapterFormat | None = None
     rotation: Rotation = Rotation.LAYER
     num_sequences: int = 16
     sequence_length: int = 2048
@@ -66,7 +66,6 @@ RECIPES = {
         rotation_objective=RotationObjective.FISHER,
         value_rotation=True,
         score=Score.FISHER,
-        adapters=AdapterFormat.INT8,
     ),
 }
 
@@ -102,7 +101,7 @@ class Settings:
     budget: Budget
     rotation: Rotation
     layers_per_rotation: int
-    adapters: AdapterFormat
+    adapters: AdapterFormat | None  # None: what suits the model's dtype
     covariance: Covariance | None
     rotation_objective: RotationObjective | None
     value_rotation: bool
@@ -164,7 +163,9 @@ class Settings:
             defaults = replace(defaults, value_rotation=False, score=_uncalibrated(defaults.score))
         if not chosen_rotation.has_adapters:
             defaults = replace(defaults, adapters=AdapterFormat.FULL)
-        chosen_adapters = _choose(AdapterFormat, adapters or defaults.adapters, "adapters")
+        chosen_adapters = defaults.adapters
+        if adapters is not None:
+            chosen_adapters = check_adapters(_choose(AdapterFormat, adapters, "adapters"), chosen_rotation)
         if value_rotation is None:
             value_rotation = defaults.value_rotation
         chosen_score = _choose(Score, score or defaults.score, "score")
@@ -219,7 +220,7 @@ class Settings:
             budget=chosen_budget,
             rotation=chosen_rotation,
             layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
-            adapters=check_adapters(chosen_adapters, chosen_rotation),
+            adapters=chosen_adapters,
             covariance=chosen_covariance if applicable.rotation else None,
             rotation_objective=chosen_objective if applicable.rotation else None,
             value_rotation=value_rotation,

@@ -13,6 +13,7 @@ from larosa.benchmarks import decode
 from larosa.benchmarks.decode import DENSE, TRANSFORMERS, measure_checkpoints, measure_shape
 from larosa.benchmarks.shapes import (
     SHAPES,
+    AdapterLayout,
     random_model,
     random_sparse_model,
     set_sparsity,
@@ -21,6 +22,7 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
+from larosa.config import AdapterFormat
 from larosa.decoding import Engine
 from larosa.sparsity import SiteSizes
 
@@ -65,24 +67,31 @@ def test_rows_of_a_shape(tiny, family, tied):
     assert json.loads(json.dumps(result.to_dict()))["rows"][3]["sparsity"] == 0.5
 
 
+#: Bytes of an adapter of 8-bit numbers in a 16-bit model of 32 entries, of which 16 have two digits.
+ADAPTER = 32 * (32 + 16) + 2 * 32
+
+
 def test_bytes_of_a_token(tiny):
     tiny("llama")
     rows = measure_shape("tiny", sparsities=(0.5,), dtype=torch.bfloat16, prompt_tokens=4, tokens=8).rows
     attention, mlp = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 56
     head, cache = 128 * 32, 2 * 3 * 2 * 8 * (4 + 4)  # layers, key heads, size, the mean position
     assert rows[1].bytes_per_token == 2 * (3 * (attention + mlp) + head + cache)
-    adapters, scores = 2 * 32 * 32, 3 * (32 + 32 + 32 + 56)
-    assert rows[2].bytes_per_token == 2 * (3 * (attention + mlp) // 2 + head + cache + adapters + scores)
+    adapters, scores = 2 * ADAPTER, 3 * (32 + 32 + 32 + 56)
+    assert rows[2].bytes_per_token == 2 * (3 * (attention + mlp) // 2 + head + cache + scores) + adapters
 
 
 def test_fewer_rotations_mean_fewer_bytes(tiny):
     tiny("llama", num_hidden_layers=5)
     options = {"sparsities": (0.5,), "dtype": torch.bfloat16, "prompt_tokens": 4, "tokens": 8}
     every = measure_shape("tiny", **options).rows
-    shared = measure_shape("tiny", layers_per_rotation=2, **options).rows
+    shared = measure_shape("tiny", layout=AdapterLayout(2), **options).rows
+    full = measure_shape("tiny", layout=AdapterLayout(2, AdapterFormat.FULL), **options).rows
     assert {row.shape for row in shared} == {"tiny, 2 layers per rotation"}
+    assert {row.shape for row in full} == {"tiny, 2 layers per rotation, full adapters"}
     assert shared[1].bytes_per_token == every[1].bytes_per_token
-    assert every[2].bytes_per_token - shared[2].bytes_per_token == 2 * (4 - 2) * 32 * 32
+    assert every[2].bytes_per_token - shared[2].bytes_per_token == (4 - 2) * ADAPTER
+    assert full[2].bytes_per_token - shared[2].bytes_per_token == 2 * (2 * 32 * 32 - ADAPTER)
 
 
 def test_rows_take_turns(tiny, monkeypatch):
@@ -99,22 +108,22 @@ def test_rows_take_turns(tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_random_models_are_of_their_size_and_compute_something(family_config, family):
     config = family_config(family, tie_word_embeddings=True)
-    shared = {"layers_per_rotation": 2}
-    for make, sparse, options in (
-        (random_model, False, {}),
-        (random_sparse_model, True, {}),
-        (random_sparse_model, True, shared),
-    ):
-        model = make(config, torch.bfloat16, CPU, **options)
+    for layout in (None, AdapterLayout(), AdapterLayout(2), AdapterLayout(1, AdapterFormat.FULL)):
+        if layout is None:
+            model = random_model(config, torch.bfloat16, CPU)
+        else:
+            model = random_sparse_model(config, torch.bfloat16, CPU, layout=layout)
         assert all(weight.isfinite().all() for weight in model.parameters())
-        size = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
-        assert 2 * size == weight_bytes(config, torch.bfloat16, sparse=sparse, **options)
+        counted = [weight for name, weight in model.named_parameters() if weight.dim() > 1 or "adapter" in name]
+        assert sum(weight.numel() * weight.itemsize for weight in counted) == weight_bytes(
+            config, torch.bfloat16, layout
+        )
         logits = Engine(model, 8).prefill(torch.tensor([[5, 6, 7]]))
         assert 0.1 < float(logits.std()) < 100
 
 
 def test_the_sparsity_of_a_random_model_can_be_set(family_config):
-    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layers_per_rotation=2)
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layout=AdapterLayout(2))
     for sparsity in (0.5, 0.25, 0.0):
         set_sparsity(model, sparsity)
         report = larosa.inspect(model)
@@ -123,19 +132,19 @@ def test_the_sparsity_of_a_random_model_can_be_set(family_config):
 
 
 @pytest.mark.parametrize("sparsities", [(0.5, 0.25), (0.0, 0.5, 0.0, 0.25), (0.0,), ()])
-@pytest.mark.parametrize("layers_per_rotation", [1, 2])
-def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities, layers_per_rotation):
+@pytest.mark.parametrize("layout", [AdapterLayout(), AdapterLayout(2), AdapterLayout(1, AdapterFormat.INT8)])
+def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities, layout):
     config = family_config("llama")
     prompt, token, position = token_ids(1, 5), torch.tensor([7]), torch.tensor([5])
     engines, made = [], set()
-    for sparsity, model in sparse_models(config, torch.float32, CPU, sparsities, layers_per_rotation):
+    for sparsity, model in sparse_models(config, torch.float32, CPU, sparsities, layout):
         engines.append((sparsity, Engine(model, 8)))
         engines[-1][1].prefill(prompt)
         made.add(id(model))
     assert [sparsity for sparsity, _ in engines] == list(sparsities)
     assert len(made) == sparse_copies(sparsities)
     for sparsity, engine in engines:  # all together, as a benchmark runs them
-        alone = random_sparse_model(config, torch.float32, CPU, layers_per_rotation=layers_per_rotation)
+        alone = random_sparse_model(config, torch.float32, CPU, layout=layout)
         set_sparsity(alone, sparsity)
         expected = Engine(alone, 8)
         expected.prefill(prompt)
@@ -154,7 +163,7 @@ def test_known_sizes():
     billions = {"llama-2-7b": 6.74, "llama-3-8b": 8.03, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "qwen2.5-7b": 7.61}
     billions |= {"mistral-7b": 7.25, "qwen3-0.6b": 0.6, "qwen3-8b": 8.19, "llama-3-70b": 70.6, "smollm3-3b": 3.08}
     for name, size in billions.items():
-        assert weight_bytes(shape_config(name), torch.int8, sparse=False) / 1e9 == pytest.approx(size, rel=0.01)
+        assert weight_bytes(shape_config(name), torch.int8) / 1e9 == pytest.approx(size, rel=0.01)
 
 
 @pytest.fixture
@@ -207,7 +216,6 @@ def test_checkpoints_of_another_shape_or_format(checkpoints, tmp_path, make_mode
         ({"layers": 4}, "--layers 4: tiny has 3"),
         ({"vocab_size": 0}, "--vocab-size must be at least 1"),
         ({"sparsities": (50.0,)}, "give a fraction"),
-        ({"layers_per_rotation": 0}, "0 layers per rotation: give at least 1"),
         ({"prompt_tokens": 0}, "--prompt-tokens must be at least 1"),
         ({"tokens": 1}, "--tokens at least 2"),
     ],
@@ -216,6 +224,11 @@ def test_bad_options(tiny, options, message):
     tiny("llama")
     with pytest.raises(LarosaError, match=message):
         measure_shape(**{"shape": "tiny", **options})
+
+
+def test_a_layout_has_a_layer_for_each_rotation():
+    with pytest.raises(LarosaError, match="0 layers per rotation: give at least 1"):
+        AdapterLayout(0)
 
 
 def test_models_beyond_memory(tiny, monkeypatch):

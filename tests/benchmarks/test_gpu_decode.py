@@ -14,7 +14,7 @@ from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
 from larosa.benchmarks.decode import DENSE, LAROSA
 from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_checkpoints, measure_gpu_config, measure_gpu_shape
 from larosa.benchmarks.results import Benchmark
-from larosa.benchmarks.shapes import SHAPES
+from larosa.benchmarks.shapes import SHAPES, AdapterLayout
 from larosa.cli.bench_gpu import show_decode
 
 CPU = torch.device("cpu")
@@ -126,14 +126,15 @@ def test_memory_that_a_shape_needs(family_config, monkeypatch):
         *[((), (), False, 1), ((), (), True, 1), ((0.25, 0.5), (0.5,), True, 1)],
         *[((0.0, 0.5), (), True, 1), ((0.0, 0.5), (), True, 2)],
     ]
-    for sparsities, teal, compiled, layers_per_rotation in cases:
+    for sparsities, teal, compiled, layers in cases:
         with pytest.raises(LarosaError, match="no room"):
             measure_gpu_config(
                 *("tiny", config, sparsities),
                 **{"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8},
-                **{"teal_sparsities": teal, "compiled": compiled, "layers_per_rotation": layers_per_rotation},
+                **{"teal_sparsities": teal, "compiled": compiled, "layout": AdapterLayout(layers)},
             )
-    linear, table, adapter = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32, 32 * 32
+    linear, table = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32
+    adapter = 32 * (32 + 16) // 2 + 32  # 8-bit numbers and a scale an output, in elements of 16 bits
     cache = 2 * 3 * 2 * 8 * (4 + 8 + 1 + 2)
     dense, sparse = linear + 2 * table, linear + 2 * table + 2 * adapter
     decoder = dense + cache

@@ -20,6 +20,7 @@ CONVERSIONS = {
     "dense": None,
     **{f"larosa-{rotation}": {"rotation": rotation} for rotation in ("none", "random", "model", "layer", "block")},
     "larosa-shared": {"layers_per_rotation": 2},
+    "larosa-int8": {"adapters": "int8", "rotation": "block"},
     "magnitude": {"score": "magnitude"},
     "topk": {"method": "topk"},
     "teal": {"method": "teal"},

@@ -3,7 +3,7 @@ import torch
 
 from larosa import LarosaError
 from larosa.architectures import find_architecture
-from larosa.rotation import LayerBases, merge_bases, random_basis
+from larosa.rotation import LayerBases, connect, merge_bases, random_basis
 
 LLAMA = find_architecture("llama")
 
@@ -19,7 +19,7 @@ def weights_of(model):
 def test_every_weight_by_the_papers_figure_2(make_model):
     model = make_model("llama", torch.float64)
     old, bases = weights_of(model), block_bases(3, 32)
-    adapters = merge_bases(model, LLAMA, bases)
+    adapters = merge_bases(model, LLAMA, connect(bases))
     new = model.state_dict()
     for i, (A, M, _) in enumerate(bases):
         behind = bases[i + 1].attention if i < 2 else M  # the paper merges down into M, and o into A
@@ -35,9 +35,9 @@ def test_every_weight_by_the_papers_figure_2(make_model):
         for key, Q in ((f"{layer}self_attn.o_proj", M), (f"{layer}mlp.down_proj", behind)):
             torch.testing.assert_close(new[f"{key}.weight"], Q.T @ old[f"{key}.weight"])
             torch.testing.assert_close(new[f"{key}.bias"], old[f"{key}.bias"] @ Q)
-        torch.testing.assert_close(adapters[i].attention, A.T @ M)
+        torch.testing.assert_close(adapters[i].attention.matrix(), A.T @ M)
         if i < 2:
-            torch.testing.assert_close(adapters[i].residual, M.T @ behind)
+            torch.testing.assert_close(adapters[i].residual.matrix(), M.T @ behind)
     assert adapters[2].residual is None
     key = "model.embed_tokens.weight"
     torch.testing.assert_close(new[key], old[key] @ bases[0].attention)
@@ -53,7 +53,7 @@ def test_value_bases_turn_the_rows_of_v_and_the_columns_of_o(make_model, keys, r
     old, size, group = weights_of(model), 8, 4 // keys
     Q = random_basis(32, 7) if rotated else None
     values = [torch.stack([random_basis(size, 10 * i + head) for head in range(keys)]) for i in range(3)]
-    merge_bases(model, LLAMA, [LayerBases(Q, Q, V) for V in values])
+    merge_bases(model, LLAMA, connect(LayerBases(Q, Q, V) for V in values))
     new = model.state_dict()
     for i, V in enumerate(values):
         layer = f"model.layers.{i}.self_attn."
@@ -78,7 +78,7 @@ def test_value_bases_turn_the_rows_of_v_and_the_columns_of_o(make_model, keys, r
 def test_head_norms_of_qwen3_stay(make_model):
     model = make_model("qwen3")
     before = weights_of(model)
-    merge_bases(model, find_architecture("qwen3"), block_bases(3, 32))
+    merge_bases(model, find_architecture("qwen3"), connect(block_bases(3, 32)))
     for name, weight in model.state_dict().items():
         if "q_norm" in name or "k_norm" in name:
             assert torch.equal(weight, before[name])
@@ -89,17 +89,18 @@ def test_rounds_once(make_model, dtype):
     model = make_model("llama", dtype)
     wide = make_model("llama", torch.float64)
     wide.load_state_dict(model.state_dict())
-    bases = block_bases(3, 32)
-    narrow_adapters, wide_adapters = merge_bases(model, LLAMA, bases), merge_bases(wide, LLAMA, bases)
+    frames = list(connect(block_bases(3, 32), dtype=dtype))
+    narrow_adapters, wide_adapters = merge_bases(model, LLAMA, frames), merge_bases(wide, LLAMA, frames)
     for name, weight in model.state_dict().items():
         # Exactly the float64 result rounded: folding and rotating one after the other would round twice.
         assert torch.equal(weight, wide.state_dict()[name].to(dtype)), name
-    assert torch.equal(narrow_adapters[0].residual, wide_adapters[0].residual.to(dtype))
+    assert torch.equal(narrow_adapters[0].residual.weight, wide_adapters[0].residual.weight)
+    assert narrow_adapters[0].residual.weight.dtype is dtype
 
 
 def test_a_shared_basis_needs_no_adapter(make_model):
     Q = random_basis(32, 0)
-    for adapters in merge_bases(make_model("llama"), LLAMA, [LayerBases(Q, Q)] * 3):
+    for adapters in merge_bases(make_model("llama"), LLAMA, connect([LayerBases(Q, Q)] * 3)):
         assert adapters.attention is None
         assert adapters.residual is None
 
@@ -118,7 +119,7 @@ def test_draws_a_layers_bases_before_it_changes_that_layer_or_a_later_one(make_m
             Q = random_basis(32, i)
             yield LayerBases(Q, Q)
 
-    merge_bases(model, LLAMA, bases())
+    merge_bases(model, LLAMA, connect(bases()))
     assert not torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
 
 
@@ -138,7 +139,7 @@ def test_names_the_place_of_a_bad_weight(make_model, name, where, value):
     model = make_model("llama")
     model.state_dict()[name][3, 5] = value
     with pytest.raises(LarosaError, match=where):
-        merge_bases(model, LLAMA, block_bases(3, 32))
+        merge_bases(model, LLAMA, connect(block_bases(3, 32)))
 
 
 def test_overflow_of_a_narrow_dtype_is_an_error(make_model):
@@ -146,10 +147,10 @@ def test_overflow_of_a_narrow_dtype_is_an_error(make_model):
     model.model.layers[1].self_attn.q_proj.weight.fill_(60000)  # a row's 32 equal entries add up in a rotated one
     Q = torch.linalg.qr(torch.ones(32, 32, dtype=torch.float64) + torch.eye(32, dtype=torch.float64))[0]
     with pytest.raises(LarosaError, match=r"layer 1, site h1.*overflows torch.float16"):
-        merge_bases(model, LLAMA, [LayerBases(Q, Q)] * 3)
+        merge_bases(model, LLAMA, connect([LayerBases(Q, Q)] * 3))
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_needs_a_pair_for_each_layer(make_model, count):
     with pytest.raises(ValueError, match="zip"):
-        merge_bases(make_model("llama"), LLAMA, block_bases(count, 32))
+        merge_bases(make_model("llama"), LLAMA, connect(block_bases(count, 32)))

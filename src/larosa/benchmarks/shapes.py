@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from larosa.demo import bundled_model
 from larosa.errors import LarosaError
 from larosa.memory import available_memory, release_memory
 from larosa.models import Int8Adapter, family_of, set_keep_counts
-from larosa.rotation import int8_adapter
+from larosa.rotation import int8_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.version import __version__
 
@@ -115,10 +115,14 @@ class AdapterLayout:
     """Where a random model has adapters, after so many layers each, and how it stores them; by default as `convert`."""
 
     layers_per_rotation: int = 1
-    adapters: AdapterFormat = AdapterFormat.INT8
+    adapters: AdapterFormat | None = None  # None: what suits the model's dtype
 
     def __post_init__(self) -> None:
         check_layers_per_rotation(self.layers_per_rotation)
+
+    def of(self, dtype: torch.dtype) -> AdapterLayout:
+        """The same for models of this dtype."""
+        return replace(self, adapters=self.adapters or usual_format(dtype))
 
 
 DEFAULT_LAYOUT = AdapterLayout()
@@ -128,7 +132,7 @@ def shape_name(name: str, layers: int | None, layout: AdapterLayout) -> str:
     """What rows call a shape: its name, and what differs from the whole shape as it is converted by default."""
     cut = "" if layers is None else f", {layers} layers"
     shared = "" if layout.layers_per_rotation == 1 else f", {layout.layers_per_rotation} layers per rotation"
-    return name + cut + shared + ("" if layout.adapters is AdapterFormat.INT8 else f", {layout.adapters} adapters")
+    return name + cut + shared + ("" if layout.adapters is None else f", {layout.adapters} adapters")
 
 
 def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None = None) -> int:
@@ -139,7 +143,9 @@ def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None =
     weights = elements * dtype.itemsize
     if layout is None:
         return weights
-    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, layout.adapters, dtype.itemsize)
+    stored = layout.of(dtype).adapters
+    assert stored is not None, "the dtype decides"
+    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, stored, dtype.itemsize)
 
 
 def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
@@ -184,7 +190,7 @@ def random_sparse_model(
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layout))
+        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layout.of(dtype)))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -226,6 +232,7 @@ def set_sparsity(model: Any, sparsity: float) -> None:
 
 
 def _block(config: Any, sparsity: float, layout: AdapterLayout) -> LarosaConfig:
+    assert layout.adapters is not None, "of a model's dtype"
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,

@@ -31,8 +31,8 @@ def decode(
     vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
     layers_per_rotation: Annotated[int, typer.Option(help="Layers of --shape that share a rotation.")] = 1,
     adapters: Annotated[
-        AdapterFormat, typer.Option(help="How --shape stores what leads from rotation to rotation.")
-    ] = AdapterFormat.INT8,
+        AdapterFormat | None, typer.Option(help="How --shape stores adapters; by default as convert does.")
+    ] = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,

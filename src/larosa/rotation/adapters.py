@@ -100,6 +100,11 @@ def _orthogonal(Q: torch.Tensor | None) -> Frame | None:
     return None if Q is None else Frame(Q, Q)
 
 
+def usual_format(dtype: torch.dtype) -> AdapterFormat:
+    """How adapters of a model are stored where nobody says: by 8 bits where weights are rounded to 16 themselves."""
+    return AdapterFormat.INT8 if dtype.itemsize == 2 else AdapterFormat.FULL
+
+
 def full_adapter(R: torch.Tensor, dtype: torch.dtype) -> Adapter:
     """R [D, D] in the model's dtype."""
     return Adapter(R.T.to(dtype))

@@ -252,6 +252,37 @@ void put_off() {
     check(std::memcmp(result.get(), out.get(), width * sizeof(float)) == 0, "put off, the sum is another");
 }
 
+// 8-bit numbers with two digits for some entries, at once and put off, where they are enough to be shared.
+void adapters() {
+    const int64_t rows = integer(1, 2), width = integer(0, 3) ? ::width() : integer(400, 500);
+    const int64_t outputs = integer(0, 3) ? ::width() : integer(500, 700), threads = integer(1, 5);
+    const int64_t leading = integer(0, width), depth = width + leading;
+    what = "adapt width " + std::to_string(width) + " outputs " + std::to_string(outputs);
+    const Heap<float> x = floats(rows * width), out(rows * outputs), later(rows * outputs);
+    const Heap<int8_t> weight(outputs * depth);
+    for (int64_t i = 0; i < weight.size(); ++i) weight[i] = int8_t(integer(-128, 127));
+    const std::unique_ptr<Typed> scale(new Typed(outputs, integer(0, 2)));
+    const larosa_matrix matrix = {weight.get(), LAROSA_INT8, outputs, {nullptr, 0}, vector_of(scale)};
+    check(larosa_adapt(x.get(), rows, width, depth, &matrix, out.get(), threads) == LAROSA_OK, "refused");
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < outputs; ++n) {
+            double total = 0, bound = 0;
+            for (int64_t i = 0; i < depth; ++i) {
+                const double entry = i < width ? x[row * width + i] : 128.0 * x[row * width + i - width];
+                total += entry * weight[n * depth + i], bound += std::fabs(entry * weight[n * depth + i]);
+            }
+            const double by = scale->wide[n];
+            check_near(out[row * outputs + n], total * by, (depth + 4) * 1.2e-7 * bound * std::fabs(by) + 1e-44);
+        }
+    const larosa_matrix nothing = {nullptr, LAROSA_FLOAT32, outputs, {nullptr, 0}, {nullptr, 0}};
+    check(larosa_adapt_meanwhile(x.get(), rows, width, depth, &matrix, later.get(), threads) == LAROSA_OK, "refused");
+    const Heap<float> sum(rows * outputs);
+    check(larosa_sparse_linear(nullptr, nullptr, rows, 0, 1, &nothing, 1, later.get(), sum.get(), threads) == LAROSA_OK,
+          "refused");
+    check(std::memcmp(later.get(), out.get(), size_t(rows * outputs) * sizeof(float)) == 0, "put off, it is another");
+    for (int64_t i = 0; i < rows * outputs; ++i) check(sum[i] == out[i], "put off, the sum is another");
+}
+
 void norms() {
     const int64_t rows = integer(0, 3), width = ::width();
     what = "rms_norm and silu_mul width " + std::to_string(width);
@@ -359,8 +390,8 @@ int main(int argc, char **argv) {
         if (larosa_set_isa(isa) != 0) continue;
         engine.seed(std::strtoull(argv[2], nullptr, 10));
         for (int64_t i = 0; i < cases; ++i, ++run) {
-            void (*const tests[])() = {products, products, selections, norms, attention, put_off};
-            tests[i % 6]();
+            void (*const tests[])() = {products, products, selections, norms, attention, put_off, adapters};
+            tests[i % 7]();
         }
     }
     std::printf("%lld cases\n", static_cast<long long>(run));

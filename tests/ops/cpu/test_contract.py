@@ -29,6 +29,7 @@ CALLS = {
     "silu_mul_top_k": lambda: (random(2, 10), 3),
     "above": lambda: (random(1, 9), 0.5),
     "linear": lambda: (random(2, 9), [random(3, 9), random(4, 9)], [None, random(4)], random(2, 7)),
+    "adapt": lambda: (random(2, 9), (20 * random(3, 11)).to(torch.int8), random(3)),
     "sparse_linear": lambda: (
         random(1, 2),
         torch.tensor([[3, 5]], dtype=torch.int32),
@@ -50,6 +51,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
     library.set_isa(isa)
     library.share_threads(library.load(), shared)
     weight = random(outputs, 300, seed=seed).to(torch.bfloat16)
+    digits, scale = (20 * random(outputs, 320, seed=seed)).to(torch.int8), random(outputs)
     columns = column_major(weight)
     x, residual = random(rows, 300, seed=seed), random(rows, outputs)
     values, indices = ops.top_k(x, 150)
@@ -59,6 +61,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
     def results() -> list[torch.Tensor]:
         return [
             ops.linear(x, [weight], [None], residual),
+            ops.adapt(x, digits, scale),
             ops.sparse_linear(values, indices, [columns], [None], residual),
             ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
         ]
@@ -76,10 +79,13 @@ def test_rows_of_a_batch_are_computed_as_if_alone():
     x = random(4, 50)
     values, indices = ops.top_k(x, 20)
     dense = ops.linear(x, [weight], [None])
+    digits, scale = (20 * random(70, 60)).to(torch.int8), random(70)
+    adapted = ops.adapt(x, digits, scale)
     sparse = ops.sparse_linear(values, indices, [column_major(weight)], [None])
     for row in range(4):
         one = slice(row, row + 1)
         assert torch.equal(dense[one], ops.linear(x[one], [weight], [None]))
+        assert torch.equal(adapted[one], ops.adapt(x[one], digits, scale))
         assert torch.equal(sparse[one], ops.sparse_linear(values[one], indices[one], [column_major(weight)], [None]))
 
 
@@ -103,6 +109,7 @@ def in_halves(x: torch.Tensor) -> torch.Tensor:
 
 
 W = random(6, 8)
+A = torch.ones(6, 9, dtype=torch.int8)
 C = column_major(W)
 V, I = random(1, 2), torch.tensor([[1, 7]], dtype=torch.int32)  # noqa: E741 - indices
 BAD = {
@@ -116,6 +123,16 @@ BAD = {
     "wrong bias": (lambda: ops.linear(random(1, 8), [W], [random(5)]), ValueError, "bias"),
     "wrong residual": (lambda: ops.linear(random(1, 8), [W], [None], random(1, 5)), ValueError, "residual"),
     "an adapter": (lambda: ops.sparse_linear(V, I, [C], [None], None, C), ValueError, "by rows"),
+    "an adapter by columns": (
+        lambda: ops.adapt(random(1, 8), column_major(A), random(6)),
+        ValueError,
+        "contiguous int8",
+    ),
+    "an adapter of floats": (lambda: ops.adapt(random(1, 8), W, random(6)), ValueError, "contiguous int8"),
+    "a narrow adapter": (lambda: ops.adapt(random(1, 10), A, random(6)), ValueError, "vectors of 10 entries"),
+    "a wide adapter": (lambda: ops.adapt(random(1, 4), A, random(6)), ValueError, "vectors of 4 entries"),
+    "a short scale": (lambda: ops.adapt(random(1, 8), A, random(5)), ValueError, "scale"),
+    "half a scale": (lambda: ops.adapt(random(1, 8), A, in_halves(random(6))), ValueError, "middle"),
     "long indices": (lambda: ops.sparse_linear(V, I.long(), [C], [None]), ValueError, "int32"),
     "unlike indices": (lambda: ops.sparse_linear(V, I[:, :1], [C], [None]), ValueError, "indices"),
     "too large index": (lambda: ops.sparse_linear(V, I + 1, [C], [None]), IndexError, "column"),

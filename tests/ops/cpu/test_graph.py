@@ -63,19 +63,20 @@ def test_replaying_is_running(seed, dtype):
 
 
 def branches(x, dtype, bias):
-    """Two branches whose residuals go through adapters, large enough for several threads to share."""
+    """Three branches whose residuals go through adapters, large enough for several threads to share."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
     adapters = [random(370, 370), random(370, 370)]
+    digits, scale = (40 * random(370, 740)).clamp(-127, 127).to(torch.int8), random(370) / 2**17
     inner, outer = column_major(random(1000, 370)), column_major(random(370, 500))
 
     def run():
         y = x
-        for adapter in adapters:
-            carried = ops.linear(y, [adapter], [bias], y)
+        for adapter in [*adapters, None]:
+            carried = ops.adapt(y, digits, scale) if adapter is None else ops.linear(y, [adapter], [bias], y)
             gate_up = ops.sparse_linear(*ops.rms_norm_top_k(y, None, 1e-6, 290), [inner], [None])
             y = ops.sparse_linear(*ops.silu_mul_top_k(gate_up, 340), [outer], [bias], carried)
         return y
@@ -89,7 +90,8 @@ def test_a_product_beside_others_gives_the_same_bits(chance, dtype):
     x = torch.randn(1, 370, generator=chance.generator)
     run = branches(x, dtype, chance.maybe(370))
     graph = chance.run(Graph, run)
-    assert [name for name, _ in graph._calls].count("linear_meanwhile") == 2
+    names = [name for name, _ in graph._calls]
+    assert (names.count("linear_meanwhile"), names.count("adapt_meanwhile")) == (2, 1)
     for _ in range(3):
         x.copy_(torch.randn(1, 370, generator=chance.generator))
         graph.output.fill_(float("nan"))

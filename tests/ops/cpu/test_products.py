@@ -1,10 +1,11 @@
-"""`linear` and `sparse_linear` against float64."""
+"""`linear`, `sparse_linear` and `adapt` against float64."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.ops import column_major
+from larosa.ops.adapter import adapt_reference
 from larosa.ops.linear import linear_reference, sparse_linear_reference
 
 from .cases import DTYPES, WIDTHS, Chance, chances, doubled
@@ -69,3 +70,23 @@ def test_linear_is_the_product_with_every_row(problem):
     result = chance.run(ops.linear, x, weights, biases, residual)
     operands = (x.double(), [w.double() for w in weights])
     check(chance, result, depth, linear_reference, operands, biases, residual)
+
+
+@settings(deadline=None, max_examples=1500)
+@given(chances(), st.integers(0, 4), WIDTHS, WIDTHS, st.sampled_from(DTYPES), st.data())
+def test_adapt_is_the_product_with_every_digit(chance, rows, width, outputs, dtype, data):
+    leading = data.draw(st.sampled_from([0, 1, width // 2, width]))
+    x, scale = chance.tensor(rows, width), chance.tensor(outputs, dtype=dtype)
+    weight = torch.randint(-128, 128, (outputs, width + leading), generator=chance.generator, dtype=torch.int8)
+    if chance.kind == "integer":  # whose sums are exact
+        weight %= 8
+    result = chance.run(ops.adapt, x, weight, scale)
+    exact = adapt_reference(x.double(), weight, scale)
+    assert result.dtype == torch.float32
+    if chance.kind == "integer":
+        assert torch.equal(result.double(), exact)
+    elif chance.kind == "special":
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-3, equal_nan=True)
+    else:
+        bound = adapt_reference(x.double().abs(), weight.double().abs(), scale.double().abs())
+        assert ((result.double() - exact).abs() <= (width + leading + 4) * EPS * bound + 1e-44).all()
