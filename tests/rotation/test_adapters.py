@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import larosa
 from larosa import LarosaError
 from larosa.config import AdapterFormat, LarosaConfig, Rotation, check_adapters
-from larosa.ops.adapter import HIGH, leading_entries
+from larosa.ops.adapter import HIGH, adapt_reference, leading_entries
 from larosa.rotation import LayerBases, connect, int8_adapter, random_basis, usual_format
 from larosa.rotation.adapters import full_adapter
 
@@ -53,6 +53,17 @@ def test_the_matrix_is_digit_by_digit_that_of_the_definition():
                 digits += 128 * int(adapter.weight[j, 40 + i])
             R[i, j] = digits * float(adapter.scale[j])
     assert torch.equal(adapter.matrix(), R)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_stream_as_large_as_its_format_allows_does_not_overflow(dtype):
+    adapter = int8_adapter(random_basis(256, 1), dtype)
+    x = torch.zeros(1, 256, dtype=dtype)
+    x[0, 3] = x[0, 100] = torch.finfo(dtype).max / 2
+    found = adapt_reference(x, adapter.weight, adapter.scale)
+    expected = adapt_reference(x.double(), adapter.weight, adapter.scale)
+    assert found.isfinite().all()
+    assert relative(found.double(), expected) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])

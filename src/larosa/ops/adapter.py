@@ -34,6 +34,8 @@ def adapt_reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
     Returns:
         [..., N] like `x`.
     """
-    leading = weight.shape[1] - x.shape[-1]
-    digits = torch.cat([x, HIGH * x[..., :leading]], dim=-1)
-    return digits @ weight.to(x.dtype).T * scale.to(x.dtype)
+    width = x.shape[-1]
+    # The matrix is scaled, not its result, nor are entries of x multiplied: either could overflow in float16.
+    matrix = weight.to(x.dtype) * scale.to(x.dtype)[:, None]
+    matrix[:, width:] *= HIGH
+    return torch.cat([x, x[..., : weight.shape[1] - width]], dim=-1) @ matrix.T
