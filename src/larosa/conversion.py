@@ -31,7 +31,7 @@ from larosa.config import (
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
-from larosa.models import Family, family_of, set_keep_counts, set_scores
+from larosa.models import Family, family_of, set_adapter, set_keep_counts, set_scores
 from larosa.progress import track
 from larosa.rotation import (
     Adapters,
@@ -378,10 +378,7 @@ def _adopt(
         for name in ("attention", "residual"):
             adapter = getattr(layer_adapters, name)
             if adapter is not None:
-                module = getattr(layer, f"{name}_adapter")
-                module.weight.copy_(adapter.weight)
-                if adapter.scale is not None:
-                    module.scale.copy_(adapter.scale)
+                set_adapter(getattr(layer, f"{name}_adapter"), adapter)
     set_scores(model, family.architecture, scores)
     model.eval().requires_grad_(False)
 

@@ -9,8 +9,8 @@ import larosa
 from larosa import LarosaError
 from larosa.config import AdapterFormat, LarosaConfig, Rotation, check_adapters
 from larosa.ops.adapter import HIGH, adapt_reference, leading_entries
-from larosa.rotation import LayerBases, connect, int8_adapter, random_basis, usual_format
-from larosa.rotation.adapters import full_adapter
+from larosa.rotation import LayerBases, connect, make_adapter, random_basis, usual_format
+from larosa.rotation.adapters import int8_adapter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -108,7 +108,7 @@ def test_without_rotation_there_is_nothing_to_connect():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_full_adapter_is_rounded_once(dtype):
     R = random_basis(24, 5)
-    assert torch.equal(full_adapter(R, dtype).weight, R.T.to(dtype))
+    assert torch.equal(make_adapter(AdapterFormat.FULL, R, dtype).weight, R.T.to(dtype))
 
 
 @pytest.mark.parametrize("rotation", ["layer", "block"])

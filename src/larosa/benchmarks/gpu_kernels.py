@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 from larosa.architectures import Heads
 from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_captured
 from larosa.benchmarks.results import Benchmark
-from larosa.benchmarks.shapes import shape_config
+from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
 from larosa.ops import column_major
 
@@ -188,7 +188,8 @@ class _Bench:
         elements = sum(
             outputs[name] * _kept(depth, sparsity) for name, (_, depth) in matrices.items() if name != "adapter"
         )
-        elements += outputs["adapter"] * config.hidden_size
+        adapter = random_adapter(config.hidden_size, self.dtype)
+        read = elements * self.dtype.itemsize + adapter.weight.nbytes
         copies = 4
         weights = [
             {
@@ -198,8 +199,8 @@ class _Bench:
             }
             for _ in range(copies)
         ]
-        hidden = config.hidden_size
-        adapters = [column_major(self._random(hidden, hidden, dtype=self.dtype)) for _ in range(copies)]
+        scale = None if adapter.scale is None else adapter.scale.to(self.device)
+        adapters = [column_major(adapter.weight.to(self.device, copy=True)) for _ in range(copies)]
         lists = {name: self._selected(depth, sparsity) for name, (_, depth) in matrices.items()}
         scores = {name: torch.rand(depth, device=self.device) for name, (_, depth) in matrices.items()}
         given = {name: self._random(1, total) for name, total in outputs.items()}
@@ -209,7 +210,7 @@ class _Bench:
         at = torch.tensor([128], device=self.device)
 
         def call(selects: bool, attends: bool) -> Call:
-            def product(copy: int, name: str, selection: Any, *added: torch.Tensor) -> torch.Tensor:
+            def product(copy: int, name: str, selection: Any, *added: torch.Tensor | None) -> torch.Tensor:
                 chosen = weights[copy][name]
                 result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), *added)
                 return result
@@ -234,7 +235,7 @@ class _Bench:
                 down = lists["down"]
                 if selects:
                     down = _ops.top_k(gated, len(down[0][0]), scores["down"])
-                return product(copy, "down", down, x, adapters[copy])
+                return product(copy, "down", down, x, adapters[copy], scale)
 
             return run
 
@@ -248,7 +249,7 @@ class _Bench:
             self.rounds,
         )
         for name, time in times.items():
-            yield self._row(name, "adapter included", sparsity, time, elements * self.dtype.itemsize, None)
+            yield self._row(name, "adapter included", sparsity, time, read, None)
 
     def _row(
         self, kernel: str, shape: str, sparsity: float, time: Timing, size: int, dense: Timing | None

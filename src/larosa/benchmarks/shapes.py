@@ -34,8 +34,8 @@ from larosa.config import (
 from larosa.demo import bundled_model
 from larosa.errors import LarosaError
 from larosa.memory import available_memory, release_memory
-from larosa.models import Int8Adapter, family_of, set_keep_counts
-from larosa.rotation import int8_adapter, usual_format
+from larosa.models import Int8Adapter, family_of, set_adapter, set_keep_counts
+from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.version import __version__
 
@@ -262,17 +262,14 @@ def _fill(model: Any, seed: int) -> None:
         numbers = numbers.to(weight)
         for piece in weight.view(-1).split(_BLOCK):
             piece.copy_(numbers[: len(piece)])
-    _fill_adapters(adapters, generator)
+    if adapters:
+        one = random_adapter(len(adapters[0].scale), torch.bfloat16, seed)
+        for adapter in adapters:
+            set_adapter(adapter, one)
 
 
-def _fill_adapters(adapters: list[Int8Adapter], generator: torch.Generator) -> None:
-    """One random matrix for all."""
-    if not adapters:
-        return
-    width = len(adapters[0].scale)
+def random_adapter(width: int, dtype: torch.dtype, seed: int = 0) -> Adapter:
+    """What takes random vectors of so many entries to others of their length, stored as models of this dtype do."""
+    generator = torch.Generator().manual_seed(seed)
     R = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-    stored = int8_adapter(R, torch.float32)
-    assert stored.scale is not None, "8-bit adapters have scales"
-    for adapter in adapters:
-        adapter.weight.copy_(stored.weight)
-        adapter.scale.copy_(stored.scale)
+    return make_adapter(usual_format(dtype), R, dtype)

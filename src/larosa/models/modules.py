@@ -14,6 +14,7 @@ from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Rotatio
 from larosa.errors import LarosaError
 from larosa.models.selectors import Selector, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
+from larosa.rotation.adapters import Adapter
 
 
 class SparseLinear(nn.Linear):
@@ -183,6 +184,15 @@ def _adapter(layer: nn.Module, architecture: Architecture, adapters: AdapterForm
     if adapters is AdapterFormat.INT8:
         return Int8Adapter(len(like), device=like.device, dtype=like.dtype)
     return nn.Linear(len(like), len(like), bias=False, device=like.device, dtype=like.dtype)
+
+
+@torch.no_grad()
+def set_adapter(module: nn.Linear | Int8Adapter, adapter: Adapter) -> None:
+    """Fill a residual adapter of a sparsified model, stored as that model stores them."""
+    module.weight.copy_(adapter.weight)
+    if isinstance(module, Int8Adapter):
+        assert adapter.scale is not None, "8-bit numbers have a scale"
+        module.scale.copy_(adapter.scale)
 
 
 @torch.no_grad()

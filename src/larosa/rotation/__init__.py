@@ -1,6 +1,6 @@
 """Orthogonal bases for the residual stream, and their merge into the weights."""
 
-from larosa.rotation.adapters import Adapter, LayerFrames, connect, int8_adapter, usual_format
+from larosa.rotation.adapters import Adapter, LayerFrames, connect, make_adapter, usual_format
 from larosa.rotation.bases import LayerBases, output_aware, principal_basis, random_basis, reader_gram
 from larosa.rotation.fisher import UnitFisher
 from larosa.rotation.merge import Adapters, merge_bases
@@ -12,7 +12,7 @@ __all__ = [
     "LayerFrames",
     "UnitFisher",
     "connect",
-    "int8_adapter",
+    "make_adapter",
     "merge_bases",
     "output_aware",
     "principal_basis",

@@ -9,7 +9,7 @@ those that were looked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,12 +72,11 @@ def connect(
         adapters: how they are stored.
         dtype: of the model.
     """
-    make = {AdapterFormat.FULL: full_adapter, AdapterFormat.INT8: int8_adapter}[adapters]
     reached: tuple[torch.Tensor | None, Frame | None] = None, None  # a basis and what it has become
     for index, layer in enumerate(bases):
         start = (layer.attention, _orthogonal(layer.attention))
-        attention, before = (start, None) if index == 0 else _next(reached, layer.attention, make, dtype)
-        mlp, between = _next(attention, layer.mlp, make, dtype)
+        attention, before = (start, None) if index == 0 else _next(reached, layer.attention, adapters, dtype)
+        mlp, between = _next(attention, layer.mlp, adapters, dtype)
         yield LayerFrames(attention[1], mlp[1], layer.values, before, between)
         reached = mlp
 
@@ -85,13 +84,13 @@ def connect(
 def _next(
     reached: tuple[torch.Tensor | None, Frame | None],
     wanted: torch.Tensor | None,
-    make: Callable[[torch.Tensor, torch.dtype], Adapter],
+    adapters: AdapterFormat,
     dtype: torch.dtype,
 ) -> tuple[tuple[torch.Tensor | None, Frame | None], Adapter | None]:
     basis, frame = reached
     if frame is None or wanted is None or wanted is basis:
         return reached, None
-    adapter = make(frame.dual.T @ wanted, dtype)
+    adapter = make_adapter(adapters, frame.dual.T @ wanted, dtype)
     vectors = frame.vectors @ adapter.matrix()
     return (wanted, Frame(vectors, torch.linalg.inv(vectors).T)), adapter
 
@@ -105,9 +104,9 @@ def usual_format(dtype: torch.dtype) -> AdapterFormat:
     return AdapterFormat.INT8 if dtype.itemsize == 2 else AdapterFormat.FULL
 
 
-def full_adapter(R: torch.Tensor, dtype: torch.dtype) -> Adapter:
-    """R [D, D] in the model's dtype."""
-    return Adapter(R.T.to(dtype))
+def make_adapter(adapters: AdapterFormat, R: torch.Tensor, dtype: torch.dtype) -> Adapter:
+    """R [D, D] float64, rounded once, for a model of this dtype."""
+    return int8_adapter(R, dtype) if adapters is AdapterFormat.INT8 else Adapter(R.T.to(dtype))
 
 
 def int8_adapter(R: torch.Tensor, dtype: torch.dtype) -> Adapter:
