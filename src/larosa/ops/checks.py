@@ -54,28 +54,48 @@ def matrices(
     for weight, bias in zip(weights, biases, strict=True):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(f"weights must be [N, {width}], not of shape {tuple(weight.shape)}")
-        along = 0 if column_major else 1
-        if weight.shape[along] > 1 and weight.stride(along) != 1:
-            mend = "larosa.ops.column_major(weight)" if column_major else "weight.contiguous()"
-            raise ValueError(f"weights must be {'column' if column_major else 'row'}-major: {mend}")
+        _layout("weights", weight, column_major)
         vector("bias", bias, len(weight))
     return sum(len(weight) for weight in weights)
 
 
+def _layout(name: str, weight: torch.Tensor, column_major: bool) -> None:
+    along = 0 if column_major else 1
+    if weight.shape[along] > 1 and weight.stride(along) != 1:
+        mend = "larosa.ops.column_major(weight)" if column_major else "weight.contiguous()"
+        raise ValueError(f"{name} must be {'column' if column_major else 'row'}-major: {mend}")
+
+
 def residual(
-    x: torch.Tensor | None, adapter: torch.Tensor | None, rows: int, outputs: int, dtype: torch.dtype | None = None
+    x: torch.Tensor | None,
+    adapter: torch.Tensor | None,
+    rows: int,
+    outputs: int,
+    dtype: torch.dtype | None = None,
+    scale: torch.Tensor | None = None,
 ) -> int:
     """What is added to a product, and the matrix [outputs, width] in `dtype` that it goes through first.
+
+    With a scale that is int8, and can have up to `width` columns more.
 
     Returns the width.
     """
     width = outputs if adapter is None else adapter.shape[-1]
+    if scale is not None:
+        vector("adapter_scale", scale, outputs)
+        width = 0 if x is None else vectors("residual", x)[1]
+        if adapter is None or not width <= adapter.shape[-1] <= 2 * width:
+            raise ValueError(f"with adapter_scale, adapter must be [{outputs}, D to 2 D] for a residual [{rows}, D]")
     if x is not None and (x.dtype != torch.float32 or x.shape != (rows, width) or not x.is_contiguous()):
         raise ValueError(f"residual must be contiguous float32 of shape {(rows, width)}")
-    if adapter is not None and (x is None or matrices([adapter], [None], width, column_major=True) != outputs):
+    if adapter is None:
+        return width
+    if x is None or adapter.dim() != 2 or len(adapter) != outputs:
         raise ValueError(f"adapter must be [{outputs}, D] for a residual [{rows}, D]")
-    if adapter is not None and adapter.dtype != dtype:
-        raise ValueError(f"adapter must be {dtype} like the weights, not {adapter.dtype}")
+    wanted = dtype if scale is None else torch.int8
+    if adapter.dtype != wanted:
+        raise ValueError(f"adapter must be {dtype} like the weights, or int8 with a scale, not {adapter.dtype}")
+    _layout("adapter", adapter, column_major=True)
     return width
 
 

@@ -17,8 +17,12 @@ KERNELS = (
         for weight, lanes, cluster, flags in (
             ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "false"}),
             ("Half", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true"}),
+            ("Half", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "Half"}),
+            ("BFloat16", "16", "1", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "false", "SCALE": "float"}),
             ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false"}),
             ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false"}),
+            ("float", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "float"}),
+            ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false", "SCALE": "BFloat16"}),
         )
     ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),

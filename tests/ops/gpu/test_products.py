@@ -36,7 +36,7 @@ def check(result, reference, operands, weights, biases, *added) -> None:
         [None if b is None else b.double().abs() for b in biases],
         *(None if each is None else each.double().abs() for each in added),
     )
-    terms = operands[0].shape[1] + sum(each.shape[1] for each in added if each is not None)
+    terms = operands[0].shape[1] + sum(each.shape[1] for each in added if each is not None and each.dim() > 1)
     assert result.dtype == torch.float32
     assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
 
@@ -80,6 +80,63 @@ def test_an_adapter_where_blocks_have_a_multiprocessor_each(target, dtype, outpu
     check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], residual, adapter)
 
 
+def digits(outputs: int, width: int, seed: int) -> torch.Tensor:
+    """Of an adapter, column-major, the largest and the smallest among them."""
+    drawn = torch.randint(-128, 128, (width, outputs), generator=seeded(seed), dtype=torch.int8)
+    drawn.view(-1)[:2] = torch.tensor([-128, 127])[: drawn.numel()]
+    return drawn.t()
+
+
+@settings(deadline=None, max_examples=30)
+@given(problems(), st.integers(1, 400), st.data())
+def test_a_residual_that_goes_through_an_adapter_of_digits(target, problem, width, data):
+    rows, depth, weights, biases, _, seed = problem
+    k, leading = data.draw(st.integers(0, depth)), data.draw(st.integers(0, width) | st.sampled_from([0, width]))
+    values, residual = entries("normal", rows, k, seed=seed), entries("normal", rows, width, seed=seed + 1)
+    outputs, beside = sum(map(len, weights)), data.draw(st.sampled_from([0, 1, 4, 8]))
+    adapter = digits(beside + outputs, width + leading, seed + 2)[beside:]
+    scale = entries("normal", outputs, seed=seed + 3)
+    if data.draw(st.booleans()):
+        scale = torch.exp2((4 * scale).round() - 7)
+    scale = scale.to(data.draw(st.sampled_from(DTYPES)))
+    indices = torch.arange(depth - k, depth, dtype=torch.int32).expand(rows, -1).contiguous()
+    columns = [column_major(w) for w in weights]
+    result = target("sparse_linear", values, indices, columns, biases, residual, adapter, scale)
+    check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual, adapter, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "width", "leading", "depth", "k"),
+    [(200, 500, 16, 700, 350), (4096, 640, 32, 900, 7), (200, 3, 0, 13000, 12999), (200, 4000, 4000, 40, 20)],
+)
+def test_digits_where_blocks_have_a_multiprocessor_each(target, dtype, outputs, width, leading, depth, k):
+    values, residual = entries("normal", 1, k, seed=0), entries("normal", 1, width, seed=1)
+    weight = entries("normal", outputs, depth, seed=2).to(dtype)
+    adapter, scale = digits(outputs, width + leading, 3), entries("normal", outputs, seed=4).to(dtype)
+    indices = torch.randperm(depth, generator=seeded(5))[:k].sort().values.int()[None]
+    result = target("sparse_linear", values, indices, [column_major(weight)], [None], residual, adapter, scale)
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], residual, adapter, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 89])
+def test_a_residual_that_is_not_finite_shows_through_digits(target, dtype, bad, place):
+    """Also where a digit is 0, as the product of floats has it."""
+    adapter, scale = digits(40, 90 + 16, 0), torch.full((40,), 0.5, dtype=dtype)
+    adapter[::2, place] = 0
+    residual = entries("normal", 2, 90, seed=1)
+    residual[1, place] = bad
+    operands = torch.zeros(2, 5), torch.arange(5, dtype=torch.int32).expand(2, -1).contiguous()
+    weight = column_major(entries("normal", 40, 5, seed=2).to(dtype))
+    result = target("sparse_linear", *operands, [weight], [None], residual, adapter, scale)
+    exact = sparse_linear_reference(*operands, [weight], [None], residual, adapter, scale)
+    torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-2, equal_nan=True)
+    assert result[0].isfinite().all()
+    assert not result[1].isfinite().any()
+
+
 @settings(deadline=None, max_examples=20)
 @given(problems())
 def test_linear(target, problem):
@@ -115,6 +172,18 @@ def test_parts_of_larger_matrices(target, dtype, start):
     check(target("linear", x, [rows], [None], None), linear_reference, (x.double(),), [rows], [None], None)
 
 
+@pytest.mark.parametrize(("start", "beyond"), [(0, 0), (0, 1), (0, 4), (1, 7), (4, 4), (8, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_digits_of_a_larger_adapter(target, dtype, start, beyond):
+    """Their address or their stride may be no whole piece where those of the weights are."""
+    adapter = digits(start + 64 + beyond, 50 + 16, seed=0)[start : start + 64]
+    weight, scale = entries("normal", 64, 30, seed=1).to(dtype), entries("normal", 64, seed=2)
+    values, residual = entries("normal", 1, 30, seed=3), entries("normal", 1, 50, seed=4)
+    indices = torch.arange(30, dtype=torch.int32)[None]
+    result = target("sparse_linear", values, indices, [column_major(weight)], [None], residual, adapter, scale)
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], residual, adapter, scale)
+
+
 def test_columns_that_are_not_listed_do_not_show(target):
     weight = torch.full((40, 30), torch.nan)
     weight[:, 3], weight[:, 5] = 1.0, torch.inf
@@ -131,6 +200,15 @@ def test_weights_that_are_not_finite_spread(target):
         weight[1, 19] = bad
         result = target("linear", torch.ones(1, 20), [weight], [None], None)
         torch.testing.assert_close(result, torch.tensor([[20.0, bad, 20.0]]), equal_nan=True)
+
+
+RESIDUAL, DIGITS, SCALE = torch.zeros(1, 5), digits(4, 5, seed=0), torch.ones(4)
+
+
+def with_digits(residual=RESIDUAL, adapter=DIGITS, scale=SCALE):
+    """Arguments of a product of 4 outputs."""
+    selection = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int32)
+    return *selection, [torch.zeros(3, 4).t()], [None], residual, adapter, scale
 
 
 @pytest.mark.parametrize(
@@ -170,6 +248,23 @@ def test_weights_that_are_not_finite_spread(target):
             ),
             "adapter must be torch.float32 like the weights",
         ),
+        (
+            "sparse_linear",
+            with_digits(scale=None),
+            "adapter must be torch.float32 like the weights, or int8 with a scale",
+        ),
+        ("sparse_linear", with_digits(adapter=torch.zeros(5, 4).t()), "or int8 with a scale"),
+        ("sparse_linear", with_digits(adapter=None), r"\[4, D to 2 D\] for a residual \[1, D\]"),
+        ("sparse_linear", with_digits(residual=None), r"\[4, D to 2 D\] for a residual \[1, D\]"),
+        ("sparse_linear", with_digits(residual=torch.zeros(1, 6)), r"\[4, D to 2 D\]"),
+        ("sparse_linear", with_digits(residual=torch.zeros(1, 2)), r"\[4, D to 2 D\]"),
+        ("sparse_linear", with_digits(residual=torch.zeros(2, 5)), r"float32 of shape \(1, 5\)"),
+        ("sparse_linear", with_digits(residual=torch.zeros(1, 5).half()), "residual must be contiguous"),
+        ("sparse_linear", with_digits(adapter=digits(3, 5, seed=0)), r"adapter must be \[4, D\]"),
+        ("sparse_linear", with_digits(adapter=DIGITS.contiguous()), "adapter must be column-major"),
+        ("sparse_linear", with_digits(scale=torch.ones(3)), "adapter_scale must be a contiguous"),
+        ("sparse_linear", with_digits(scale=torch.ones(4).double()), "adapter_scale must be a contiguous"),
+        ("sparse_linear", with_digits(scale=torch.ones(8)[::2]), "adapter_scale must be a contiguous"),
         (
             "sparse_linear",
             (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(4, 3).t()], [None], None),

@@ -112,6 +112,7 @@ def sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major.
 
@@ -120,17 +121,20 @@ def sparse_linear(
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
-    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
+    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     sizes, gpu, element = [len(weight) for weight in weights], machine(values.device), weights[0].element_size()
     alone = None if adapter is None else alone_plan(gpu, sizes, k, rows, element)
     plan = alone or sparse_plan(gpu, sizes, k, rows, element)
     product = _Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
     stride = 0 if adapter is None else adapter.stride(1)
-    before = _address(residual), _address(adapter), c_uint(stride), c_int(carried)
+    before: list[Argument] = [_address(residual), _address(adapter), c_uint(stride), c_int(carried)]
+    macros = {**product.macros, "ADAPTER": _flag(adapter is not None), "ALONE": _flag(alone is not None)}
+    if adapter is not None and adapter_scale is not None:
+        before += [c_int(adapter.shape[1]), _address(adapter_scale)]
+        macros["SCALE"] = TYPE_NAMES[adapter_scale.dtype]
     operands = _address(values), _address(indices), c_int(k), product.matrices
     arguments = (*operands, *before, _address(result), c_int(outputs))
-    macros = {**product.macros, "ADAPTER": _flag(adapter is not None), "ALONE": _flag(alone is not None)}
     _launch(values, "sparse_linear.cu", "sparse_linear", macros, product.grid, arguments)
     return result
 
@@ -335,10 +339,16 @@ def _launch(
 
 
 def _aligned(weights: Weights, sizes: Sequence[int], along: int) -> str:
-    """Whether every piece of 16 bytes of rows or columns of those sizes is whole, as C++ writes it."""
-    element = weights[0].element_size()
-    whole = all(size * element % 16 == 0 for size in sizes)
-    placed = all((weight.data_ptr() | weight.stride(along) * element) % 16 == 0 for weight in weights)
+    """Whether every piece of rows or columns of those sizes is whole, as C++ writes it.
+
+    Pieces are 16 bytes of the first matrix, and as many elements of the others.
+    """
+    piece = 16 // weights[0].element_size()
+    whole = all(size % piece == 0 for size in sizes)
+    placed = all(
+        weight.data_ptr() % (piece * weight.element_size()) == 0 and weight.stride(along) % piece == 0
+        for weight in weights
+    )
     return _flag(whole and placed)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from larosa.ops import checks
+from larosa.ops.adapter import HIGH
 from larosa.ops.linear import Biases, Weights
 
 _ROWS, _STEP = 8, 512  # of a dense tile: outputs, inputs at a time
@@ -43,15 +44,31 @@ def sparse_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major."""
-    rows, k = checks.selection(values, indices)
+    checks.selection(values, indices)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype)
-    if adapter is not None:
-        assert residual is not None
-        every = torch.arange(carried, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
-        residual = sparse_linear(residual, every, [adapter], [None])
+    checks.residual(residual, adapter, len(values), outputs, weights[0].dtype, adapter_scale)
+    if residual is not None and adapter is not None:
+        residual = _adapted(residual, adapter, adapter_scale)
+    return _sparse_linear(values, indices, weights, biases, residual)
+
+
+def _adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What is added to a product: [B, N] float32."""
+    rows, width = residual.shape
+    columns = adapter.shape[1]
+    digits = torch.cat([residual, HIGH * residual[:, : columns - width]], dim=1)
+    every = torch.arange(columns, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
+    result = _sparse_linear(digits, every, [adapter], [None], None)
+    return result if scale is None else result * scale.float()
+
+
+def _sparse_linear(
+    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None
+) -> torch.Tensor:
+    (rows, k), outputs = values.shape, sum(len(weight) for weight in weights)
     parts = triton.cdiv(k, _PART)
     partial = values.new_empty(parts, rows, outputs)
     result = values.new_empty(rows, outputs)

@@ -238,6 +238,12 @@ inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
     for (int i = 0; i < 32; i += 8) sum += (x >> i & 0xff) * (y >> i & 0xff);
     return sum;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+    const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= (bytes >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+    return chosen;
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
@@ -290,9 +296,14 @@ template <class T>
 const T* at_offset(const T* base, unsigned offset) {
     return base + offset;
 }
-inline uint4 load_once(const void* from) {
-    emulator::check_place(from, 16);
-    return *static_cast<const uint4*>(from);
+template <int COUNT>
+struct Words {
+    unsigned word[COUNT];
+};
+template <class Data>
+void load_once(Data& data, const void* from) {
+    emulator::check_place(from, sizeof(Data));
+    data = *static_cast<const Data*>(from);
 }
 template <class T>
 T load_fresh(const T* from) {

@@ -60,58 +60,62 @@ DEVICE int group() {
     return static_cast<int>(threadIdx.x) / LANES;
 }
 
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Packed& pack) {
+template <class Piece>
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
+    static_assert(Piece::COUNT == WIDTH<WEIGHT>, "one for each of the thread's outputs");
 #pragma unroll
-    for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value, widen(pack.weight[e]), sum[e]);
+    for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value, piece.at(e), sum[e]);
 }
 
-DEVICE void load(Packed& pack, const WEIGHT* from, int there) {
-    pack.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
+template <class Piece>
+DEVICE void load(Piece& piece, const typename Piece::Element* from, int there) {
+    piece.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
-// entry `from`. As soon as one load has been added, the next takes its registers, so that DEPTH are under way from first
-// to last.
-template <int SHARING>
-DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count, const WEIGHT* weights,
-                       int there) {
-    constexpr int BATCH = DEPTH * SHARING;
+// entry `from`. As soon as one piece of a column has been added, the next takes its registers, so that DEEP are under way
+// from first to last.
+template <int SHARING, class Piece = Packed, int DEEP = DEPTH>
+DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
+                       const typename Piece::Element* weights, int there) {
+    using Element = typename Piece::Element;
+    constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
-    Packed pack[DEPTH];
+    Piece pack[DEEP];
 #pragma unroll
-    for (int j = 0; j < DEPTH; ++j)  // without a condition in between, or the compiler waits at each
+    for (int j = 0; j < DEEP; ++j)  // without a condition in between, or the compiler waits at each
         load(pack[j], at_offset(weights, entries[min(from + j * SHARING, count - 1)].offset), there);
 #pragma unroll 1
     for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
-        float value[DEPTH];
-        const WEIGHT* next[DEPTH];
+        float value[DEEP];
+        const Element* next[DEEP];
 #pragma unroll
-        for (int j = 0; j < DEPTH; ++j) {
+        for (int j = 0; j < DEEP; ++j) {
             value[j] = entries[from + j * SHARING].value;
             next[j] = at_offset(weights, entries[from + j * SHARING + BATCH].offset);
         }
 #pragma unroll
-        for (int j = 0; j < DEPTH; ++j) {
+        for (int j = 0; j < DEEP; ++j) {
             add(sum, value[j], pack[j]);
             load(pack[j], next[j], there);
         }
     }
     // Fewer than two batches are left. What is not listed must be zero: it counts nothing even where a weight is infinite.
-    Packed last[DEPTH];
+    Piece last[DEEP];
 #pragma unroll
-    for (int j = 0; j < DEPTH; ++j) {
+    for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING + BATCH;
-        const WEIGHT* next = at_offset(weights, entries[min(i, count - 1)].offset);
+        const Element* next = at_offset(weights, entries[min(i, count - 1)].offset);
         if (i < count) load(last[j], next, there);
     }
 #pragma unroll
-    for (int j = 0; j < DEPTH; ++j) {
+    for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING;
-        if (i >= count) pack[j] = Packed();
+        if (i >= count) pack[j] = Piece();
         add(sum, i < count ? entries[i].value : 0.0f, pack[j]);
     }
 #pragma unroll
-    for (int j = 0; j < DEPTH; ++j) {
+    for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING + BATCH;
         add(sum, i < count ? entries[i].value : 0.0f, last[j]);
     }

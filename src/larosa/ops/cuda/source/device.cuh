@@ -84,13 +84,25 @@ DEVICE const T* at_offset(const T* base, unsigned offset) {
     return address;
 }
 
-// 16 bytes that nobody reads again: they pass the first cache by.
-DEVICE uint4 load_once(const void* from) {
-    uint4 data;
+// 4 bytes a word.
+template <int COUNT>
+struct Words {
+    unsigned word[COUNT];
+};
+
+// 16, 8 or 4 bytes that nobody reads again: they pass the first cache by.
+DEVICE void load_once(uint4& data, const void* from) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
                  : "l"(from));
-    return data;
+}
+DEVICE void load_once(Words<2>& data, const void* from) {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(data.word[0]), "=r"(data.word[1])
+                 : "l"(from));
+}
+DEVICE void load_once(Words<1>& data, const void* from) {
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(data.word[0]) : "l"(from));
 }
 
 // What the kernel before this one wrote: from the second cache, the first may hold what stood there earlier.

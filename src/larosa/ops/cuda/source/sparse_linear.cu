@@ -1,9 +1,9 @@
 // y = residual + x W^T + b for an x that is given by its k entries: reads the columns of W at their indices.
 //
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
-// goes into the same sums.
+// goes into the same sums. R is in the weights' format; or, with a SCALE, in digits of 8 bits, and each output has a scale.
 #ifndef ADAPTER
-#error "ADAPTER and ALONE, whether a block has a multiprocessor to itself, are given by the launcher"
+#error "ADAPTER and ALONE, whether a block has a multiprocessor to itself, and a format as SCALE are given by the launcher"
 #endif
 constexpr int DEPTH = ALONE ? 6 : 5;  // loads in flight in each thread
 
@@ -34,6 +34,48 @@ struct Carried {
     DEVICE Entry at(int i) const { return {load_earlier(values + i), i * stride}; }
 };
 
+// The same where a low digit of each of `width` entries is followed by high ones of the first, which count 128 times.
+struct CarriedByDigits {
+    const float* values;
+    unsigned stride;
+    int width;
+
+    DEVICE Entry at(int i) const {
+        const bool high = i >= width;
+        return {load_earlier(values + (high ? i - width : i)) * (high ? 128.0f : 1.0f), i * stride};
+    }
+};
+
+// What the thread's sums of digits are multiplied by. They are on their way while it adds up.
+template <class Format>
+struct Scales {
+    Format scale[WIDTH<WEIGHT>];
+
+    DEVICE Scales(const Format* scales, const Outputs& tile) {
+        const Format* mine = scales + tile.matrix.first + tile.mine;
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) scale[e] = load_parameter(mine + e, e < tile.there);
+    }
+
+    DEVICE void apply(float (&sum)[WIDTH<WEIGHT>]) const {
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] *= widen(scale[e]);
+    }
+};
+
+// A thread's piece of a column of the adapter, and how many are in flight: as many bytes as of the weights, or what the
+// registers of two blocks hold.
+#ifdef SCALE
+#define SCALE_PARAMETERS int digits, const SCALE* scale,
+using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
+constexpr int ADAPTER_DEPTH = ALONE ? 12 : 6;
+#else
+#define SCALE_PARAMETERS
+using Piece = Packed;
+constexpr int ADAPTER_DEPTH = DEPTH;
+#endif
+constexpr int LIGHTER = sizeof(Packed) / sizeof(Piece);  // so many of them are one of the weights
+
 struct Shared {
     Entry entries[TEAMS][CHUNK];
     Sums sums;
@@ -58,9 +100,9 @@ struct Part {
 
 // Adds entries of a part, those of the thread's team, of which the first has `more` than the second. Both take equally
 // many chunks, or racecheck no longer knows which of their barriers belong together.
-template <class Entries>
+template <class Read, int DEEP, class Entries>
 DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, int more,
-                const WEIGHT* weights, int there) {
+                const typename Read::Element* weights, int there) {
     const int team = static_cast<int>(threadIdx.x) / MATES;
     const int mate = static_cast<int>(threadIdx.x) % MATES;
     const int middle = part.begin + (part.size() + more) / 2;
@@ -72,13 +114,14 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Pa
         team_sync<TEAMS, MATES>(team);  // what stood here has been read
         for (int i = mate; i < here; i += MATES) shared.entries[team][i] = entries.at(start + i);
         team_sync<TEAMS, MATES>(team);
-        if (here > 0) add_listed<MATES / LANES>(sum, shared.entries[team], mate / LANES, here, weights, there);
+        if (here > 0)
+            add_listed<MATES / LANES, Read, DEEP>(sum, shared.entries[team], mate / LANES, here, weights, there);
     }
 }
 
 KERNEL(THREADS, ALONE ? 1 : 2)
 sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual,
-              const void* adapter, unsigned adapter_stride, int width, float* result, int outputs) {
+              const void* adapter, unsigned adapter_stride, int width, SCALE_PARAMETERS float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
     const long long row = blockIdx.y;
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
@@ -88,14 +131,25 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     float sum[WIDTH<WEIGHT>] = {};
     int earlier = 0;
     if constexpr (ADAPTER) {
+#ifdef SCALE
+        const Scales<SCALE> scales(scale, tile);
+        const CarriedByDigits entries{residual + row * width, adapter_stride, width};
+        const Part carried = Part::of_block(digits);
+#else
+        const Carried entries{residual + row * width, adapter_stride};
         const Part carried = Part::of_block(width);
-        earlier = 2 * min(EARLIER, min(carried.size(), listed.size()) / 2);
-        add(sum, shared, Carried{residual + row * width, adapter_stride}, carried, -earlier,
-            static_cast<const WEIGHT*>(adapter) + tile.matrix.first + tile.mine, tile.there);
+#endif
+        earlier = 2 * min(EARLIER, min(carried.size() / LIGHTER, listed.size()) / 2);
+        add<Piece, ADAPTER_DEPTH>(sum, shared, entries, carried, -earlier * LIGHTER,
+                                  static_cast<const Piece::Element*>(adapter) + tile.matrix.first + tile.mine,
+                                  tile.there);
+#ifdef SCALE
+        scales.apply(sum);
+#endif
     }
     wait_for_inputs();
-    add(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier, tile.weights(),
-        tile.there);
+    add<Packed, DEPTH>(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier,
+                       tile.weights(), tile.there);
     release_dependents();
     finish(shared.sums, tile, sum, ADAPTER || !residual ? nullptr : residual + row * outputs, result + row * outputs);
 }

@@ -4,6 +4,18 @@
 
 #include "device.cuh"
 
+// A digit of an adapter.
+struct Int8 {
+    unsigned char bits;
+};
+
+// Digit `i` of four. The instruction that converts integers has a quarter of the rate of others, so x + 128 becomes the
+// last byte of 2^23, whose mantissa counts ones.
+DEVICE float widen_digit(unsigned digits, int i) {
+    const unsigned sum = __byte_perm(digits ^ 0x80808080u, 0x4b000000u, 0x7540u + static_cast<unsigned>(i));
+    return __uint_as_float(sum) - (8388608.0f + 128.0f);
+}
+
 // Stands for the format of a vector that is not there, whose entries count as 1.
 struct None {};
 DEVICE None load_parameter(const None*, bool) { return {}; }
@@ -66,22 +78,32 @@ struct Matrices {
 template <class Weight>
 constexpr int WIDTH = 16 / sizeof(Weight);
 
-// WIDTH neighbouring weights in registers, as they stand in memory.
-template <class Weight>
+// Neighbouring weights in registers, as they stand in memory: 16 bytes, or `Data` of them.
+template <class Weight, class Data = uint4>
 union Pack {
-    uint4 data;
-    Weight weight[WIDTH<Weight>];
+    using Element = Weight;
+    static constexpr int COUNT = sizeof(Data) / sizeof(Weight);
 
-    DEVICE Pack() : data{0, 0, 0, 0} {}
+    Data data;
+    Weight weight[COUNT];
 
-    // From an address that is a multiple of 16 where WHOLE, and with `count` weights to be had there.
+    DEVICE Pack() : data{} {}
+
+    DEVICE float at(int i) const {
+        if constexpr (sizeof(Weight) == 1)
+            return widen_digit(data.word[i / 4], i % 4);
+        else
+            return widen(weight[i]);
+    }
+
+    // From an address that is a multiple of their size where WHOLE, and with `count` weights to be had there.
     template <bool WHOLE>
     DEVICE void load(const Weight* from, int count) {
         if constexpr (WHOLE) {
-            if (count > 0) data = load_once(from);
+            if (count > 0) load_once(data, from);
         } else {
 #pragma unroll
-            for (int i = 0; i < WIDTH<Weight>; ++i)
+            for (int i = 0; i < COUNT; ++i)
                 if (i < count) weight[i] = from[i];
         }
     }
