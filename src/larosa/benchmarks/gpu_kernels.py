@@ -14,6 +14,7 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
+from larosa.config import AdapterFormat
 from larosa.ops import column_major
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.75)
@@ -188,8 +189,6 @@ class _Bench:
         elements = sum(
             outputs[name] * _kept(depth, sparsity) for name, (_, depth) in matrices.items() if name != "adapter"
         )
-        adapter = random_adapter(config.hidden_size, self.dtype)
-        read = elements * self.dtype.itemsize + adapter.weight.nbytes
         copies = 4
         weights = [
             {
@@ -199,8 +198,6 @@ class _Bench:
             }
             for _ in range(copies)
         ]
-        scale = None if adapter.scale is None else adapter.scale.to(self.device)
-        adapters = [column_major(adapter.weight.to(self.device, copy=True)) for _ in range(copies)]
         lists = {name: self._selected(depth, sparsity) for name, (_, depth) in matrices.items()}
         scores = {name: torch.rand(depth, device=self.device) for name, (_, depth) in matrices.items()}
         given = {name: self._random(1, total) for name, total in outputs.items()}
@@ -209,7 +206,7 @@ class _Bench:
         cos, sin = (self._random(256, heads.size) for _ in range(2))
         at = torch.tensor([128], device=self.device)
 
-        def call(selects: bool, attends: bool) -> Call:
+        def call(adapters: list[torch.Tensor], scale: torch.Tensor | None, selects: bool, attends: bool) -> Call:
             def product(copy: int, name: str, selection: Any, *added: torch.Tensor | None) -> torch.Tensor:
                 chosen = weights[copy][name]
                 result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), *added)
@@ -239,17 +236,22 @@ class _Bench:
 
             return run
 
-        times = time_captured(
-            {
-                "layer: products": call(selects=False, attends=False),
-                "layer: products, selections": call(selects=True, attends=False),
-                "layer: products, selections, attention": call(selects=True, attends=True),
-            },
-            copies,
-            self.rounds,
-        )
-        for name, time in times.items():
-            yield self._row(name, "adapter included", sparsity, time, read, None)
+        for stored in AdapterFormat:
+            adapter = random_adapter(config.hidden_size, self.dtype, stored)
+            scale = None if adapter.scale is None else adapter.scale.to(self.device)
+            adapters = [column_major(adapter.weight.to(self.device, copy=True)) for _ in range(copies)]
+            times = time_captured(
+                {
+                    "layer: products": call(adapters, scale, selects=False, attends=False),
+                    "layer: products, selections": call(adapters, scale, selects=True, attends=False),
+                    "layer: products, selections, attention": call(adapters, scale, selects=True, attends=True),
+                },
+                copies,
+                self.rounds,
+            )
+            read = elements * self.dtype.itemsize + adapter.weight.nbytes
+            for name, time in times.items():
+                yield self._row(name, f"{stored} adapter included", sparsity, time, read, None)
 
     def _row(
         self, kernel: str, shape: str, sparsity: float, time: Timing, size: int, dense: Timing | None

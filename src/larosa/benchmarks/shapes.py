@@ -263,13 +263,13 @@ def _fill(model: Any, seed: int) -> None:
         for piece in weight.view(-1).split(_BLOCK):
             piece.copy_(numbers[: len(piece)])
     if adapters:
-        one = random_adapter(len(adapters[0].scale), torch.bfloat16, seed)
+        one = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed)
         for adapter in adapters:
             set_adapter(adapter, one)
 
 
-def random_adapter(width: int, dtype: torch.dtype, seed: int = 0) -> Adapter:
-    """What takes random vectors of so many entries to others of their length, stored as models of this dtype do."""
+def random_adapter(width: int, dtype: torch.dtype, adapters: AdapterFormat, seed: int = 0) -> Adapter:
+    """What takes vectors of so many entries to others of their length, for a model of this dtype."""
     generator = torch.Generator().manual_seed(seed)
     R = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-    return make_adapter(usual_format(dtype), R, dtype)
+    return make_adapter(adapters, R, dtype)
