@@ -53,6 +53,7 @@ def test_the_matrix_is_digit_by_digit_that_of_the_definition():
                 digits += 128 * int(adapter.weight[j, 40 + i])
             R[i, j] = digits * float(adapter.scale[j])
     assert torch.equal(adapter.matrix(), R)
+    torch.testing.assert_close(adapt_reference(torch.eye(40).double(), adapter.weight, adapter.scale), R)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

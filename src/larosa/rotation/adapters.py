@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from larosa.config import AdapterFormat
-from larosa.ops.adapter import HIGH, adapt_reference, leading_entries
+from larosa.ops.adapter import HIGH, leading_entries
 from larosa.rotation.bases import LayerBases
 
 _LARGEST = 127  # of a digit
@@ -44,8 +44,10 @@ class Adapter:
         """R as it is stored, [D, D] float64."""
         if self.scale is None:
             return self.weight.T.double()
-        every = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
-        return adapt_reference(every, self.weight, self.scale)
+        width = len(self.weight)
+        digits, high = self.weight[:, :width].double(), self.weight[:, width:]
+        digits[:, : high.shape[1]] += HIGH * high
+        return (digits * self.scale.double()[:, None]).T
 
 
 class LayerFrames(NamedTuple):
