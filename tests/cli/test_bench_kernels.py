@@ -25,6 +25,9 @@ def test_a_table_and_json(cli, tmp_path):
     assert all(keys <= row.keys() for row in report["rows"])
     assert {"sparse_linear", "linear", "top_k"} <= {row["kernel"] for row in report["rows"]}
     assert "GB/s" in outcome.out
+    row = next(row for row in report["rows"] if row["kernel"] == "linear")
+    assert f"{row['speedup']:.2f}x" in outcome.out, "whole, however narrow the terminal is"
+    assert "…" not in outcome.out
 
 
 def test_what_cannot_be_measured(refused, tmp_path):

@@ -36,7 +36,7 @@ def kernels(
         return
     result = measure_kernels(rounds=rounds, seed=seed)
     console.print(options.machine_line(result.machine, result.bandwidth))
-    console.print(_table(result))
+    options.print_whole(_table(result))
     if result.selection_share is not None:
         console.print(f"Selection takes {result.selection_share:.1%} of a layer of Llama-3.2-1B in bfloat16 at 50%.")
     options.write_json(json, result.to_dict())

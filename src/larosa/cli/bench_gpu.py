@@ -17,7 +17,7 @@ from larosa.cli.options import console
 def show_decode(result: GpuDecodeBenchmark, json: Path | None) -> None:
     """Print what decoding took and write it."""
     console.print(_machine_line(result.machine, result.bandwidth))
-    console.print(_decode_table(result))
+    options.print_whole(_decode_table(result))
     options.write_json(json, result.to_dict())
 
 
@@ -25,7 +25,7 @@ def kernels(shape: str, device: torch.device, json: Path | None, **settings: Any
     """Measure a shape's operators, print them and write them; `settings` are those of `measure_gpu_kernels`."""
     result = measure_gpu_kernels(shape, device=device, **settings)
     console.print(_machine_line(result.machine, result.bandwidth))
-    console.print(_kernel_table(result, shape))
+    options.print_whole(_kernel_table(result, shape))
     options.write_json(json, result.to_dict())
 
 

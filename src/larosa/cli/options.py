@@ -16,6 +16,7 @@ from larosa.errors import LarosaError
 from larosa.sparsity.report import Sparsity
 
 console = Console()
+_WIDEST_TABLE = 140
 
 NumberT = TypeVar("NumberT", int, float)
 
@@ -39,6 +40,11 @@ TrustRemoteCode = Annotated[
 ]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each sequence.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: in a narrower terminal lines wrap, where rich would cut cells to nothing."""
+    Console(width=max(console.width, _WIDEST_TABLE)).print(table)
 
 
 def check_json_file(path: Path | None) -> None:
