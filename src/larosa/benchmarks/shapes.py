@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,9 +120,9 @@ class AdapterLayout:
     def __post_init__(self) -> None:
         check_layers_per_rotation(self.layers_per_rotation)
 
-    def of(self, dtype: torch.dtype) -> AdapterLayout:
-        """The same for models of this dtype."""
-        return replace(self, adapters=self.adapters or usual_format(dtype))
+    def stored(self, dtype: torch.dtype) -> AdapterFormat:
+        """How a model of this dtype stores them."""
+        return self.adapters or usual_format(dtype)
 
 
 DEFAULT_LAYOUT = AdapterLayout()
@@ -143,9 +143,8 @@ def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None =
     weights = elements * dtype.itemsize
     if layout is None:
         return weights
-    stored = layout.of(dtype).adapters
-    assert stored is not None, "the dtype decides"
-    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, stored, dtype.itemsize)
+    adapters = layout.stored(dtype)
+    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, adapters, dtype.itemsize)
 
 
 def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
@@ -188,9 +187,10 @@ def random_sparse_model(
 ) -> Any:
     """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    block = _block(config, 0.0, layout.layers_per_rotation, layout.stored(dtype))
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, _block(config, 0.0, layout.of(dtype)))
+        family_of(find_architecture(config.model_type)).adopt(model, block)
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -225,14 +225,13 @@ def sparse_models(
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Let a sparsified random model skip another fraction of its weights."""
     now = LarosaConfig.parse(model.config.larosa)
-    block = _block(model.config, sparsity, AdapterLayout(now.layers_per_rotation, now.adapters))
+    block = _block(model.config, sparsity, now.layers_per_rotation, now.adapters)
     assert block.keep is not None, "method larosa counts"
     set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
     model.config.larosa = block.model_dump(mode="json")
 
 
-def _block(config: Any, sparsity: float, layout: AdapterLayout) -> LarosaConfig:
-    assert layout.adapters is not None, "of a model's dtype"
+def _block(config: Any, sparsity: float, layers_per_rotation: int, adapters: AdapterFormat) -> LarosaConfig:
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -240,8 +239,8 @@ def _block(config: Any, sparsity: float, layout: AdapterLayout) -> LarosaConfig:
         budget=Budget.WEIGHTS,
         keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
         rotation=Rotation.LAYER,
-        layers_per_rotation=layout.layers_per_rotation,
-        adapters=layout.adapters,
+        layers_per_rotation=layers_per_rotation,
+        adapters=adapters,
         score=Score.WEIGHTS,
         search=Search.NONE,
     )
