@@ -59,9 +59,10 @@ def _adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor 
     """What is added to a product: [B, N] float32."""
     rows, width = residual.shape
     columns = adapter.shape[1]
-    digits = torch.cat([residual, HIGH * residual[:, : columns - width]], dim=1)
+    if scale is not None:
+        residual = torch.cat([residual, HIGH * residual[:, : columns - width]], dim=1)
     every = torch.arange(columns, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
-    result = _sparse_linear(digits, every, [adapter], [None], None)
+    result = _sparse_linear(residual, every, [adapter], [None], None)
     return result if scale is None else result * scale.float()
 
 
