@@ -33,7 +33,11 @@ class Target:
     def _move(self, argument: Any) -> Any:
         if isinstance(argument, list):
             return [self._move(each) for each in argument]
-        return argument.to(self.device) if isinstance(argument, torch.Tensor) else argument
+        if not isinstance(argument, torch.Tensor) or argument.device == self.device:
+            return argument
+        # All of its memory, for a copy of the tensor alone would have another address and other strides.
+        memory = torch.empty(0, dtype=argument.dtype).set_(argument.untyped_storage()).to(self.device)
+        return memory.as_strided(argument.size(), argument.stride(), argument.storage_offset())
 
 
 def seeded(seed: int) -> torch.Generator:
