@@ -63,12 +63,11 @@ struct Scales {
     }
 };
 
-// A thread's piece of a column of the adapter, and how many are in flight: as many bytes as of the weights, or what the
-// registers of two blocks hold.
+// A thread's piece of a column of the adapter, and how many are in flight.
 #ifdef SCALE
 #define SCALE_PARAMETERS int digits, const SCALE* scale,
 using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
-constexpr int ADAPTER_DEPTH = ALONE ? 12 : 6;
+constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
 #else
 #define SCALE_PARAMETERS
 using Piece = Packed;
