@@ -366,5 +366,5 @@ def check_adapters(adapters: AdapterFormat, rotation: Rotation) -> AdapterFormat
         LarosaError: it has none.
     """
     if adapters is not AdapterFormat.FULL and not rotation.has_adapters:
-        raise LarosaError(f"adapters '{adapters}': rotation '{rotation}' has none")
+        raise LarosaError(f"adapters '{adapters}': rotation '{rotation}' has none: leave it out")
     return adapters

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,6 @@ from larosa.config import (
     CalibrationRecord,
     Compensation,
     Covariance,
-    KeepCounts,
     LarosaConfig,
     Method,
     PerSite,
@@ -30,8 +27,7 @@ from larosa.config import (
 )
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
-from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
-from larosa.models import Family, family_of, set_adapter, set_keep_counts, set_scores
+from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.progress import track
 from larosa.rotation import (
     Adapters,
@@ -46,11 +42,11 @@ from larosa.rotation import (
     reader_gram,
     usual_format,
 )
+from larosa.searches import SEARCHES
 from larosa.settings import Settings
-from larosa.sparsity import SiteSizes, keep_counts, sensitivity
+from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
 from larosa.sparsity.greedy import GreedyAllocation
-from larosa.sparsity.search import SearchLog, grid_search
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.version import __version__
 
@@ -174,9 +170,9 @@ def convert(
     layers = len(architecture.layers(model))
     stored = merge_bases(model, architecture, track(frames, "Merging bases", total=layers))
     _adopt(model, family_of(architecture), block, stored, scores)
-    if settings.search in _SEARCHES:
+    if settings.search in SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
-        _SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+        SEARCHES[settings.search](model, architecture, block, sequences, search_log)
     if settings.compensation is Compensation.LINEAR:
         assert sequences is not None, "compensation has calibration sequences"
         keep = LarosaConfig.parse(model.config.larosa).keep
@@ -381,78 +377,3 @@ def _adopt(
                 set_adapter(getattr(layer, f"{name}_adapter"), adapter)
     set_scores(model, family.architecture, scores)
     model.eval().requires_grad_(False)
-
-
-def _grid_search(
-    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
-    """Set the counts and coefficients that Algorithm 1 finds."""
-
-    def perplexity(keep: KeepCounts) -> float:
-        set_keep_counts(model, architecture, keep)
-        return evaluate_windows(model, sequences, None).perplexity
-
-    sizes = SiteSizes.of(model.config)
-    log = SearchLog(log_path, _identity(model, architecture, block, sequences))
-    alphas = grid_search(block.sparsity, block.budget, sizes, perplexity, log)
-    keep = keep_counts(block.sparsity, alphas, sizes)
-    _settle(model, architecture, block, alphas, keep)
-
-
-def _sensitivity_search(
-    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
-    """Set the counts of each layer and site that cost the least divergence by estimate."""
-    sizes = SiteSizes.of(model.config)
-    few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
-    # The same at every sparsity, so that one log does for all.
-    settings = _identity(model, architecture, block.model_copy(update={"sparsity": 0.0}), sequences)
-    log = SearchLog(log_path, settings, names=("layer", "site"), measured="kl_divergence")
-    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    # With every entry kept it is the dense model.
-    dense = RecordedLogits(model, few)
-    entries = sensitivity.sorted_entries(model, architecture, lambda: evaluate_windows(model, sequences, None))
-
-    def divergence(keep: KeepCounts) -> float:
-        set_keep_counts(model, architecture, keep)
-        measured = evaluate_windows(model, few, dense).kl_divergence
-        assert measured is not None, "there is a reference"
-        return measured
-
-    keep = sensitivity.allocate(block.sparsity, sizes, entries, divergence, log)
-    _settle(model, architecture, block, None, keep)
-
-
-def _fisher_search(
-    model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
-    """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
-    sizes = SiteSizes.of(model.config)
-    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sensitivity.fisher_costs(model, architecture, lambda: evaluate_windows(model, sequences, None))
-    _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
-
-
-_SEARCHES = {
-    SearchKind.GRID: _grid_search,
-    SearchKind.SENSITIVITY: _sensitivity_search,
-    SearchKind.FISHER: _fisher_search,
-}
-
-
-def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:
-    """What the points of a search depend on."""
-    settings = block.model_dump(mode="json", exclude={"alphas", "keep"})
-    settings["sequences"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    head = architecture.head(model).weight
-    settings["model"] = hashlib.sha256(head[:64].float().cpu().numpy().tobytes()).hexdigest()
-    return settings
-
-
-def _settle(
-    model: Any, architecture: Architecture, block: LarosaConfig, alphas: PerSite | None, keep: KeepCounts
-) -> None:
-    """Make what a search found the model's own."""
-    set_keep_counts(model, architecture, keep)
-    found = block.model_copy(update={"alphas": alphas, "keep": keep})
-    model.config.larosa = found.model_dump(mode="json")

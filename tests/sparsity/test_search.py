@@ -167,11 +167,11 @@ def test_refuses_what_is_no_log(tmp_path, content):
 @pytest.fixture
 def counted(monkeypatch):
     """Counts the search's perplexity runs, which still happen."""
-    from larosa import conversion
+    from larosa import searches
 
     calls = []
-    run = conversion.evaluate_windows
-    monkeypatch.setattr(conversion, "evaluate_windows", lambda *args: calls.append(1) or run(*args))
+    run = searches.evaluate_windows
+    monkeypatch.setattr(searches, "evaluate_windows", lambda *args: calls.append(1) or run(*args))
     return calls
 
 
