@@ -56,6 +56,32 @@ def test_the_matrix_is_digit_by_digit_that_of_the_definition():
     torch.testing.assert_close(adapt_reference(torch.eye(40).double(), adapter.weight, adapter.scale), R)
 
 
+@pytest.mark.parametrize("moves", [1e-3, 0.03, 0.3])
+@pytest.mark.parametrize("strength", [30, 300, 3000])
+def test_a_massive_entry_makes_top_k_lose_no_more_by_digits(strength, moves):
+    """Streams of some models have an entry thousands of times the others, whose direction the leading one follows."""
+    width, generator = 512, torch.Generator().manual_seed(0)
+    i = torch.arange(width, dtype=torch.float64)
+    turn = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    turn *= 0.2 / (1 + (i[:, None] - i).abs()).sqrt()
+    turn[0] *= moves
+    turn[:, 0] *= moves
+    R = torch.linalg.matrix_exp((turn - turn.T) / 2)
+    x = torch.randn(64, width, generator=generator, dtype=torch.float64) / (i + 1).sqrt()
+    x[:, 0] = strength * x[:, 1:].square().mean(1).sqrt()
+
+    def lost(matrix):
+        """Of all but the massive entry, the fraction of energy that is not in half of the entries behind an adapter."""
+        entries = x @ matrix
+        cut = entries.abs().kthvalue(width // 2, dim=1, keepdim=True).values
+        back = (entries * (entries.abs() > cut)) @ torch.linalg.inv(matrix)
+        return float((back - x)[:, 1:].square().sum() / x[:, 1:].square().sum())
+
+    by_digits = make_adapter(AdapterFormat.INT8, R, torch.bfloat16).matrix()
+    assert 0.01 < lost(R), "something is lost, or there is nothing to compare"
+    assert lost(by_digits) < 1.05 * lost(R)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_stream_as_large_as_its_format_allows_does_not_overflow(dtype):
     adapter = int8_adapter(random_basis(256, 1), dtype)
@@ -142,7 +168,7 @@ def test_16_bit_models_have_8_bit_adapters_by_default(make_model, quick_convert,
 @pytest.mark.parametrize("options", [{"rotation": "model"}, {"rotation": "none"}, {"method": "topk"}])
 def test_where_there_are_no_adapters_there_is_no_choice(make_model, quick_convert, options):
     assert quick_convert(make_model("llama", torch.bfloat16), **options).config.larosa["adapters"] == "full"
-    with pytest.raises(LarosaError, match=r"adapters 'int8': rotation '(model|none)' has none"):
+    with pytest.raises(LarosaError, match=r"adapters 'int8': rotation '(model|none)' has none: leave it out"):
         quick_convert(make_model("llama"), adapters="int8", **options)
     with pytest.raises(LarosaError, match="unknown adapters 'int4': one of full, int8"):
         quick_convert(make_model("llama"), adapters="int4")
