@@ -8,11 +8,13 @@ mkdir -p "$results"
 python=${PYTHON:-python3}
 
 say() { printf '\n== %s\n' "$*"; }
+# Kernels are compiled at first use, which several processes do at once where pytest-xdist is there.
+parallel=$("$python" -c 'import xdist' 2> /dev/null && echo "-n 6" || true)
 tests() { "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu "$@"; }
 bench() { "$python" -c 'from larosa.cli.main import main; main()' bench "$@"; }
 
 say "Kernels in CUDA C++"
-tests -x -k "not triton" tests/ops/gpu
+tests $parallel -x -k "not triton" tests/ops/gpu
 say "Graphs"
 tests -x tests/decoding/test_cuda_graph.py
 say "Everything else"
@@ -39,4 +41,4 @@ done
 bench decode --device cuda --shape llama-3-70b --layers 4 --sparsity 0.5 --tokens 128 --json "$results/decode-llama-3-70b-4-layers.json"
 
 say "Kernels in Triton"
-tests -k "triton and not longest" tests/ops/gpu
+tests $parallel -k "triton and not longest" tests/ops/gpu
