@@ -320,6 +320,19 @@ T load_parameter(const T* from, bool there) {
     return there ? *from : T{};
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
+constexpr unsigned long long POSTED = 1ull << 16;
+inline void post(unsigned long long* board, unsigned long long number) {
+    if (*board) emulator::fail("a number is posted where one stands");
+    *board = number * 2 * POSTED + POSTED;
+}
+inline unsigned long long look_at(const unsigned long long* board, bool asking) { return asking ? *board : 0; }
+inline unsigned long long take(unsigned long long* board, unsigned long long shown, unsigned takers) {
+    // The cluster that posts runs before the others.
+    if (!(*board & POSTED)) emulator::fail("nothing has been posted");
+    shown = *board;
+    if (++*board % POSTED == takers) *board = 0;
+    return shown / POSTED / 2;
+}
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }

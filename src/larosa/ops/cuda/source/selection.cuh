@@ -214,6 +214,7 @@ struct Chosen {
     unsigned key[EACH];
     unsigned keep = 0;  // as bits, those that are certainly among the k largest
     unsigned open = 0;  // as bits, candidates
+    unsigned first_digit;
     Digit digit;
 
     // The bits after the first digit of entry i, of a thread whose entries begin with `first`.
@@ -242,6 +243,7 @@ DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCOR
         atomicAdd(&shared.histogram[chosen.key[i] >> KEY_BITS], 1u);
     }
     chosen.digit = find(shared, static_cast<unsigned>(k));
+    chosen.first_digit = chosen.digit.digit;
 
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
