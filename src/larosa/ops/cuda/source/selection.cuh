@@ -230,11 +230,12 @@ DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCOR
         chosen.x[i] = activation.load(i);
         up[i] = activation.load_up(i);
     }
+    // A norm's factor changes no order, so that it need not be known for it: the first barrier of `find` is its barrier too.
     if (SOURCE == NORMED) {
         float squares = 0.0f;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) squares = fmaf(chosen.x[i], chosen.x[i], squares);
-        activation.inverse = inverse_rms(shared.block.sum(squares), activation.width, activation.eps);
+        shared.block.begin_sum(squares);
     }
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -244,6 +245,12 @@ DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCOR
     }
     chosen.digit = find(shared, static_cast<unsigned>(k));
     chosen.first_digit = chosen.digit.digit;
+    if (SOURCE == NORMED) {
+        const float inverse = inverse_rms(shared.block.end_sum(), activation.width, activation.eps);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) chosen.x[i] *= inverse;
+        activation.inverse = inverse;
+    }
 
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
