@@ -48,6 +48,8 @@ def main() -> None:
         if not (checkout / "src/larosa").is_dir():
             raise SystemExit(f"{checkout}: no checkout, it has no src/larosa")
     workers = [Worker(checkout) for checkout in given.checkouts]
+    for worker in workers:  # all begin at once
+        worker.wait()
     for position in given.positions.split(","):
         for turn in range(given.turns + 1):  # the first is not counted
             for worker in workers:
@@ -83,6 +85,9 @@ class Worker:
             text=True,
             env={**os.environ, "PYTHONPATH": ":".join(path), "LAROSA_TURN": str(checkout.resolve())},
         )
+
+    def wait(self) -> None:
+        """Until its engine is there."""
         self._answer()
 
     def time(self, position: str) -> float:
