@@ -44,6 +44,9 @@ class Emulator:
         arguments: Sequence[Argument],
     ) -> None:
         library = _library(self.folder, source, kernel, tuple(sorted(macros.items())))
+        shared = ctypes.c_uint.in_dll(library, "shared_bytes").value
+        if shared > self.gpu.shared_memory or (grid.cluster > 1 and not self.gpu.overlaps):
+            raise RuntimeError(f"{kernel} {dict(macros)}: {self.gpu} has no clusters, or no {shared} bytes for a block")
         failure = library.run(grid.x, grid.y, grid.cluster, grid.threads, self.order, addresses_of(arguments))
         if failure is not None:
             raise RuntimeError(f"{kernel} {dict(macros)}: {failure.decode()}")
