@@ -136,22 +136,32 @@ DEVICE void begin(Sums& sums) {
     cluster_begin<CLUSTER>(sums.mailbox, CLUSTER * SIDES * max(finished, 0));
 }
 
-// Writes residual + (sum * factor + bias), or silu of that of the first side times that of the second where SWIGLU: groups
-// of the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
-// way while sums meet.
-DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, const float* residual,
-                   float* result) {
+// The result that a thread finishes: one of the cluster's threads does each.
+struct Finished {
+    const int of_side = cluster_rank<CLUSTER>() * SHARE + static_cast<int>(threadIdx.x);  // its number
+    const bool there;
+    const long long place;  // among all results
+
+    DEVICE Finished(const Outputs& tile)
+        : there(static_cast<int>(threadIdx.x) < SHARE && of_side < SIDE && tile.first + of_side < tile.side->outputs),
+          place(tile.side->first + tile.first + of_side) {}
+
+    // What the product is added to. To be asked for while columns are read.
+    DEVICE float base(const float* residual) const {
+        return residual ? load_fresh(residual + (there ? place : 0), there) : 0.0f;
+    }
+};
+
+// Writes base + (sum * factor + bias), or silu of that of the first side times that of the second where SWIGLU: groups
+// of the block, blocks of the cluster. Biases are on their way while sums meet.
+DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, float base, float* result) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
-    const int finished = rank * SHARE + thread;
-    const bool finishes = thread < SHARE && finished < SIDE && tile.first + finished < tile.side->outputs;
-    const long long place = tile.side->first + tile.first + finished;
+    const Finished finished(tile);
     float bias[SIDES] = {};
-    float before = 0.0f;
-    if (finishes && residual) before = load_fresh(residual + place);
 #pragma unroll
     for (int side = 0; side < SIDES; ++side)
-        if (finishes) bias[side] = tile.side[side].bias.at(tile.first + finished, 0.0f);
+        if (finished.there) bias[side] = tile.side[side].bias.at(tile.first + finished.of_side, 0.0f);
 
     if (IN_WARPS)
 #pragma unroll
@@ -171,14 +181,14 @@ DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>],
         cluster_send<CLUSTER>(sums.mailbox, mine, of_side / SHARE, total);
     }
     cluster_received<CLUSTER>(sums.mailbox);
-    if (finishes) {
+    if (finished.there) {
         float total[SIDES] = {};
 #pragma unroll
         for (int side = 0; side < SIDES; ++side) {
             for (int from = 0; from < CLUSTER; ++from) total[side] += sums.found[from][side * SHARE + thread];
             total[side] = fmaf(total[side], factor, bias[side]);
         }
-        result[place] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : before + total[0];
+        result[finished.place] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : base + total[0];
     }
 }
 

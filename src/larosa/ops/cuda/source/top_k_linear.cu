@@ -61,6 +61,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
         }
     }
     __syncthreads();
+    const float base = Finished(tile).base(residual ? residual + row * outputs : nullptr);
     chosen.begin_factor(shared.ranking);
     compare(shared.ranking, chosen.digit.there, need, [&](unsigned candidate, unsigned rest, unsigned larger) {
         if (larger % CLUSTER == rank)
@@ -73,5 +74,5 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
     const float factor = Chosen::end_factor(shared.ranking, activation);
     release_dependents();
-    finish(shared.sums, tile, sum, factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
+    finish(shared.sums, tile, sum, factor, base, result + row * outputs);
 }
