@@ -46,16 +46,17 @@ KERNELS = (
         (
             "top_k_linear.cu",
             {
-                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
+                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float"},
+                **{"MOST_KEPT": "2048", "AHEAD": ahead},
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
                 "SWIGLU": swiglu,
             },
         )
-        for source, each, gain, weight, lanes, cluster, swiglu in (
-            ("NORMED", "8", "Half", "Half", "16", "1", "false"),
-            ("NORMED", "8", "Half", "Half", "44", "2", "true"),
-            ("AS_IS", "8", "None", "BFloat16", "8", "2", "false"),
-            ("NORMED", "16", "float", "float", "32", "1", "false"),
+        for source, each, gain, weight, lanes, cluster, swiglu, ahead in (
+            ("NORMED", "8", "Half", "Half", "16", "1", "false", "0"),
+            ("NORMED", "8", "Half", "Half", "44", "2", "true", "4"),
+            ("AS_IS", "8", "None", "BFloat16", "8", "2", "false", "4"),
+            ("NORMED", "16", "float", "float", "32", "1", "false", "4"),
         )
     ),
     ("greedy.cu", {"CLUSTER": "8"}),

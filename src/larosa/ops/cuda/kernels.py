@@ -23,6 +23,7 @@ from larosa.ops.cuda.plan import (
     attend_plan,
     fused_plan,
     linear_blocks,
+    pieces_ahead,
     sparse_plan,
     swiglu_plan,
 )
@@ -193,6 +194,7 @@ def _select_and_multiply(
         **product.macros,
         **_selection_macros(source, width, SPARSE_THREADS, gain, score),
         "MOST_KEPT": str(-(-k // _KEPT_STEP) * _KEPT_STEP),
+        "AHEAD": str(pieces_ahead(machine(x.device)) if product.macros["ALIGNED"] == "true" else 0),
     }
     last = (_address(residual), _address(result), c_int(outputs))
     _launch(x, "top_k_linear.cu", "top_k_linear", macros, product.grid, (*arguments, *last))

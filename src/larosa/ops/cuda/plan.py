@@ -14,7 +14,7 @@ LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
 _LOADS = 5  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
-_FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list aside
+_FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list and what it reads ahead aside
 #: Blocks a multiprocessor, on the average, that read as fast as more of them do.
 _ENOUGH = 0.7
 _NEARLY = 0.9  # the same where a product takes long
@@ -29,6 +29,11 @@ class SparsePlan:
     lanes: int
     cluster: int
     tile: int  # outputs of a cluster
+
+
+def pieces_ahead(gpu: Machine) -> int:
+    """Pieces of columns that each thread of top_k_linear.cu asks for before it knows all: GPUs of 8.x lack the room."""
+    return 4 if gpu.overlaps else 0
 
 
 def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan:
@@ -82,8 +87,8 @@ def _fitting(
     gpu: Machine, outputs: Sequence[int], k: int, batch: int, plans: Iterable[SparsePlan], most: float
 ) -> Iterator[SparsePlan]:
     for plan in plans:
-        room = _FUSED_ROOM + 8 * k // plan.cluster <= gpu.shared_memory
-        if room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= most:
+        room = _FUSED_ROOM + 16 * SPARSE_THREADS * pieces_ahead(gpu) + 8 * k // plan.cluster
+        if room <= gpu.shared_memory and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= most:
             yield plan
 
 

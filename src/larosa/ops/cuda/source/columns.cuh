@@ -75,12 +75,17 @@ DEVICE void load(Piece& piece, const typename Piece::Element* from, int there) {
     piece.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
+// What a thread does while it adds entries of a list: nothing.
+struct Nothing {
+    DEVICE void at_last(float (&)[WIDTH<WEIGHT>]) const {}
+};
+
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
 // entry `from`. As soon as one piece of a column has been added, the next takes its registers, so that DEEP are under way
-// from first to last.
-template <int SHARING, class Piece = Packed, int DEEP = DEPTH>
+// from first to last. `meanwhile` is told when the last ones have been asked for, to add what it has to the sum.
+template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
 DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
-                       const typename Piece::Element* weights, int there) {
+                       const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
     using Element = typename Piece::Element;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
@@ -111,6 +116,7 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
         const Element* next = at_offset(weights, entries[min(i, count - 1)].offset);
         if (i < count) load(last[j], next, there);
     }
+    meanwhile.at_last(sum);
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING;

@@ -9,15 +9,53 @@ constexpr int DEPTH = 6;  // loads in flight in each thread
 
 static_assert(IN_REGISTERS, "longer vectors are selected from by a kernel of their own");
 
+#ifndef AHEAD
+#error "AHEAD, the pieces that each thread asks for while candidates are compared, is given by the launcher"
+#endif
+
 struct Shared {
     Ranking ranking;
     unsigned kept[WARPS];  // entries that are certain, and in the upper half candidates, by warp
     float candidate_values[MOST];
     Entry entries[MOST_KEPT / CLUSTER + 2];
     Sums sums;
+    uint4 early[AHEAD > 0 ? AHEAD : 1][THREADS];
 };
 
 SHARED(Shared);
+
+// What is asked for as soon as the certain entries are listed, and used when the last columns are under way: the first pieces
+// of columns, through shared memory, because loads to registers would be waited for by what is compared meanwhile.
+struct Early : Nothing {
+    const Shared& shared;
+    const Activation& activation;
+    const int count;  // of the entries, those that are read early
+    float factor;
+
+    DEVICE Early(Shared& shared, const Activation& activation, int certain, const WEIGHT* weights)
+        : shared(shared), activation(activation), count(min(certain, AHEAD * GROUPS)) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const unsigned offset = there(i) ? shared.entries[entry(i)].offset : 0;
+            copy_later(shared.early[i][threadIdx.x], at_offset(weights, offset), there(i));
+        }
+        copies_issued();
+    }
+
+    DEVICE int entry(int i) const { return i * GROUPS + group(); }
+    DEVICE bool there(int i) const { return entry(i) < count && group() < GROUPS; }
+
+    DEVICE void at_last(float (&sum)[WIDTH<WEIGHT>]) {
+        factor = Chosen::end_factor(shared.ranking, activation);
+        copies_arrived<0>();
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            Packed piece;
+            piece.data = shared.early[i][threadIdx.x];
+            add(sum, there(i) ? shared.entries[entry(i)].value : 0.0f, piece);
+        }
+    }
+};
 
 KERNEL(THREADS, 1)
 top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector score, Matrices matrices,
@@ -61,6 +99,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
         }
     }
     __syncthreads();
+    Early early(shared, activation, static_cast<int>(end - begin), tile.weights());
     const float base = Finished(tile).base(residual ? residual + row * outputs : nullptr);
     chosen.begin_factor(shared.ranking);
     compare(shared.ranking, chosen.digit.there, need, [&](unsigned candidate, unsigned rest, unsigned larger) {
@@ -69,10 +108,12 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
                                                               Chosen::index(rest) * stride};
     });
     __syncthreads();
-    const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
+    const int count = static_cast<int>(end - begin + (need + CLUSTER - 1 - rank) / CLUSTER) - early.count;
     float sum[WIDTH<WEIGHT>] = {};
-    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
-    const float factor = Chosen::end_factor(shared.ranking, activation);
+    if (count > 0)
+        add_listed<GROUPS>(sum, shared.entries + early.count, group(), count, tile.weights(), tile.there, early);
+    else
+        early.at_last(sum);
     release_dependents();
-    finish(shared.sums, tile, sum, factor, base, result + row * outputs);
+    finish(shared.sums, tile, sum, early.factor, base, result + row * outputs);
 }
