@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from larosa.ops.cuda import kernels as cuda_kernels
+from larosa.ops.cuda import plan as cuda_plan
 from larosa.ops.cuda.launch import Machine
 
 from .cases import Target
@@ -53,6 +54,17 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         pytest.skip("Triton interprets or compiles, one of the two in a process")
     interpreted = name == "interpreted triton"
     yield Target(_triton_kernels(), torch.device("cpu" if interpreted else "cuda"), truncates=interpreted)
+
+
+@pytest.fixture(params=["as for short caches", "by tensor cores"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's two ways of attention, on caches of any length; the second where sizes allow it."""
+    by_tensor_cores = request.param == "by tensor cores"
+    if by_tensor_cores and "target" in request.fixturenames:
+        target: Target = request.getfixturevalue("target")
+        if target.kernels is not cuda_kernels:
+            pytest.skip("CUDA's")
+    monkeypatch.setattr(cuda_plan, "TENSOR_POSITIONS", 0 if by_tensor_cores else 2**31)
 
 
 def _triton_kernels() -> Any:

@@ -8,6 +8,8 @@ from larosa.ops.attend import attend_reference
 
 from .cases import DTYPES, doubled, entries
 
+pytestmark = pytest.mark.usefixtures("attention")
+
 
 def check(target, dtype, query_heads, key_heads, size, length, position, *, window=0, rotated=True, gained=False):
     qkv = entries("normal", 1, (query_heads + 2 * key_heads) * size, seed=0)

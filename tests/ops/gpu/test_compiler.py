@@ -78,6 +78,15 @@ KERNELS = (
     ("elementwise.cu", {}),
     ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8", "THREADS": "128"}),
     ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1", "THREADS": "128"}),
+    *(
+        ("tensor_attend.cu", {"CACHE": cache, "SIZE": size, "HEADS": heads, "CLUSTER": "8", "THREADS": threads})
+        for cache, size, heads, threads in (
+            ("Half", "128", "4", "128"),
+            ("BFloat16", "128", "8", "256"),
+            ("BFloat16", "80", "7", "128"),
+            ("Half", "256", "2", "128"),
+        )
+    ),
 )
 
 

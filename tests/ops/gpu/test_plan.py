@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.cuda.plan import (
+    TENSOR_POSITIONS,
     alone_plan,
     attend_plan,
     fused_plan,
@@ -100,12 +101,37 @@ def test_products_of_7b_models_select_for_themselves():
     assert alone_plan(H200, [11008, 11008], 2048, 1, 2) is None
 
 
-@given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))
-def test_any_attention_has_a_plan(gpu, key_heads, group, length):
-    plan = attend_plan(gpu, key_heads * group, key_heads, length)
+@given(
+    st.sampled_from([H200, A100]),
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 100_000),
+    st.integers(1, 64).map(lambda pieces: 4 * pieces),
+    st.sampled_from([2, 4]),
+)
+def test_any_attention_has_a_plan(gpu, key_heads, group, length, size, element_size):
+    plan = attend_plan(gpu, key_heads * group, key_heads, length, size, element_size)
     assert group % plan.heads == 0
     assert 1 <= plan.heads <= 8
     assert plan.cluster in ((1, 2, 4, 8) if gpu.overlaps else (1,))
+    assert plan.threads % 32 == 0
+    if plan.tensor_cores:
+        assert plan.heads > 1
+        assert element_size == 2
+        assert size % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "size", "heads"), [(32, 8, 128, 4), (28, 4, 128, 7), (64, 8, 128, 8), (9, 3, 64, 3)]
+)
+def test_tensor_cores_attend_to_long_caches_of_shared_keys(query_heads, key_heads, size, heads):
+    for length in (TENSOR_POSITIONS, 8192, 131072):
+        plan = attend_plan(H200, query_heads, key_heads, length, size, 2)
+        assert (plan.tensor_cores, plan.heads, plan.cluster) == (True, heads, 8)
+    assert not attend_plan(H200, query_heads, key_heads, TENSOR_POSITIONS - 1, size, 2).tensor_cores
+    assert not attend_plan(H200, query_heads, key_heads, 8192, size, 4).tensor_cores
+    assert not attend_plan(H200, query_heads, key_heads, 8192, size + 8, 2).tensor_cores
+    assert not attend_plan(H200, query_heads, query_heads, 8192, size, 2).tensor_cores
 
 
 def test_dense_products_run_in_one_round():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from larosa.ops import column_major
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import kernels, plan
 
 from .cases import bits, entries
 
@@ -12,7 +12,7 @@ ops = torch.ops.larosa
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_the_order_of_threads_does_not_matter(emulator, target, order):
+def test_the_order_of_threads_does_not_matter(emulator, target, order, monkeypatch):
     if target.kernels is not kernels or target.device.type != "cpu":
         pytest.skip("the emulator's")
     weight = entries("normal", 200, 600, seed=0).half()
@@ -41,7 +41,11 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("embed", weight, torch.tensor([3, 199]))
         yield target("linear", x, [weight], [None], None)
         at = torch.tensor([80])
-        yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
+        long = [entries("normal", 1, 2500, 16, seed=seed).half() for seed in (8, 9)]
+        for from_here_on in (0, 2**31):  # by tensor cores, and without
+            monkeypatch.setattr(plan, "TENSOR_POSITIONS", from_here_on)
+            yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
+            yield target("attend", entries("normal", 1, 4 * 16, seed=4), *long, at + 2400, *[None] * 4, 0.0, 0.25, 0)
 
     expected = list(results())
     emulator.order = order

@@ -14,7 +14,6 @@ from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
 from larosa.ops.cuda.plan import (
-    ATTEND_THREADS,
     LINEAR_TILE,
     SPARSE_THREADS,
     THREADS,
@@ -315,7 +314,7 @@ def attend(
             f"{str(keys.dtype).removeprefix('torch.')} entries: set LAROSA_CUDA_KERNELS=triton"
         )
     result = qkv.new_empty(1, query_heads * size)
-    plan = attend_plan(machine(qkv.device), query_heads, key_heads, length)
+    plan = attend_plan(machine(qkv.device), query_heads, key_heads, length, size, keys.element_size())
     gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
     rotary = Rotary(_address(cos), _address(sin), *gains, eps, scale)
     macros = {
@@ -323,12 +322,13 @@ def attend(
         "SIZE": str(size),
         "HEADS": str(plan.heads),
         "CLUSTER": str(plan.cluster),
-        "THREADS": str(ATTEND_THREADS),
+        "THREADS": str(plan.threads),
     }
+    kernel = "tensor_attend" if plan.tensor_cores else "attend"
     addresses = (_address(tensor) for tensor in (qkv, keys, values, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
-    grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
-    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, _address(result)))
+    grid = Grid(query_heads // plan.heads * plan.cluster, 1, plan.threads, plan.cluster)
+    _launch(qkv, f"{kernel}.cu", kernel, macros, grid, (*addresses, rotary, *sizes, _address(result)))
     return result
 
 

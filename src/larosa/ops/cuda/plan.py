@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from larosa.ops.cuda.launch import Machine
 
 THREADS = 256  # of a block, in linear.cu
-ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the blocks of the product before
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
+_ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the blocks of the product before
+_TENSOR_THREADS = 128  # the same in tensor_attend.cu
+#: A cache holds, from which on tensor cores attend to it.
+TENSOR_POSITIONS = 1024
 LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
 _LOADS = 5  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
@@ -132,24 +135,36 @@ def linear_blocks(gpu: Machine, tiles: int) -> int:
 
 @dataclass(frozen=True)
 class AttendPlan:
-    """`heads` query heads share a reading of the cache, `cluster` blocks share its positions."""
+    """`heads` query heads share a reading of the cache, `cluster` blocks of `threads` threads share its positions."""
 
     heads: int
     cluster: int
+    threads: int
+    tensor_cores: bool
 
 
-def attend_plan(gpu: Machine, query_heads: int, key_heads: int, length: int) -> AttendPlan:
-    """Blocks for nearly all multiprocessors where the heads allow it, then as few readings of the cache as that leaves.
+def attend_plan(
+    gpu: Machine, query_heads: int, key_heads: int, length: int, size: int, element_size: int
+) -> AttendPlan:
+    """Tensor cores for long caches where query heads share keys: a block serves as many of them as it can.
+
+    Without, blocks for nearly all multiprocessors where the heads allow it, then as few readings of the cache as that
+    leaves.
 
     Args:
         gpu: for its number of multiprocessors, and whether it has clusters.
         query_heads: of the layer.
         key_heads: of the layer.
         length: positions the cache holds.
+        size: of a head.
+        element_size: bytes of an entry of the cache.
     """
     group = query_heads // key_heads
     shared = [heads for heads in range(min(group, 8), 0, -1) if group % heads == 0]
     cluster = next((c for c in reversed(_CLUSTERS) if c * 32 <= length), 1) if gpu.overlaps else 1
+    multiplied = element_size == 2 and size % 16 == 0 and size <= 256
+    if shared[0] > 1 and multiplied and length >= TENSOR_POSITIONS:
+        return AttendPlan(shared[0], cluster, _TENSOR_THREADS, tensor_cores=True)
     enough = 0.9 * gpu.multiprocessors
     heads = next((h for h in shared if query_heads // h * cluster >= enough), 1)
-    return AttendPlan(heads, cluster)
+    return AttendPlan(heads, cluster, _ATTEND_THREADS, tensor_cores=False)

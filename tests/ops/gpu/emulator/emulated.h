@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -49,7 +50,7 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    uint64_t slots[32];
+    unsigned char slots[32][32];  // what each lane gives
 };
 
 struct Block {
@@ -115,6 +116,7 @@ inline void wait_at(Barrier& barrier) {
 template <class T, class Choose>
 T exchange(T x, Choose choose) {
     Warp& warp = *current->warp;
+    static_assert(sizeof x <= sizeof warp.slots[0]);
     std::memcpy(&warp.slots[current->thread.x % 32], &x, sizeof x);
     wait_at(warp.barrier);
     T all[32];
@@ -206,6 +208,7 @@ void team_sync(int team) {
     if (TEAMS > 1) block.teams[team].size = THREADS_EACH;
     emulator::wait_at(TEAMS > 1 ? block.teams[team] : block.barrier);
 }
+inline void __syncwarp() { emulator::wait_at(emulator::current->warp->barrier); }
 inline void __syncthreads() { emulator::wait_at(emulator::current->of->barrier); }
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -264,6 +267,14 @@ inline void narrow(float x, Half& to) { to.bits = std::bit_cast<unsigned short>(
 inline void narrow(float x, BFloat16& to) {
     const unsigned bits = __float_as_uint(x);
     to.bits = std::isnan(x) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class Short>
+unsigned narrow_both(float x, float y) {
+    Short first, second;
+    narrow(x, first);
+    narrow(y, second);
+    return first.bits | static_cast<unsigned>(second.bits) << 16;
 }
 
 template <class T>
@@ -407,6 +418,40 @@ template <int BLOCKS>
 void cluster_received(Mailbox& own) {
     emulator::wait_at(BLOCKS > 1 ? emulator::cluster : emulator::current->of->barrier);
     if (BLOCKS > 1 && own.arrived != own.expected) emulator::fail("a block is not sent as many numbers as it waits for");
+}
+
+// A lane's pairs of numbers of 16 bits: number i of pair j.
+template <class Short, size_t COUNT>
+float of_pair(const std::array<unsigned, COUNT>& pairs, int j, int i) {
+    return widen(Short{static_cast<unsigned short>(pairs[j] >> 16 * i)});
+}
+template <bool TRANSPOSED>
+void load_matrices(unsigned (&pairs)[4], const uint4& row) {
+    emulator::check_place(&row, 16);
+    const unsigned lane = threadIdx.x % 32;
+    emulator::exchange(&row, [&](const uint4* const* rows) {
+        for (unsigned m = 0; m < 4; ++m) {
+            const auto at = [&](unsigned i, unsigned j) -> unsigned {
+                return reinterpret_cast<const unsigned short*>(rows[m * 8 + (TRANSPOSED ? j : i)])[TRANSPOSED ? i : j];
+            };
+            pairs[m] = at(lane / 4, lane % 4 * 2) | at(lane / 4, lane % 4 * 2 + 1) << 16;
+        }
+        return rows[lane];
+    });
+}
+template <class Short>
+void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned upper, unsigned lower) {
+    using Given = std::array<unsigned, 6>;
+    const unsigned lane = threadIdx.x % 32;
+    emulator::exchange(Given{a[0], a[1], a[2], a[3], upper, lower}, [&](const Given* all) {
+        for (unsigned s = 0; s < 4; ++s) {
+            const unsigned row = lane / 4, column = lane % 4 * 2 + s % 2;
+            for (unsigned k = 0; k < 16; ++k)
+                sums[s] += of_pair<Short>(all[row * 4 + k % 8 / 2], s / 2 + k / 8 * 2, k % 2) *
+                           of_pair<Short>(all[column * 4 + k % 8 / 2], 4 + k / 8, k % 2);
+        }
+        return all[lane];
+    });
 }
 inline unsigned plus_below(unsigned x, int distance) {
     const int lane = static_cast<int>(threadIdx.x % 32);

@@ -30,6 +30,22 @@ DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 
+// A pair of numbers, x first.
+template <class Short>
+DEVICE unsigned narrow_both(float x, float y);
+template <>
+DEVICE unsigned narrow_both<BFloat16>(float x, float y) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+template <>
+DEVICE unsigned narrow_both<Half>(float x, float y) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+
 // Adds 1 to `count` where x > than, by a predicate.
 DEVICE void count_larger(unsigned& count, unsigned x, unsigned than) {
     asm("{\n\t.reg .pred larger;\n\t"
@@ -365,6 +381,45 @@ DEVICE unsigned plus_below(unsigned x, int distance) {
         : "+r"(x)
         : "r"(distance));
     return x;
+}
+
+// --- Tensor cores, by all lanes of a warp together. Of each 8 x 8 of a matrix of 16-bit numbers lane l has a pair, of
+// row l / 4 columns 2 (l % 4) and the next.
+
+// Four 8 x 8 from shared memory. Lane l gives where row l % 8 of number l / 8 stands, and gets its pairs of them, or of
+// what they are TRANSPOSED.
+template <bool TRANSPOSED>
+DEVICE void load_matrices(unsigned (&pairs)[4], const uint4& row) {
+    const unsigned address = shared_address(&row);
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                     : "r"(address)
+                     : "memory");
+}
+
+// Adds the product of a [16, 16] and b [16, 8] to sums [16, 8]. A lane's pairs of a are of its upper left, lower left,
+// upper right and lower right 8 x 8; those of b, upper and lower, are of b transposed; its sums are upper, then lower.
+template <class Short>
+DEVICE void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned upper, unsigned lower);
+template <>
+DEVICE void multiply_add<Half>(float (&sums)[4], const unsigned (&a)[4], unsigned upper, unsigned lower) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
+}
+template <>
+DEVICE void multiply_add<BFloat16>(float (&sums)[4], const unsigned (&a)[4], unsigned upper, unsigned lower) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(upper), "r"(lower));
 }
 
 // --- Sums in a fixed order, so that the same input gives the same bits.
