@@ -51,13 +51,16 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     if (!EARLY) release_dependents();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
-    if (chosen.open) {
-        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
+    unsigned certain = 0;  // as bits
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) certain |= static_cast<unsigned>(chosen.keeps(i)) << i;
+    if (const unsigned open = chosen.count() >> 16) {
+        unsigned slot = atomicAdd(&shared.candidates, open);
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
+            if (chosen.candidate(i)) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
     }
-    const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(chosen.keep));
+    const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(certain));
     if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
     chosen.begin_factor(shared.ranking);
     __syncthreads();
@@ -68,7 +71,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
         atomicAdd(&shared.kept[warp], 1u);
     });
     __syncthreads();
-    const unsigned keep = chosen.keep | shared.accepted[threadIdx.x];
+    const unsigned keep = certain | shared.accepted[threadIdx.x];
 
     const float factor = Chosen::end_factor(shared.ranking, activation);
     values += row * k;

@@ -212,10 +212,21 @@ struct Chosen {
     float x[EACH];
     unsigned key[EACH];
     float squares = 0.0f;  // the sum of those of what the entries are made from
-    unsigned keep = 0;  // as bits, those that are certainly among the k largest
-    unsigned open = 0;  // as bits, candidates
     unsigned first_digit;
+    unsigned contested;  // the digit that keys of candidates have
     Digit digit;
+
+    // Certainly among the k largest.
+    DEVICE bool keeps(int i) const { return key[i] >= (contested + 1u) << KEY_BITS; }
+    DEVICE bool candidate(int i) const { return key[i] >= contested << KEY_BITS && !keeps(i); }
+
+    // How many of the thread's are certain, and in the upper half candidates.
+    DEVICE unsigned count() const {
+        unsigned number = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) number += keeps(i) ? 1u : candidate(i) ? 1u << 16 : 0u;
+        return number;
+    }
 
     // What all entries are still to be multiplied by, which changes no order: around a barrier, when time can be spared.
     DEVICE void begin_factor(Ranking& shared) const {
@@ -246,19 +257,24 @@ DEVICE Chosen choose(Ranking& shared, const Activation& activation, const Factor
         atomicAdd(&shared.histogram[chosen.key[i] >> KEY_BITS], 1u);
     }
     chosen.digit = find(shared, static_cast<unsigned>(k));
-    chosen.first_digit = chosen.digit.digit;
+    chosen.first_digit = chosen.contested = chosen.digit.digit;
 
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        if (chosen.key[i] >= chosen.digit.digit << KEY_BITS) chosen.open |= 1u << i;
-        if (chosen.key[i] >= (chosen.digit.digit + 1u) << KEY_BITS) chosen.keep |= 1u << i;
-    }
-    chosen.open ^= chosen.keep;
     if (chosen.digit.there > MOST) {
-        unsigned rests[EACH];
+        unsigned rests[EACH], open = 0, keep = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) rests[i] = chosen.rest(i, activation.first);
-        chosen.digit = narrow(shared, chosen.digit, rests, chosen.open, chosen.keep);
+        for (int i = 0; i < EACH; ++i) {
+            rests[i] = chosen.rest(i, activation.first);
+            open |= static_cast<unsigned>(chosen.candidate(i)) << i;
+            keep |= static_cast<unsigned>(chosen.keeps(i)) << i;
+        }
+        chosen.digit = narrow(shared, chosen.digit, rests, open, keep);
+        // From now on keys have digit 2 if they are certain, 1 if they are candidates, else 0.
+        chosen.contested = 1;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const unsigned digit = keep >> i & 1u ? 2u : open >> i & 1u;
+            chosen.key[i] = (digit << KEY_BITS) + (chosen.key[i] & ((1u << KEY_BITS) - 1u));
+        }
     }
     return chosen;
 }

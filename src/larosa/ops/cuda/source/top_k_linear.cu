@@ -72,7 +72,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     wait_for_inputs();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
-    const unsigned own = __popc(chosen.keep) + (__popc(chosen.open) << 16);
+    const unsigned own = chosen.count();
     const unsigned up_to = Threads::up_to(own);
     if (Threads::lane() == 31) shared.kept[Threads::warp()] = up_to;
     __syncthreads();
@@ -88,11 +88,11 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     settle(stride);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        const bool keep = chosen.keep & 1u << i;
+        const bool keep = chosen.keeps(i);
         const Entry entry{chosen.x[i], (activation.first + i * 32) * stride};
         entry.put(shared.entries + place, keep && place < end - begin);
         if (keep) ++place;
-        if (chosen.open >> i & 1u) {
+        if (chosen.candidate(i)) {
             shared.ranking.candidates[candidate] = chosen.rest(i, activation.first);
             shared.candidate_values[candidate] = chosen.x[i];
             ++candidate;

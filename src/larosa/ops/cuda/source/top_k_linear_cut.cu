@@ -44,11 +44,11 @@ DEVICE void elect(Elected& shared, const float* x, int width, int k, Vector scor
     release_dependents();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
-    if (chosen.open) {
-        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
+    if (const unsigned open = chosen.count() >> 16) {
+        unsigned slot = atomicAdd(&shared.candidates, open);
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
+            if (chosen.candidate(i)) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
     }
     __syncthreads();
     const unsigned need = chosen.digit.need;
