@@ -57,8 +57,8 @@ KERNELS = (
     ),
     ("greedy.cu", {"CLUSTER": "8"}),
     ("elementwise.cu", {}),
-    ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8"}),
-    ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1"}),
+    ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8", "THREADS": "128"}),
+    ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1", "THREADS": "128"}),
 )
 
 

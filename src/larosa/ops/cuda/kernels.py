@@ -279,6 +279,7 @@ def attend(
         "SIZE": str(size),
         "HEADS": str(plan.heads),
         "CLUSTER": str(plan.cluster),
+        "THREADS": str(ATTEND_THREADS),
     }
     addresses = (_address(tensor) for tensor in (qkv, keys, values, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))

@@ -1,4 +1,4 @@
-"""The structures of `source/vectors.cuh` and `source/attend.cu`, as the kernels take them."""
+"""The structures of `source/vectors.cuh` and `source/attention.cuh`, as the kernels take them."""
 
 from __future__ import annotations
 

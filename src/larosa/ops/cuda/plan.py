@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from larosa.ops.cuda.launch import Machine
 
 THREADS = 256  # of a block, in linear.cu
-ATTEND_THREADS = 128  # the same in attend.cu
+ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the blocks of the product before
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
 LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once

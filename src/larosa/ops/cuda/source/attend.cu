@@ -1,18 +1,11 @@
 // One position's attention over the cache.
 //
-// A cluster of CLUSTER blocks serves HEADS query heads that share a key head, each block a stretch of positions.
 // Groups of LANES threads work on STEP positions' keys and values at a time, 16 bytes a thread, and carry a running
-// softmax (maximum, sum, weighted values); groups, warps and blocks are merged at the end, in a fixed order. Keys and
-// values are copied to shared memory STEPS steps ahead, without registers, and the first before the queries are there;
-// a thread reads what it has copied itself, so that nobody waits for others.
-#include "vectors.cuh"
+// softmax; the groups of a warp are merged at its end. Keys and values are copied to shared memory STEPS steps ahead,
+// without registers, and the first before the queries are there; a thread reads what it has copied itself, so that
+// nobody waits for others.
+#include "attention.cuh"
 
-#ifndef CACHE
-#error "CACHE, SIZE, HEADS and CLUSTER are given by the launcher"
-#endif
-
-constexpr int THREADS = 128;  // so few find room beside the blocks of the product before
-constexpr int WARPS = THREADS / 32;
 constexpr int PARTS = SIZE / WIDTH<CACHE>;  // threads that hold a vector
 constexpr int LANES = PARTS <= 1 ? 1 : PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : PARTS <= 16 ? 16 : 32;
 constexpr int GROUPS = THREADS / LANES;
@@ -22,54 +15,17 @@ static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pie
 
 using Packed = Pack<CACHE>;
 
-// The maximum of no scores: -infinity.
-DEVICE float none() { return __uint_as_float(0xff800000u); }
-
-// Of one softmax over some positions.
-struct Partial {
-    float maximum;
-    float sum;
-    float weighted[SIZE];
-};
-
 struct Shared {
     uint4 keys[STEPS][STEP][THREADS];  // a piece for each thread
     uint4 values[STEPS][STEP][THREADS];
     alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
     alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
-    Partial warps[WARPS][HEADS];
-    Partial found[CLUSTER][HEADS];  // by the blocks of the cluster; of `weighted`, what this one finishes
+    Partial<1> warps[WARPS][HEADS];
+    Partial<1> found[CLUSTER][HEADS];
 };
 
 SHARED(Shared);
-
-struct Rotary {
-    const float* cos;  // [T, SIZE], null without rotation
-    const float* sin;
-    Vector q_gain;
-    Vector k_gain;
-    float eps;
-    float scale;
-};
-
-// The positions that a block of the cluster attends to.
-struct Stretch {
-    int begin;
-    int end;
-};
-
-DEVICE Stretch stretch_of(int position, int window, int rank) {
-    const int start = window > 0 ? max(0, position + 1 - window) : 0;
-    const long long seen = position + 1 - start;
-    return {start + static_cast<int>(seen * rank / CLUSTER), start + static_cast<int>(seen * (rank + 1) / CLUSTER)};
-}
-
-// Scores are logarithms to the base 2. By which what was summed under `maximum` counts under a larger one; nothing was
-// summed under -infinity.
-DEVICE float rescale(float maximum, float larger) {
-    return maximum == none() ? 0.0f : power_of_two(maximum - larger);
-}
 
 // Copies the keys and values of a thread's next positions. For what is not there it writes zeros.
 DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* values, int from, int end, int part) {
@@ -109,55 +65,6 @@ DEVICE void sum_lanes(float* x) {
         for (int i = 0; i < COUNT; ++i) x[i] += __shfl_xor_sync(ALL_LANES, x[i], DISTANCE);
         sum_lanes<COUNT, DISTANCE / 2>(x);
     }
-}
-
-// Norms and rotates one head with one warp; `put(i, x)` takes the entries.
-template <class Put>
-DEVICE void prepare(const float* head, bool normed, const Vector& gain, const Rotary& rotary, int position, Put put) {
-    constexpr int HALF = SIZE / 2;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    float inverse = 1.0f;
-    if (normed) {
-        float squares = 0.0f;
-        for (int i = lane; i < SIZE; i += 32) {
-            const float x = load_fresh(head + i);
-            squares = fmaf(x, x, squares);
-        }
-        inverse = 1.0f / sqrtf(warp_sum(squares) / SIZE + rotary.eps);
-    }
-    for (int i = lane; i < HALF; i += 32) {
-        const float first = load_fresh(head + i) * inverse * gain.at(i, 1.0f);
-        const float second = load_fresh(head + HALF + i) * inverse * gain.at(HALF + i, 1.0f);
-        if (rotary.cos == nullptr) {
-            put(i, first);
-            put(HALF + i, second);
-        } else {
-            const float* cos = rotary.cos + static_cast<long long>(position) * SIZE + i;
-            const float* sin = rotary.sin + static_cast<long long>(position) * SIZE + i;
-            put(i, first * cos[0] - second * sin[0]);
-            put(HALF + i, second * cos[HALF] + first * sin[HALF]);
-        }
-    }
-}
-
-// COUNT partial softmaxes in one, as far as entry i of the head goes; `at(p)` is the p-th.
-struct Merged {
-    float maximum;
-    float sum;
-    float entry;
-};
-
-template <int COUNT, class At>
-DEVICE Merged merged(int i, At at) {
-    Merged all = {none(), 0.0f, 0.0f};
-    for (int p = 0; p < COUNT; ++p) all.maximum = fmaxf(all.maximum, at(p).maximum);
-    for (int p = 0; p < COUNT; ++p) {
-        const Partial& partial = at(p);
-        const float scale = rescale(partial.maximum, all.maximum);
-        all.sum = fmaf(scale, partial.sum, all.sum);
-        all.entry = fmaf(scale, partial.weighted[i % SIZE], all.entry);
-    }
-    return all;
 }
 
 // Merges the partial softmax of the lane `distance` away into this lane's.
@@ -201,25 +108,17 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     for (int step = 0; step < STEPS; ++step) fetch(shared, step, keys, values, begin + step * GROUPS * STEP, end, part);
     wait_for_inputs();
     release_dependents();
-
-    // Queries go to shared memory; the last block, whose stretch ends at this position, adds it to the cache, and
-    // takes it from shared memory itself.
     for (int head = warp; head < HEADS; head += WARPS)
         prepare(qkv + (first_head + head) * SIZE, rotary.q_gain.data != nullptr, rotary.q_gain, rotary, position,
                 [&](int i, float x) { shared.queries[head][i] = x * (rotary.scale * LOG2_E); });
+    // The last block, whose stretch ends at this position, adds it to the cache, and finds it in shared memory itself.
     if (rank == CLUSTER - 1 && inside) {
         const long long at = static_cast<long long>(position) * SIZE;
         if (warp == WARPS - 1)
             prepare(qkv + (query_heads + key_head) * SIZE, rotary.k_gain.data != nullptr, rotary.k_gain, rotary,
-                    position, [&](int i, float x) {
-                        narrow(x, shared.key[i]);
-                        keys[at + i] = shared.key[i];
-                    });
+                    position, [&](int i, float x) { keep(x, shared.key[i], keys[at + i]); });
         const float* value = qkv + (query_heads + key_heads + key_head) * SIZE;
-        for (int i = thread; i < SIZE; i += THREADS) {
-            narrow(load_fresh(value + i), shared.value[i]);
-            values[at + i] = shared.value[i];
-        }
+        for (int i = thread; i < SIZE; i += THREADS) keep(load_fresh(value + i), shared.value[i], values[at + i]);
     }
     __syncthreads();
 
@@ -288,7 +187,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
         for (int distance = LANES; distance < 32; distance *= 2)
             merge_lanes(maximum[h], sum[h], weighted[h], distance);
-        Partial& partial = shared.warps[warp][h];
+        Partial<1>& partial = shared.warps[warp][h];
         if (thread % 32 == 0) {
             partial.maximum = maximum[h];
             partial.sum = sum[h];
@@ -297,23 +196,6 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
             for (int e = 0; e < WIDTH<CACHE>; ++e) partial.weighted[part + e] = weighted[h][e];
     }
-    cluster_begun<CLUSTER>();
-    __syncthreads();
-    // Block r of the cluster finishes every CLUSTER-th entry from the r-th on.
-    for (int i = thread; i < HEADS * SIZE; i += THREADS) {
-        const int h = i / SIZE;
-        const Merged own = merged<WARPS>(i, [&](int w) -> const Partial& { return shared.warps[w][h]; });
-        Partial& found = shared.found[rank][h];
-        cluster_store<CLUSTER>(found.weighted[i % SIZE], i % CLUSTER, own.entry);
-        for (int to = i % SIZE; to < CLUSTER; to += SIZE) {
-            cluster_store<CLUSTER>(found.maximum, to, own.maximum);
-            cluster_store<CLUSTER>(found.sum, to, own.sum);
-        }
-    }
-    cluster_sync<CLUSTER>();
-    for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
-        const int h = i / SIZE;
-        const Merged all = merged<CLUSTER>(i, [&](int b) -> const Partial& { return shared.found[b][h]; });
-        result[first_head * SIZE + i] = all.entry / all.sum;
-    }
+    const auto of_warp = [&](int w, int h) -> const Partial<1>& { return shared.warps[w][h]; };
+    finish(shared.found, rank, first_head, of_warp, result);
 }
