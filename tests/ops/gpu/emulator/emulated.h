@@ -357,26 +357,36 @@ template <int BLOCKS>
 int cluster_rank() {
     return static_cast<int>(blockIdx.x % BLOCKS);
 }
-template <int BLOCKS>
-void cluster_sync() {
-    emulator::wait_at(BLOCKS > 1 ? emulator::cluster : emulator::current->of->barrier);
-}
+struct alignas(8) Mailbox {
+    int expected, arrived;
+};
 namespace emulator {
-inline float& there(const float& mine, int rank) {
+template <class T>
+T& there(const T& mine, int rank) {
     const auto base = [](const Block& block) {
         return (reinterpret_cast<uintptr_t>(block.shared.data()) + 15) / 16 * 16;
     };
     const uintptr_t offset = reinterpret_cast<uintptr_t>(&mine) - base(*current->of);
-    return *reinterpret_cast<float*>(base(blocks[rank]) + offset);
+    return *reinterpret_cast<T*>(base(blocks[rank]) + offset);
 }
 }  // namespace emulator
 template <int BLOCKS>
-void cluster_begin() {}
+void cluster_begin(Mailbox& own, int numbers) {
+    if (threadIdx.x == 0) own = {numbers, 0};
+}
 template <int BLOCKS>
-void cluster_begun() {}
+void cluster_begun() {
+    if (BLOCKS > 1) emulator::wait_at(emulator::cluster);
+}
 template <int BLOCKS>
-void cluster_store(float& mine, int rank, float x) {
+void cluster_send(Mailbox& mailbox, float& mine, int rank, float x) {
     emulator::there(mine, rank) = x;
+    ++emulator::there(mailbox, rank).arrived;
+}
+template <int BLOCKS>
+void cluster_received(Mailbox& own) {
+    emulator::wait_at(BLOCKS > 1 ? emulator::cluster : emulator::current->of->barrier);
+    if (BLOCKS > 1 && own.arrived != own.expected) emulator::fail("a block is not sent as many numbers as it waits for");
 }
 inline unsigned plus_below(unsigned x, int distance) {
     const int lane = static_cast<int>(threadIdx.x % 32);

@@ -22,7 +22,7 @@ struct Shared {
     alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
     Partial<1> warps[WARPS][HEADS];
-    Partial<1> found[CLUSTER][HEADS];
+    Found<1> found;
 };
 
 SHARED(Shared);
@@ -98,7 +98,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const bool holds = thread % LANES < PARTS;
     const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
 
-    cluster_begin<CLUSTER>();
+    begin(shared.found);
     // Outside the cache nothing is attended to, which gives NaN, and nothing is written.
     const long long asked = load_earlier(positions);
     const bool inside = asked >= 0 && asked < length;
@@ -197,5 +197,5 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             for (int e = 0; e < WIDTH<CACHE>; ++e) partial.weighted[part + e] = weighted[h][e];
     }
     const auto of_warp = [&](int w, int h) -> const Partial<1>& { return shared.warps[w][h]; };
-    finish(shared.found, rank, first_head, of_warp, result);
+    finish(shared.found, first_head, of_warp, result);
 }

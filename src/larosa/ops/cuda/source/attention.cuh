@@ -108,27 +108,42 @@ DEVICE Merged merged(int i, At at) {
     return all;
 }
 
-// Merges what warps have found, `of_warp(w, h)` being warp w's of head h, and then blocks of the cluster, which leave
-// it for each other in `found`. Block r finishes every CLUSTER-th entry from the r-th on.
+// What the blocks of a cluster have found, for this one.
+template <int EACH>
+struct Found {
+    Partial<EACH> by[CLUSTER][HEADS];
+    Mailbox mailbox;
+};
+
+// Says that the block has begun. Block r finishes every CLUSTER-th entry from the r-th on, and gets of each block theirs
+// and each head's maximum and sum.
+template <int EACH>
+DEVICE void begin(Found<EACH>& found) {
+    const int entries = (HEADS * SIZE - cluster_rank<CLUSTER>() + CLUSTER - 1) / CLUSTER;
+    cluster_begin<CLUSTER>(found.mailbox, CLUSTER * (entries + 2 * HEADS));
+}
+
+// Merges what warps have found, `of_warp(w, h)` being warp w's of head h, and then blocks of the cluster.
 template <int EACH, class OfWarp>
-DEVICE void finish(Partial<EACH> (&found)[CLUSTER][HEADS], int rank, int first_head, OfWarp of_warp, float* result) {
+DEVICE void finish(Found<EACH>& found, int first_head, OfWarp of_warp, float* result) {
     const int thread = static_cast<int>(threadIdx.x);
+    const int rank = cluster_rank<CLUSTER>();
     cluster_begun<CLUSTER>();
     __syncthreads();
     for (int i = thread; i < HEADS * SIZE; i += THREADS) {
         const int h = i / SIZE;
         const Merged own = merged<1, WARPS>(i, [&](int w) -> const Partial<1>& { return of_warp(w, h); });
-        Partial<EACH>& mine = found[rank][h];
-        cluster_store<CLUSTER>(mine.weighted[i % SIZE / EACH], i % CLUSTER, own.entry);
+        Partial<EACH>& mine = found.by[rank][h];
+        cluster_send<CLUSTER>(found.mailbox, mine.weighted[i % SIZE / EACH], i % CLUSTER, own.entry);
         for (int to = i % SIZE; to < CLUSTER; to += SIZE) {
-            cluster_store<CLUSTER>(mine.maximum, to, own.maximum);
-            cluster_store<CLUSTER>(mine.sum, to, own.sum);
+            cluster_send<CLUSTER>(found.mailbox, mine.maximum, to, own.maximum);
+            cluster_send<CLUSTER>(found.mailbox, mine.sum, to, own.sum);
         }
     }
-    cluster_sync<CLUSTER>();
+    cluster_received<CLUSTER>(found.mailbox);
     for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
         const int h = i / SIZE;
-        const Merged all = merged<EACH, CLUSTER>(i, [&](int b) -> const Partial<EACH>& { return found[b][h]; });
+        const Merged all = merged<EACH, CLUSTER>(i, [&](int b) -> const Partial<EACH>& { return found.by[b][h]; });
         result[first_head * SIZE + i] = all.entry / all.sum;
     }
 }

@@ -124,7 +124,14 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
 struct Sums {
     float parts[PARTS][TILE];
     float found[CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
+    Mailbox mailbox;
 };
+
+// Says that the block has begun, which gets its sums of all blocks.
+DEVICE void begin(Sums& sums) {
+    const int finished = min(SHARE, SIDE - cluster_rank<CLUSTER>() * SHARE);
+    cluster_begin<CLUSTER>(sums.mailbox, CLUSTER * SIDES * max(finished, 0));
+}
 
 // Writes residual + (sum + bias), or silu(sum + bias) of the first side times that of the second where SWIGLU: groups of
 // the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
@@ -156,9 +163,10 @@ DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>],
         for (int part = 0; part < PARTS; ++part) total += sums.parts[part][thread];
         const int side = thread / SIDE;
         const int of_side = thread % SIDE;
-        cluster_store<CLUSTER>(sums.found[rank][side * SHARE + of_side % SHARE], of_side / SHARE, total);
+        float& mine = sums.found[rank][side * SHARE + of_side % SHARE];
+        cluster_send<CLUSTER>(sums.mailbox, mine, of_side / SHARE, total);
     }
-    cluster_sync<CLUSTER>();
+    cluster_received<CLUSTER>(sums.mailbox);
     if (finishes) {
         float total[SIDES] = {};
 #pragma unroll

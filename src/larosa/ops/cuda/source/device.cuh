@@ -68,6 +68,8 @@ DEVICE float reciprocal(float x) {
 // The block's dynamic shared memory. SHARED tells the launcher how much of it a file's kernels want.
 #define SHARED(type) extern "C" __device__ unsigned shared_bytes = sizeof(type)
 
+DEVICE unsigned shared_address(const void* of) { return static_cast<unsigned>(__cvta_generic_to_shared(of)); }
+
 template <class T>
 DEVICE T& shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -170,9 +172,7 @@ DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
 // Copies 16 bytes to shared memory, later; zeros where they are not `there`. This thread finds all there but those of the
 // last PENDING groups after copies_arrived(); copies_issued() ends a group.
 DEVICE void copy_later(uint4& to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(&to))),
-                 "l"(from), "r"(there ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(&to)), "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 }
 DEVICE void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -228,7 +228,13 @@ DEVICE void team_sync(int team) {
         asm volatile("bar.sync 2, %0;" ::"n"(THREADS_EACH) : "memory");
 }
 
-// --- Clusters: blocks that run at the same time and write to each other's shared memory.
+// --- Clusters: blocks that run at the same time and send numbers to each other's shared memory. A block's mailbox counts
+// what it is sent. A barrier of the cluster would have each thread wait for all that it has written anywhere, to global
+// memory too.
+
+struct Mailbox {
+    unsigned long long barrier;
+};
 
 template <int BLOCKS>
 DEVICE int cluster_rank() {
@@ -236,25 +242,24 @@ DEVICE int cluster_rank() {
     return static_cast<int>(blockIdx.x % BLOCKS);
 }
 
+// Every thread says first of all that it has begun. So many numbers will be sent to this block, its own to itself included.
 template <int BLOCKS>
-DEVICE void cluster_sync() {
+DEVICE void cluster_begin(Mailbox& own, int numbers) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (BLOCKS > 1) {
+        if (threadIdx.x == 0)
+            asm volatile(
+                "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+                "fence.mbarrier_init.release.cluster;\n\t"
+                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&own)),
+                "r"(numbers * 4)
+                : "memory");
         __syncwarp();  // "aligned": a warp arrives as one
-        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    } else
-#endif
-        __syncthreads();
-}
-
-// That the other blocks' shared memory is there: every thread says that it has begun, and before the first store to
-// another block it waits for the others' to have.
-template <int BLOCKS>
-DEVICE void cluster_begin() {
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    }
 #endif
 }
+// Before the first number is sent it waits for all others to have: then their shared memory is there.
 template <int BLOCKS>
 DEVICE void cluster_begun() {
 #if __CUDA_ARCH__ >= 900
@@ -265,21 +270,43 @@ DEVICE void cluster_begun() {
 #endif
 }
 
-// Writes where `mine` stands, in the shared memory of the cluster's block `rank`, which reads it after cluster_sync().
+// Writes where `mine` stands, in the shared memory of the cluster's block `rank`.
 template <int BLOCKS>
-DEVICE void cluster_store(float& mine, int rank, float x) {
+DEVICE void cluster_send(Mailbox& mailbox, float& mine, int rank, float x) {
 #if __CUDA_ARCH__ >= 900
     if constexpr (BLOCKS > 1) {
         asm volatile(
-            "{\n\t.reg .u32 remote;\n\t"
-            "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-            "st.shared::cluster.f32 [remote], %2;\n\t}" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(&mine))),
-            "r"(rank), "f"(x)
+            "{\n\t.reg .u32 remote, mailbox;\n\t"
+            "mapa.shared::cluster.u32 remote, %0, %2;\n\t"
+            "mapa.shared::cluster.u32 mailbox, %1, %2;\n\t"
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %3, [mailbox];\n\t}" ::"r"(
+                shared_address(&mine)),
+            "r"(shared_address(&mailbox)), "r"(rank), "f"(x)
             : "memory");
         return;
     }
 #endif
     mine = x;
+}
+
+// Returns when all numbers have arrived. For every thread: a block must not end before.
+template <int BLOCKS>
+DEVICE void cluster_received(Mailbox& own) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) {
+        unsigned all;
+        do asm volatile(
+            "{\n\t.reg .pred all;\n\t"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 all, [%1], 0;\n\t"
+            "selp.u32 %0, 1, 0, all;\n\t}"
+            : "=r"(all)
+            : "r"(shared_address(&own))
+            : "memory");
+        while (!all);
+        return;
+    }
+#endif
+    __syncthreads();
 }
 
 // x, and to it the x of the lane `distance` below where there is one.

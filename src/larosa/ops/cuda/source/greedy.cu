@@ -42,6 +42,7 @@ struct Shared {
     Best warps[WARPS];
     float orders[CLUSTER];  // of the blocks of the cluster, as bits
     float indices[CLUSTER];
+    Mailbox mailbox;
 };
 
 SHARED(Shared);
@@ -54,7 +55,7 @@ greedy(const float* logits, int vocabulary, long long* tokens) {
     const int rank = cluster_rank<CLUSTER>();
     logits += static_cast<long long>(blockIdx.y) * vocabulary;
 
-    cluster_begin<CLUSTER>();
+    cluster_begin<CLUSTER>(shared.mailbox, rank == 0 ? 2 * CLUSTER : 0);
     wait_for_inputs();
     release_dependents();
     Best best;
@@ -78,11 +79,11 @@ greedy(const float* logits, int vocabulary, long long* tokens) {
     if (thread < 32) {
         best = shared.warps[thread].of_warp();
         if (thread == 0) {
-            cluster_store<CLUSTER>(shared.orders[rank], 0, __uint_as_float(best.order));
-            cluster_store<CLUSTER>(shared.indices[rank], 0, __uint_as_float(best.index));
+            cluster_send<CLUSTER>(shared.mailbox, shared.orders[rank], 0, __uint_as_float(best.order));
+            cluster_send<CLUSTER>(shared.mailbox, shared.indices[rank], 0, __uint_as_float(best.index));
         }
     }
-    cluster_sync<CLUSTER>();
+    cluster_received<CLUSTER>(shared.mailbox);
     if (rank != 0 || thread != 0) return;
     for (int block = 0; block < CLUSTER; ++block) {
         Best other;

@@ -126,7 +126,7 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
     const Part listed = Part::of_block(k);
 
-    cluster_begin<CLUSTER>();
+    begin(shared.sums);
     float sum[WIDTH<WEIGHT>] = {};
     int earlier = 0;
     if constexpr (ADAPTER) {

@@ -27,7 +27,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     const unsigned rank = cluster_rank<CLUSTER>();
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
 
-    cluster_begin<CLUSTER>();
+    begin(shared.sums);
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
     Activation activation(x, row, width, gain, eps);
