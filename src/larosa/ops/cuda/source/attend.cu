@@ -106,21 +106,11 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) fetch(shared, step, keys, values, begin + step * GROUPS * STEP, end, part);
+    const Heads heads(qkv, query_heads, key_heads, first_head, key_head, rotary, position);
     wait_for_inputs();
     release_dependents();
-    for (int head = warp; head < HEADS; head += WARPS)
-        prepare(qkv + (first_head + head) * SIZE, rotary.q_gain.data != nullptr, rotary.q_gain, rotary, position,
-                [&](int i, float x) { shared.queries[head][i] = x * (rotary.scale * LOG2_E); });
-    // The last block, whose stretch ends at this position, adds it to the cache, and finds it in shared memory itself.
-    if (rank == CLUSTER - 1 && inside) {
-        const long long at = static_cast<long long>(position) * SIZE;
-        if (warp == WARPS - 1)
-            prepare(qkv + (query_heads + key_head) * SIZE, rotary.k_gain.data != nullptr, rotary.k_gain, rotary,
-                    position, [&](int i, float x) { keep(x, shared.key[i], keys[at + i]); });
-        const float* value = qkv + (query_heads + key_heads + key_head) * SIZE;
-        for (int i = thread; i < SIZE; i += THREADS) keep(load_fresh(value + i), shared.value[i], values[at + i]);
-    }
-    __syncthreads();
+    const long long at = static_cast<long long>(position) * SIZE;
+    heads.prepare(shared.queries, rank == CLUSTER - 1 && inside, shared.key, shared.value, keys + at, values + at);
 
     float query[HEADS][WIDTH<CACHE>];
 #pragma unroll

@@ -6,7 +6,7 @@
 #ifndef LAROSA_ATTENTION
 #define LAROSA_ATTENTION
 
-#include "vectors.cuh"
+#include "values.cuh"
 
 #ifndef CACHE
 #error "CACHE, SIZE, HEADS, CLUSTER and THREADS are given by the launcher"
@@ -53,40 +53,129 @@ DEVICE Stretch stretch_of(int position, int window, int rank) {
     return {start + static_cast<int>(seen * rank / CLUSTER), start + static_cast<int>(seen * (rank + 1) / CLUSTER)};
 }
 
-// Norms and rotates one head with one warp; `put(i, x)` takes the entries.
-template <class Put>
-DEVICE void prepare(const float* head, bool normed, const Vector& gain, const Rotary& rotary, int position, Put put) {
-    constexpr int HALF = SIZE / 2;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    float inverse = 1.0f;
-    if (normed) {
+// By which a warp turns a head: of each pair of entries i and HALF + i, i being the lane and every 32nd from it. Asked for
+// before the head is there.
+constexpr int HALF = SIZE / 2;
+constexpr int PAIRS = (HALF + 31) / 32;
+
+struct Turn {
+    float cos[2][PAIRS];
+    float sin[2][PAIRS];
+
+    DEVICE Turn(const Rotary& rotary, int position) {
+        const bool turned = rotary.cos != nullptr;
+        const long long at = turned ? static_cast<long long>(position) * SIZE : 0;
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const int i = static_cast<int>(threadIdx.x) % 32 + j * 32;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                cos[half][j] = load_parameter(rotary.cos + at + half * HALF + i, turned && i < HALF);
+                sin[half][j] = load_parameter(rotary.sin + at + half * HALF + i, turned && i < HALF);
+                if (!turned) cos[half][j] = 1.0f;
+            }
+        }
+    }
+};
+
+// A head of a warp, those pairs in each lane; zeros where it is not `there`.
+struct Head {
+    float entry[2][PAIRS];
+
+    DEVICE Head(const float* head, bool there) {
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const int i = static_cast<int>(threadIdx.x) % 32 + j * 32;
+            entry[0][j] = load_fresh(head + i, there && i < HALF);
+            entry[1][j] = load_fresh(head + HALF + i, there && i < HALF);
+        }
+    }
+
+    // Norms it if it has a gain, and turns it; `put(i, x)` takes the entries.
+    template <class Put>
+    DEVICE void prepare(const Vector& gain, float eps, const Turn& turn, Put put) {
+        if (gain.data != nullptr) norm(gain, eps);
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const int i = static_cast<int>(threadIdx.x) % 32 + j * 32;
+            if (i >= HALF) break;
+            put(i, entry[0][j] * turn.cos[0][j] - entry[1][j] * turn.sin[0][j]);
+            put(HALF + i, entry[1][j] * turn.cos[1][j] + entry[0][j] * turn.sin[1][j]);
+        }
+    }
+
+private:
+    DEVICE void norm(const Vector& gain, float eps) {
         float squares = 0.0f;
-        for (int i = lane; i < SIZE; i += 32) {
-            const float x = load_fresh(head + i);
-            squares = fmaf(x, x, squares);
-        }
-        inverse = 1.0f / sqrtf(warp_sum(squares) / SIZE + rotary.eps);
-    }
-    for (int i = lane; i < HALF; i += 32) {
-        const float first = load_fresh(head + i) * inverse * gain.at(i, 1.0f);
-        const float second = load_fresh(head + HALF + i) * inverse * gain.at(HALF + i, 1.0f);
-        if (rotary.cos == nullptr) {
-            put(i, first);
-            put(HALF + i, second);
-        } else {
-            const float* cos = rotary.cos + static_cast<long long>(position) * SIZE + i;
-            const float* sin = rotary.sin + static_cast<long long>(position) * SIZE + i;
-            put(i, first * cos[0] - second * sin[0]);
-            put(HALF + i, second * cos[HALF] + first * sin[HALF]);
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+            squares = fmaf(entry[0][j], entry[0][j], fmaf(entry[1][j], entry[1][j], squares));
+        const float inverse = inverse_rms(warp_sum(squares), SIZE, eps);
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const int i = static_cast<int>(threadIdx.x) % 32 + j * 32;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (i < HALF) entry[half][j] *= inverse * gain.at(half * HALF + i, 1.0f);
         }
     }
-}
+};
 
 // Rounds an entry of this position's key or value for the cache, and keeps it at hand.
 DEVICE void keep(float x, CACHE& at_hand, CACHE& in_cache) {
     narrow(x, at_hand);
     in_cache = at_hand;
 }
+
+// What a kernel reads of the product before it, q, k and v: a block its query heads, each by a warp, and the `last` one,
+// whose stretch ends at this position, its key and value too, which it adds to the cache and keeps at hand. All that a
+// thread reads is asked for at once.
+struct Heads {
+    const float* queries;  // of the block's first head
+    const float* key;
+    const float* value;
+    const Rotary& rotary;
+    const Turn turn;
+
+    DEVICE Heads(const float* qkv, int query_heads, int key_heads, int first_head, int key_head, const Rotary& rotary,
+                 int position)
+        : queries(qkv + first_head * SIZE),
+          key(qkv + (query_heads + key_head) * SIZE),
+          value(qkv + (query_heads + key_heads + key_head) * SIZE),
+          rotary(rotary),
+          turn(rotary, position) {}
+
+    // The cache's places are those of this position.
+    DEVICE void prepare(float (&prepared)[HEADS][SIZE], bool last, CACHE (&key_at_hand)[SIZE], CACHE (&value_at_hand)[SIZE],
+                        CACHE* key_in_cache, CACHE* value_in_cache) const {
+        constexpr int VALUES = (SIZE + THREADS - 1) / THREADS;
+        const int thread = static_cast<int>(threadIdx.x);
+        const int warp = thread / 32;
+        const bool has_key = last && warp == WARPS - 1;
+        Head of_key(key, has_key);
+        float values[VALUES];
+#pragma unroll
+        for (int j = 0; j < VALUES; ++j)
+            values[j] = load_fresh(value + thread + j * THREADS, last && thread + j * THREADS < SIZE);
+#pragma unroll
+        for (int from = 0; from < HEADS; from += WARPS) {
+            const int head = from + warp;
+            if (head >= HEADS) break;
+            Head(queries + head * SIZE, true).prepare(rotary.q_gain, rotary.eps, turn, [&](int i, float x) {
+                prepared[head][i] = x * (rotary.scale * LOG2_E);
+            });
+        }
+        if (has_key)
+            of_key.prepare(rotary.k_gain, rotary.eps, turn,
+                           [&](int i, float x) { keep(x, key_at_hand[i], key_in_cache[i]); });
+#pragma unroll
+        for (int j = 0; j < VALUES; ++j) {
+            const int i = thread + j * THREADS;
+            if (last && i < SIZE) keep(values[j], value_at_hand[i], value_in_cache[i]);
+        }
+        __syncthreads();
+    }
+};
 
 // COUNT partial softmaxes in one, as far as entry i of the head goes; `at(p)` is the p-th.
 struct Merged {
@@ -144,7 +233,7 @@ DEVICE void finish(Found<EACH>& found, int first_head, OfWarp of_warp, float* re
     for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
         const int h = i / SIZE;
         const Merged all = merged<EACH, CLUSTER>(i, [&](int b) -> const Partial<EACH>& { return found.by[b][h]; });
-        result[first_head * SIZE + i] = all.entry / all.sum;
+        result[first_head * SIZE + i] = all.entry * reciprocal(all.sum);
     }
 }
 
