@@ -29,7 +29,10 @@ KERNELS = (
     *(
         (
             "select.cu",
-            {"SOURCE": source, "BLOCK": "1024", "EARLY": early, "EACH": each, "GAIN": gain, "SCORE": score},
+            {
+                **{"SOURCE": source, "BLOCK": "1024", "EARLY": early},
+                **{"EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": score},
+            },
         )
         for source, early, each, gain, score in (
             ("AS_IS", "false", "4", "None", "float"),
@@ -43,7 +46,7 @@ KERNELS = (
         (
             "top_k_linear.cu",
             {
-                **{"SOURCE": source, "EACH": each, "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
+                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
                 "SWIGLU": swiglu,
             },

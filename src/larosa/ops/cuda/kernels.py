@@ -329,7 +329,7 @@ def _selection_macros(
         name: "None" if vector is None else TYPE_NAMES[vector.dtype]
         for name, vector in (("GAIN", gain), ("SCORE", score))
     }
-    return {"SOURCE": source, "EACH": str(-(-width // threads)), **formats}
+    return {"SOURCE": source, "EACH": str(-(-width // threads)), "FILLED": _flag(width % threads == 0), **formats}
 
 
 def _launch(

@@ -268,6 +268,7 @@ inline void narrow(float x, BFloat16& to) {
 
 template <class T>
 void settle(T*&) {}
+inline void settle(unsigned&) {}
 inline void count_larger(unsigned& count, unsigned x, unsigned than) { count += x > than; }
 inline unsigned magnitude(float x, float y) {
     const float product = std::fabs(x * y);
@@ -322,6 +323,10 @@ T load_parameter(const T* from, bool there) {
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
+}
+inline void store_pair(float* to, float x, unsigned y, bool wanted) {
+    if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
+    if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y);
 }
 inline void copy_later(uint4& to, const void* from, bool there) {
     if (there) emulator::check_place(from, 16);

@@ -12,11 +12,17 @@ struct Block {
 
     // The sum over all threads, the same bits in each of them. Once a kernel.
     DEVICE float sum(float x) {
+        begin_sum(x);
+        __syncthreads();
+        return end_sum();
+    }
+
+    // The same around a barrier.
+    DEVICE void begin_sum(float x) {
         x = warp_sum(x);
         if (lane() == 0) sums[warp()] = x;
-        __syncthreads();
-        return warp_sum(sums[lane() % WARPS], 1, WARPS);
     }
+    DEVICE float end_sum() const { return warp_sum(sums[lane() % WARPS], 1, WARPS); }
 
     // The sum of what the warps before this one have in `totals`.
     DEVICE static unsigned before(const unsigned (&totals)[WARPS]) {

@@ -25,9 +25,12 @@ constexpr int PARTS = IN_WARPS ? WARPS : GROUPS;        // of a sum in a block
 static_assert(TILE <= THREADS, "a thread adds up the parts of an output");
 static_assert(LANES % SIDES == 0, "a thread is on one side");
 
-struct Entry {
+struct alignas(8) Entry {
     float value;
     unsigned offset;  // of its column, in elements
+
+    // Written to shared memory where `wanted`, without a branch.
+    DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
 };
 
 // What a thread adds up.
@@ -133,10 +136,11 @@ DEVICE void begin(Sums& sums) {
     cluster_begin<CLUSTER>(sums.mailbox, CLUSTER * SIDES * max(finished, 0));
 }
 
-// Writes residual + (sum + bias), or silu(sum + bias) of the first side times that of the second where SWIGLU: groups of
-// the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
+// Writes residual + (sum * factor + bias), or silu of that of the first side times that of the second where SWIGLU: groups
+// of the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
 // way while sums meet.
-DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], const float* residual, float* result) {
+DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, const float* residual,
+                   float* result) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
     const int finished = rank * SHARE + thread;
@@ -172,7 +176,7 @@ DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>],
 #pragma unroll
         for (int side = 0; side < SIDES; ++side) {
             for (int from = 0; from < CLUSTER; ++from) total[side] += sums.found[from][side * SHARE + thread];
-            total[side] += bias[side];
+            total[side] = fmaf(total[side], factor, bias[side]);
         }
         result[place] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : before + total[0];
     }

@@ -44,6 +44,7 @@ template <class T>
 DEVICE void settle(T*& x) {
     asm volatile("" : "+l"(x));
 }
+DEVICE void settle(unsigned& x) { asm volatile("" : "+r"(x)); }
 
 // The bits of |x * y|, which order as it does, with NaN the largest: products have but one NaN, 0x7fffffff. Not left to
 // the compiler, which takes x * 1 for x.
@@ -166,6 +167,16 @@ DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
         "@wanted st.global.f32 [%0], %1;\n\t"
         "@wanted st.global.s32 [%2], %3;\n\t}" ::"l"(to),
         "f"(x), "l"(also_to), "r"(y), "r"(wanted)
+        : "memory");
+}
+
+// The same to shared memory, one behind the other from an address that is a multiple of 8.
+DEVICE void store_pair(float* to, float x, unsigned y, bool wanted) {
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %3, 0;\n\t"
+        "@wanted st.shared.v2.b32 [%0], {%1, %2};\n\t}" ::"r"(shared_address(to)),
+        "f"(x), "r"(y), "r"(static_cast<unsigned>(wanted))
         : "memory");
 }
 

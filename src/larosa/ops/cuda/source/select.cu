@@ -45,7 +45,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     if (threadIdx.x == 0) shared.candidates = 0;
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
-    Activation activation(input, row, width, gain, eps);
+    const Activation activation(input, row, width, gain, eps);
     if (EARLY) release_dependents_early();
     wait_for_inputs();
     if (!EARLY) release_dependents();
@@ -59,6 +59,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     }
     const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(chosen.keep));
     if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
+    chosen.begin_factor(shared.ranking);
     __syncthreads();
     compare(shared.ranking, chosen.digit.there, chosen.digit.need, [&](unsigned, unsigned rest, unsigned) {
         const unsigned index = Chosen::index(rest);
@@ -69,6 +70,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     __syncthreads();
     const unsigned keep = chosen.keep | shared.accepted[threadIdx.x];
 
+    const float factor = Chosen::end_factor(shared.ranking, activation);
     values += row * k;
     indices += row * k;
     settle(values);
@@ -76,6 +78,6 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     place_kept(keep, Threads::before(shared.kept), [&](int i, unsigned at, unsigned kept) {
         float value = chosen.x[i];
         if (!IN_REGISTERS) value = kept ? activation.entry(i, activation.load(i), activation.load_up(i)) : 0.0f;
-        store(values + at, value, indices + at, activation.first + i * 32, kept);
+        store(values + at, value * factor, indices + at, activation.first + i * 32, kept);
     });
 }

@@ -15,7 +15,7 @@
 #include "values.cuh"
 
 #ifndef SOURCE
-#error "SOURCE (AS_IS, NORMED or GATED), GAIN and SCORE, formats, and EACH, the entries of a thread, are given by the launcher"
+#error "SOURCE (AS_IS, NORMED or GATED), GAIN and SCORE, formats, EACH, the entries of a thread, and FILLED are given"
 #endif
 
 using Threads = Block<THREADS>;  // whoever includes this says how many they are
@@ -64,7 +64,7 @@ struct Factors {
 
     DEVICE Factors(Vector vector, int width) : vector(vector), width(width) {
         if constexpr (IN_REGISTERS)
-            vector.read<T>(early, first_of_thread(), width);
+            vector.read<T, FILLED>(early, first_of_thread(), width);
         else if (threadIdx.x == 0)
             vector.fetch(width);
     }
@@ -174,21 +174,20 @@ DEVICE void compare(const Ranking& shared, unsigned there, unsigned need, Take t
     }
 }
 
-// What the entries are made from, and how.
+// What the entries are made from, and how, but for a norm's factor, which they have in common.
 struct Activation {
     const float* input;  // of the row
     const int width;
     const int first = first_of_thread();
     const Factors<GAIN> gains;
-    float inverse = 1.0f;
-
     const float eps;
 
     DEVICE Activation(const float* input, long long row, int width, Vector gain, float eps)
         : input(input + row * width * (SOURCE == GATED ? 2 : 1)), width(width), gains(gain, width), eps(eps) {}
 
-    // Beyond the end entries are 0, and come last in order.
-    DEVICE bool there(int i) const { return i * 32 < width - first; }
+    // Beyond the end entries are 0, and come last in order. Where x is FILLED all are there: asking of each takes more
+    // predicates than there are, so that some loads wait for others.
+    DEVICE bool there(int i) const { return FILLED || i * 32 < width - first; }
     DEVICE float load(int i) const { return load_fresh(input + first + i * 32, there(i)); }
     DEVICE float load_up(int i) const {
         return SOURCE == GATED ? load_fresh(input + width + first + i * 32, there(i)) : 0.0f;
@@ -196,7 +195,7 @@ struct Activation {
 
     DEVICE float entry(int i, float loaded, float up) const {
         if (SOURCE == GATED) return silu_mul(loaded, up);
-        if (SOURCE == NORMED && there(i)) return loaded * inverse * gains.at(i);
+        if (SOURCE == NORMED && there(i)) return loaded * gains.at(i);
         return loaded;
     }
 };
@@ -212,16 +211,25 @@ DEVICE void prepare(Ranking& shared) {
 struct Chosen {
     float x[EACH];
     unsigned key[EACH];
+    float squares = 0.0f;  // the sum of those of what the entries are made from
     unsigned keep = 0;  // as bits, those that are certainly among the k largest
     unsigned open = 0;  // as bits, candidates
     Digit digit;
+
+    // What all entries are still to be multiplied by, which changes no order: around a barrier, when time can be spared.
+    DEVICE void begin_factor(Ranking& shared) const {
+        if (SOURCE == NORMED) shared.block.begin_sum(squares);
+    }
+    DEVICE static float end_factor(const Ranking& shared, const Activation& activation) {
+        return SOURCE == NORMED ? inverse_rms(shared.block.end_sum(), activation.width, activation.eps) : 1.0f;
+    }
 
     // The bits after the first digit of entry i, of a thread whose entries begin with `first`.
     DEVICE unsigned rest(int i, int first) const { return (key[i] << INDEX_BITS) + (LAST - first) - i * 32; }
     DEVICE static unsigned index(unsigned rest) { return LAST - (rest & LAST); }
 };
 
-DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCORE>& scores, int k) {
+DEVICE Chosen choose(Ranking& shared, const Activation& activation, const Factors<SCORE>& scores, int k) {
     Chosen chosen;
     float up[EACH];
 #pragma unroll
@@ -229,14 +237,9 @@ DEVICE Chosen choose(Ranking& shared, Activation& activation, const Factors<SCOR
         chosen.x[i] = activation.load(i);
         up[i] = activation.load_up(i);
     }
-    if (SOURCE == NORMED) {
-        float squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) squares = fmaf(chosen.x[i], chosen.x[i], squares);
-        activation.inverse = inverse_rms(shared.block.sum(squares), activation.width, activation.eps);
-    }
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
+        chosen.squares = fmaf(chosen.x[i], chosen.x[i], chosen.squares);
         chosen.x[i] = activation.entry(i, chosen.x[i], up[i]);
         chosen.key[i] = magnitude(chosen.x[i], scores.at(i));
         atomicAdd(&shared.histogram[chosen.key[i] >> KEY_BITS], 1u);

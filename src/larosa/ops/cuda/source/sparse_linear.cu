@@ -150,5 +150,6 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     add<Packed, DEPTH>(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier,
                        tile.weights(), tile.there);
     release_dependents();
-    finish(shared.sums, tile, sum, ADAPTER || !residual ? nullptr : residual + row * outputs, result + row * outputs);
+    finish(shared.sums, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
+           result + row * outputs);
 }

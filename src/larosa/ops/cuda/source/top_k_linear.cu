@@ -30,7 +30,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     begin(shared.sums);
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
-    Activation activation(x, row, width, gain, eps);
+    const Activation activation(x, row, width, gain, eps);
     wait_for_inputs();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
@@ -46,13 +46,14 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     const unsigned before = Threads::before(shared.kept) + up_to - own;
     unsigned place = (before & 0xffffu) - begin;
     unsigned candidate = before >> 16;
+    unsigned stride = tile.stride();
+    settle(stride);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        if (chosen.keep >> i & 1u) {
-            if (place < end - begin)
-                shared.entries[place] = {chosen.x[i], (activation.first + i * 32) * tile.stride()};
-            ++place;
-        }
+        const bool keep = chosen.keep & 1u << i;
+        const Entry entry{chosen.x[i], (activation.first + i * 32) * stride};
+        entry.put(shared.entries + place, keep && place < end - begin);
+        if (keep) ++place;
         if (chosen.open >> i & 1u) {
             shared.ranking.candidates[candidate] = chosen.rest(i, activation.first);
             shared.candidate_values[candidate] = chosen.x[i];
@@ -60,15 +61,17 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
         }
     }
     __syncthreads();
+    chosen.begin_factor(shared.ranking);
     compare(shared.ranking, chosen.digit.there, need, [&](unsigned candidate, unsigned rest, unsigned larger) {
         if (larger % CLUSTER == rank)
             shared.entries[end - begin + larger / CLUSTER] = {shared.candidate_values[candidate],
-                                                              Chosen::index(rest) * tile.stride()};
+                                                              Chosen::index(rest) * stride};
     });
     __syncthreads();
     const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
     if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
+    const float factor = Chosen::end_factor(shared.ranking, activation);
     release_dependents();
-    finish(shared.sums, tile, sum, residual ? residual + row * outputs : nullptr, result + row * outputs);
+    finish(shared.sums, tile, sum, factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
 }

@@ -35,15 +35,16 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
-    // Entries first, first + 32, ... of `size`, which are T; 1 beyond the end, and where T is None.
-    template <class T, int COUNT>
+    // Entries first, first + 32, ... of `size`, which are T; 1 beyond the end, which is not reached where ALL are there, and
+    // where T is None.
+    template <class T, bool ALL, int COUNT>
     DEVICE void read(float (&entries)[COUNT], int first, int size) const {
         T bits[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
-            bits[i] = load_parameter(static_cast<const T*>(data) + first + i * 32, i * 32 < size - first);
+            bits[i] = load_parameter(static_cast<const T*>(data) + first + i * 32, ALL || i * 32 < size - first);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) entries[i] = i * 32 < size - first ? widen(bits[i]) : 1.0f;
+        for (int i = 0; i < COUNT; ++i) entries[i] = ALL || i * 32 < size - first ? widen(bits[i]) : 1.0f;
     }
 
     // Brings its first `count` entries near, whole pieces of 16 bytes of them. For one thread.
