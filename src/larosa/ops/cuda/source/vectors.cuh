@@ -35,8 +35,8 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
-    // Entries first, first + 32, ... of `size`, which are T; 1 beyond the end, which is not reached where ALL are there, and
-    // where T is None.
+    // Entries first, first + 32, ... of `size`, which are T; 0 beyond the end, which is not reached where ALL are there, and
+    // 1 where T is None. Nothing is asked of what has been read: that would be to wait for it.
     template <class T, bool ALL, int COUNT>
     DEVICE void read(float (&entries)[COUNT], int first, int size) const {
         T bits[COUNT];
@@ -44,7 +44,7 @@ struct Vector {
         for (int i = 0; i < COUNT; ++i)
             bits[i] = load_parameter(static_cast<const T*>(data) + first + i * 32, ALL || i * 32 < size - first);
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) entries[i] = ALL || i * 32 < size - first ? widen(bits[i]) : 1.0f;
+        for (int i = 0; i < COUNT; ++i) entries[i] = widen(bits[i]);
     }
 
     // Brings its first `count` entries near, whole pieces of 16 bytes of them. For one thread.
