@@ -46,7 +46,8 @@ KERNELS = (
         (
             "top_k_linear.cu",
             {
-                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float", "MOST_KEPT": "2048"},
+                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float"},
+                "MOST_KEPT": "2048",
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
                 "SWIGLU": swiglu,
             },
