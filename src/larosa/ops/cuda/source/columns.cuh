@@ -75,12 +75,21 @@ DEVICE void load(Piece& piece, const typename Piece::Element* from, int there) {
     piece.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
+// What a thread does while it adds entries of a list: nothing.
+struct Nothing {
+    static constexpr bool WAITS = false;
+
+    DEVICE void halfway() const {}
+    DEVICE void at_last(float (&)[WIDTH<WEIGHT>]) const {}
+};
+
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
 // entry `from`. As soon as one piece of a column has been added, the next takes its registers, so that DEEP are under way
-// from first to last.
-template <int SHARING, class Piece = Packed, int DEEP = DEPTH>
+// from first to last. `meanwhile` is told when half of them have been asked for, and when the last ones have, to add what
+// it has to the sum.
+template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
 DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
-                       const typename Piece::Element* weights, int there) {
+                       const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
     using Element = typename Piece::Element;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
@@ -88,21 +97,28 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)  // without a condition in between, or the compiler waits at each
         load(pack[j], at_offset(weights, entries[min(from + j * SHARING, count - 1)].offset), there);
+    const auto add_until = [&](int end) {
 #pragma unroll 1
-    for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
-        float value[DEEP];
-        const Element* next[DEEP];
+        for (; from + 2 * BATCH - SHARING < end; from += BATCH) {
+            float value[DEEP];
+            const Element* next[DEEP];
 #pragma unroll
-        for (int j = 0; j < DEEP; ++j) {
-            value[j] = entries[from + j * SHARING].value;
-            next[j] = at_offset(weights, entries[from + j * SHARING + BATCH].offset);
-        }
+            for (int j = 0; j < DEEP; ++j) {
+                value[j] = entries[from + j * SHARING].value;
+                next[j] = at_offset(weights, entries[from + j * SHARING + BATCH].offset);
+            }
 #pragma unroll
-        for (int j = 0; j < DEEP; ++j) {
-            add(sum, value[j], pack[j]);
-            load(pack[j], next[j], there);
+            for (int j = 0; j < DEEP; ++j) {
+                add(sum, value[j], pack[j]);
+                load(pack[j], next[j], there);
+            }
         }
+    };
+    if constexpr (Meanwhile::WAITS) {
+        add_until(count / 2);
+        meanwhile.halfway();
     }
+    add_until(count);
     // Fewer than two batches are left. What is not listed must be zero: it counts nothing even where a weight is infinite.
     Piece last[DEEP];
 #pragma unroll
@@ -111,6 +127,7 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
         const Element* next = at_offset(weights, entries[min(i, count - 1)].offset);
         if (i < count) load(last[j], next, there);
     }
+    meanwhile.at_last(sum);
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING;
