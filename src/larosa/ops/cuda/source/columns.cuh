@@ -33,6 +33,21 @@ struct alignas(8) Entry {
     DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
 };
 
+// Entries [begin, end) of a list.
+struct Part {
+    int begin;
+    int end;
+
+    // This block's part of so many entries.
+    DEVICE static Part of_block(int count) {
+        const int rank = cluster_rank<CLUSTER>();
+        return {static_cast<int>(static_cast<long long>(count) * rank / CLUSTER),
+                static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER)};
+    }
+
+    DEVICE int size() const { return end - begin; }
+};
+
 // What a thread adds up.
 struct Outputs {
     const Matrix* const side;  // the tile's matrix; the first of two where SWIGLU
