@@ -59,10 +59,8 @@ def main() -> None:
         first = statistics.median(workers[0].medians)
         for worker in workers:
             median = statistics.median(worker.medians)
-            spread = f"{min(worker.medians):.4f} to {max(worker.medians):.4f}"
-            print(
-                f"position {position}: {median:.4f} ms ({spread}), {first / median:.4f}x  {worker.checkout}", flush=True
-            )
+            times = f"{median:.4f} ms ({min(worker.medians):.4f} to {max(worker.medians):.4f})"
+            print(f"position {position}: {times}, {first / median:.4f}x  {worker.checkout}", flush=True)
             worker.medians.clear()
 
 
@@ -76,14 +74,14 @@ class Worker:
         path = [
             str((checkout / "src").resolve()),
             *site.getsitepackages(),
-            *os.environ.get("PYTHONPATH", "").split(":"),
+            *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
         ]
         self._process = subprocess.Popen(
             [sys.executable, "-S", __file__, "--worker", *sys.argv[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": ":".join(path), "LAROSA_TURN": str(checkout.resolve())},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "LAROSA_TURN": str(checkout.resolve())},
         )
 
     def wait(self) -> None:

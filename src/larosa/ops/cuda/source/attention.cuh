@@ -53,11 +53,10 @@ DEVICE Stretch stretch_of(int position, int window, int rank) {
     return {start + static_cast<int>(seen * rank / CLUSTER), start + static_cast<int>(seen * (rank + 1) / CLUSTER)};
 }
 
-// By which a warp turns a head: of each pair of entries i and HALF + i, i being the lane and every 32nd from it. Asked for
-// before the head is there.
 constexpr int HALF = SIZE / 2;
-constexpr int PAIRS = (HALF + 31) / 32;
+constexpr int PAIRS = (HALF + 31) / 32;  // of entries i and HALF + i that a lane has of a head: i is the lane and every 32nd
 
+// By which a warp turns a head. Asked for before the head is there.
 struct Turn {
     float cos[2][PAIRS];
     float sin[2][PAIRS];
@@ -78,7 +77,7 @@ struct Turn {
     }
 };
 
-// A head of a warp, those pairs in each lane; zeros where it is not `there`.
+// A head of a warp, PAIRS in each lane; zeros where it is not `there`.
 struct Head {
     float entry[2][PAIRS];
 

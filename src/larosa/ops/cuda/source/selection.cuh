@@ -212,8 +212,8 @@ struct Chosen {
     float x[EACH];
     unsigned key[EACH];
     float squares = 0.0f;  // the sum of those of what the entries are made from
-    unsigned keep = 0;  // as bits, those that are certainly among the k largest
-    unsigned open = 0;  // as bits, candidates
+    unsigned keep = 0;     // as bits, those that are certainly among the k largest
+    unsigned open = 0;     // as bits, candidates
     Digit digit;
 
     // What all entries are still to be multiplied by, which changes no order: around a barrier, when time can be spared.
