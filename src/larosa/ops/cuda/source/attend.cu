@@ -21,8 +21,8 @@ struct Shared {
     alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
     alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
-    Partial<1> warps[WARPS][HEADS];
-    Found<1> found;
+    Partial warps[WARPS][HEADS];
+    Found found;
 };
 
 SHARED(Shared);
@@ -177,7 +177,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
         for (int distance = LANES; distance < 32; distance *= 2)
             merge_lanes(maximum[h], sum[h], weighted[h], distance);
-        Partial<1>& partial = shared.warps[warp][h];
+        Partial& partial = shared.warps[warp][h];
         if (thread % 32 == 0) {
             partial.maximum = maximum[h];
             partial.sum = sum[h];
@@ -186,6 +186,6 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
             for (int e = 0; e < WIDTH<CACHE>; ++e) partial.weighted[part + e] = weighted[h][e];
     }
-    const auto of_warp = [&](int w, int h) -> const Partial<1>& { return shared.warps[w][h]; };
+    const auto of_warp = [&](int w, int h) -> const Partial& { return shared.warps[w][h]; };
     finish(shared.found, first_head, of_warp, result);
 }

@@ -1,4 +1,4 @@
-// What the kernels of attention have in common: what is done before the first score and after the last.
+// What attention does before the first score and after the last.
 //
 // A cluster of CLUSTER blocks serves HEADS query heads that share a key head, each block a stretch of positions. Each
 // warp of a block works on a part of them with a running softmax (maximum, sum, weighted values); warps and blocks are
@@ -22,14 +22,11 @@ DEVICE float rescale(float maximum, float larger) {
     return maximum == none() ? 0.0f : power_of_two(maximum - larger);
 }
 
-// Of one softmax over some positions. Of `weighted` it has every EACH-th entry.
-template <int EACH>
+// Of one softmax over some positions.
 struct Partial {
-    static_assert(SIZE % EACH == 0, "each block has as many");
-
     float maximum;
     float sum;
-    float weighted[SIZE / EACH];
+    float weighted[SIZE];
 };
 
 struct Rotary {
@@ -183,46 +180,44 @@ struct Merged {
     float entry;
 };
 
-template <int EACH, int COUNT, class At>
+template <int COUNT, class At>
 DEVICE Merged merged(int i, At at) {
     Merged all = {none(), 0.0f, 0.0f};
     for (int p = 0; p < COUNT; ++p) all.maximum = fmaxf(all.maximum, at(p).maximum);
     for (int p = 0; p < COUNT; ++p) {
-        const Partial<EACH>& partial = at(p);
+        const Partial& partial = at(p);
         const float scale = rescale(partial.maximum, all.maximum);
         all.sum = fmaf(scale, partial.sum, all.sum);
-        all.entry = fmaf(scale, partial.weighted[i % SIZE / EACH], all.entry);
+        all.entry = fmaf(scale, partial.weighted[i % SIZE], all.entry);
     }
     return all;
 }
 
 // What the blocks of a cluster have found, for this one.
-template <int EACH>
 struct Found {
-    Partial<EACH> by[CLUSTER][HEADS];
+    Partial by[CLUSTER][HEADS];
     Mailbox mailbox;
 };
 
 // Says that the block has begun. Block r finishes every CLUSTER-th entry from the r-th on, and gets of each block theirs
 // and each head's maximum and sum.
-template <int EACH>
-DEVICE void begin(Found<EACH>& found) {
+DEVICE void begin(Found& found) {
     const int entries = (HEADS * SIZE - cluster_rank<CLUSTER>() + CLUSTER - 1) / CLUSTER;
     cluster_begin<CLUSTER>(found.mailbox, CLUSTER * (entries + 2 * HEADS));
 }
 
 // Merges what warps have found, `of_warp(w, h)` being warp w's of head h, and then blocks of the cluster.
-template <int EACH, class OfWarp>
-DEVICE void finish(Found<EACH>& found, int first_head, OfWarp of_warp, float* result) {
+template <class OfWarp>
+DEVICE void finish(Found& found, int first_head, OfWarp of_warp, float* result) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
     cluster_begun<CLUSTER>();
     __syncthreads();
     for (int i = thread; i < HEADS * SIZE; i += THREADS) {
         const int h = i / SIZE;
-        const Merged own = merged<1, WARPS>(i, [&](int w) -> const Partial<1>& { return of_warp(w, h); });
-        Partial<EACH>& mine = found.by[rank][h];
-        cluster_send<CLUSTER>(found.mailbox, mine.weighted[i % SIZE / EACH], i % CLUSTER, own.entry);
+        const Merged own = merged<WARPS>(i, [&](int w) -> const Partial& { return of_warp(w, h); });
+        Partial& mine = found.by[rank][h];
+        cluster_send<CLUSTER>(found.mailbox, mine.weighted[i % SIZE], i % CLUSTER, own.entry);
         for (int to = i % SIZE; to < CLUSTER; to += SIZE) {
             cluster_send<CLUSTER>(found.mailbox, mine.maximum, to, own.maximum);
             cluster_send<CLUSTER>(found.mailbox, mine.sum, to, own.sum);
@@ -231,7 +226,7 @@ DEVICE void finish(Found<EACH>& found, int first_head, OfWarp of_warp, float* re
     cluster_received<CLUSTER>(found.mailbox);
     for (int i = rank + thread * CLUSTER; i < HEADS * SIZE; i += THREADS * CLUSTER) {
         const int h = i / SIZE;
-        const Merged all = merged<EACH, CLUSTER>(i, [&](int b) -> const Partial<EACH>& { return found.by[b][h]; });
+        const Merged all = merged<CLUSTER>(i, [&](int b) -> const Partial& { return found.by[b][h]; });
         result[first_head * SIZE + i] = all.entry * reciprocal(all.sum);
     }
 }
