@@ -205,6 +205,7 @@ class _Bench:
         cache = [self._random(heads.keys, 256, heads.size, dtype=self.dtype) for _ in range(2)]
         cos, sin = (self._random(256, heads.size) for _ in range(2))
         at = torch.tensor([128], device=self.device)
+        board = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def call(adapters: list[torch.Tensor], scale: torch.Tensor | None, selects: bool, attends: bool) -> Call:
             def product(copy: int, name: str, selection: Any, *added: torch.Tensor | None) -> torch.Tensor:
@@ -212,7 +213,9 @@ class _Bench:
                 result: torch.Tensor = _ops.sparse_linear(*selection, chosen, [None] * len(chosen), *added)
                 return result
 
-            def selected(copy: int, name: str, operator: Any, arguments: Any, *added: torch.Tensor) -> torch.Tensor:
+            def selected(
+                copy: int, name: str, operator: Any, arguments: Any, *added: torch.Tensor | None
+            ) -> torch.Tensor:
                 if not selects:
                     return product(copy, name, lists[name], *added)
                 chosen = weights[copy][name]
@@ -229,10 +232,9 @@ class _Bench:
                     y = _ops.attend(qkv, *cache, at, cos, sin, None, None, 0.0, heads.size**-0.5, 0)
                 x = selected(copy, "o", _ops.top_k_linear, (y,), x)
                 gated = selected(copy, "gate+up", _ops.rms_norm_top_k_swiglu, (x, None, 1e-5))
-                down = lists["down"]
-                if selects:
-                    down = _ops.top_k(gated, len(down[0][0]), scores["down"])
-                return product(copy, "down", down, x, adapters[copy], scale)
+                if not selects:
+                    return product(copy, "down", lists["down"], x, adapters[copy], scale)
+                return selected(copy, "down", _ops.top_k_linear, (gated,), x, adapters[copy], scale, board)
 
             return run
 

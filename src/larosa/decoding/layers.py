@@ -46,8 +46,12 @@ class Norm:
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
         return selection
 
-    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor:
-        """A site's outputs for the entries that it keeps, on top of a residual."""
+    def product(
+        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
+    ) -> torch.Tensor | None:
+        """A site's outputs for the entries that it keeps, on top of a residual; None where no operator does both."""
+        if adapter is not None:
+            return None
         selected = (x, self.gain, self.eps, site.k, site.score)
         if site.swiglu:
             gated: torch.Tensor = _ops.rms_norm_top_k_swiglu(*selected, site.weights, site.biases)
@@ -66,8 +70,31 @@ class _AsItIs:
         selection: Selection = _ops.top_k(x, k, score)
         return selection
 
-    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
+    ) -> torch.Tensor | None:
+        if adapter is not None:
+            return None
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, residual)
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Long(_AsItIs):
+    """The same before h4, where entries are too many for each block of a product to select from.
+
+    One block selects for all, which read an adapter meanwhile; `board` [1] int64 is where it tells them.
+    """
+
+    board: torch.Tensor
+
+    def product(
+        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
+    ) -> torch.Tensor | None:
+        if adapter is None:
+            return None
+        along = (residual, adapter.weight, adapter.scale, self.board)
+        outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, *along)
         return outputs
 
 
@@ -109,8 +136,9 @@ class Site:
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
-        if self.fused is not None and adapter is None:
-            return self.fused.product(x, self, residual)
+        fused = None if self.fused is None else self.fused.product(x, self, residual, adapter)
+        if fused is not None:
+            return fused
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
@@ -226,6 +254,9 @@ def read_layers(
     if getattr(model.config, "larosa", None) is not None:
         chosen = selectors(model, architecture)
 
+    # Sites run one after the other, so that one does for all.
+    board = torch.zeros(1, dtype=torch.int64, device=cache.keys[0].device)
+
     def site(name: str, index: int, source: Norm | _AsItIs | _Gated) -> Site:
         return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
 
@@ -233,8 +264,8 @@ def read_layers(
         h3 = site("h3", index, norm(architecture.norm(layer, "h3")))
         if h3.fused is None:
             h4 = site("h4", index, _Gated())
-        else:  # the MLP's entries are too many for each block of a product to select from
-            h3, h4 = replace(h3, swiglu=True), replace(site("h4", index, _AsItIs()), fused=None)
+        else:
+            h3, h4 = replace(h3, swiglu=True), site("h4", index, _Long(board))
         return DecodeLayer(
             h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
             attention=_attention(model, architecture, layer, index, cache, tables),

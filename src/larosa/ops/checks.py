@@ -99,6 +99,12 @@ def residual(
     return width
 
 
+def board(x: torch.Tensor | None) -> None:
+    """Checks what blocks tell each other by, if anything."""
+    if x is not None and (x.dtype != torch.int64 or x.numel() != 1):
+        raise ValueError("board must be one int64, zero")
+
+
 def gate_and_up(sizes: Sequence[int]) -> None:
     """Checks the outputs of the matrices of an MLP's gated activation."""
     if len(sizes) != 2 or sizes[0] != sizes[1]:

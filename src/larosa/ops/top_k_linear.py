@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from larosa.ops.linear import Weights, sparse_linear_reference
+from larosa.ops.linear import Biases, Weights, sparse_linear_reference
 from larosa.ops.norm import silu_mul_reference
 from larosa.ops.schema import define
 from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
 
 
 @define(
-    "top_k_linear(Tensor x, int k, Tensor? score, Tensor[] weights, Tensor?[] biases, Tensor? residual=None) -> Tensor"
+    "top_k_linear(Tensor x, int k, Tensor? score, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
+    "Tensor? adapter=None, Tensor? adapter_scale=None, Tensor? board=None) -> Tensor"
 )
 def _top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, weights: Weights, *_: Any) -> torch.Tensor:
     return x.new_empty(len(x), sum(len(weight) for weight in weights))
@@ -43,9 +44,35 @@ def _rms_norm_top_k_swiglu(
     return x.new_empty(len(x), len(gate))
 
 
-def top_k_linear_reference(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
-    """`sparse_linear` of `top_k`; `product` are its weights, biases and residual."""
-    return sparse_linear_reference(*top_k_reference(x, k, score), *product)
+def top_k_linear_reference(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
+    board: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparse_linear` of `top_k`.
+
+    Args:
+        x: [B, D] float32.
+        k: entries that are kept.
+        score: [D] of any float dtype, or None.
+        weights: as of `sparse_linear`, as are the others.
+        biases: one [N_i] or None a matrix.
+        residual: [B, sum of N_i], or what the adapter takes.
+        adapter: [sum of N_i, M], or None.
+        adapter_scale: [sum of N_i], or None.
+        board: [1] int64, zero, which a GPU's kernel may write to while it runs, so that calls at the same time must not
+            share it. With one, where there is an adapter, one block may select for all.
+
+    Returns:
+        [B, sum of N_i] float32.
+    """
+    return sparse_linear_reference(*top_k_reference(x, k, score), weights, biases, residual, adapter, adapter_scale)
 
 
 def rms_norm_top_k_linear_reference(

@@ -63,6 +63,12 @@ def _triton_kernels() -> Any:
 
 
 @pytest.fixture
+def selects_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has one block select for all from short vectors too, which only takes longer than another kernel would."""
+    monkeypatch.setattr(cuda_kernels, "_CUT", (0, 16384))
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of compiled kernels."""
     monkeypatch.setenv("LAROSA_CACHE", str(tmp_path))

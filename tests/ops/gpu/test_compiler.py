@@ -59,6 +59,21 @@ KERNELS = (
             ("NORMED", "16", "float", "float", "32", "1", "false"),
         )
     ),
+    *(
+        (
+            "top_k_linear_cut.cu",
+            {
+                **{"SOURCE": "AS_IS", "EACH": each, "FILLED": filled, "GAIN": "None", "SCORE": "float"},
+                **{"WEIGHT": weight, "LANES": "8", "CLUSTER": "2", "ALIGNED": "true", "SWIGLU": "false"},
+                **{"ALONE": "true", **format_},
+            },
+        )
+        for each, filled, weight, format_ in (
+            ("22", "false", "Half", {"SCALE": "Half"}),
+            ("28", "true", "BFloat16", {"SCALE": "BFloat16"}),
+            ("22", "false", "float", {}),
+        )
+    ),
     ("greedy.cu", {"CLUSTER": "8"}),
     ("elementwise.cu", {}),
     ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8", "THREADS": "128"}),

@@ -23,6 +23,21 @@ def engine(target, monkeypatch):
     return lambda model: Engine(model.to(target.device), TOKENS)
 
 
+@pytest.mark.usefixtures("selects_from_short_ones")
+def test_an_mlp_whose_entries_one_block_selects(target, engine, make_model, quick_convert, token_ids):
+    """Of a layer that fills the GPU that stands in for a large one."""
+    sizes = {"hidden_size": 192, "intermediate_size": 360, "head_dim": 16, "num_hidden_layers": 2}
+    model, tokens = quick_convert(make_model("llama", **sizes), sparsity=0.5), token_ids(1, TOKENS, seed=3)
+    with torch.inference_mode():
+        expected = model(tokens).logits[0]
+    runner = engine(model)
+    runner.prefill(tokens[:, :3])
+    for position in range(3, TOKENS):
+        token, at = tokens[0, position : position + 1], torch.tensor([position])
+        logits = runner.step(token.to(target.device), at.to(target.device))[0].cpu()
+        torch.testing.assert_close(logits, expected[position], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "sparsity", "dtype"),
     [

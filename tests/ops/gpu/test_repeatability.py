@@ -11,6 +11,7 @@ from .cases import bits, entries
 ops = torch.ops.larosa
 
 
+@pytest.mark.usefixtures("selects_from_short_ones")
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_order_of_threads_does_not_matter(emulator, target, order):
     if target.kernels is not kernels or target.device.type != "cpu":
@@ -33,7 +34,10 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], *along)
         digits = torch.arange(110 * 200).to(torch.int8).view(110, 200).t()
         along = along[0], digits, torch.full((200,), 2**-7)
+        selecting = along[0], digits[:192], along[2][:192]
         yield target("sparse_linear", x[:, :300].contiguous(), indices, [column_major(weight)], [None], *along)
+        board = torch.zeros(1, dtype=torch.int64)
+        yield target("top_k_linear", x, 300, None, [column_major(weight[:192])], [None], *selecting, board)
         yield target("greedy", x)
         yield target("embed", weight, torch.tensor([3, 199]))
         yield target("linear", x, [weight], [None], None)

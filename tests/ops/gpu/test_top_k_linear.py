@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from larosa.ops import column_major
+from larosa.ops.cuda import kernels
 from larosa.ops.embed import embed_reference
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
+from larosa.ops.select import top_k_reference
 from larosa.ops.top_k_linear import (
     rms_norm_top_k_linear_reference,
     rms_norm_top_k_swiglu_reference,
@@ -18,10 +20,11 @@ from larosa.ops.top_k_linear import (
 )
 
 from .cases import DTYPES, entries
-from .test_products import check
+from .test_products import check, digits
 from .test_selection import KINDS
 
 EPS = 1e-5
+BOARD = torch.zeros(1, dtype=torch.int64)
 
 
 @st.composite
@@ -71,6 +74,81 @@ def test_entries_of_any_kind(target, kind, width, outputs, k):
         assert result.isnan().all()
 
 
+def along(outputs, width, dtype, stored, seed=3):
+    """A residual, and an adapter in full or in digits with scales."""
+    residual = entries("normal", 1, width, seed=seed)
+    if stored == "full":
+        return residual, column_major(entries("normal", outputs, width, seed=seed + 1).to(dtype)), None
+    return residual, digits(outputs, width + width // 16, seed + 1), entries("normal", outputs, seed=seed + 2).to(dtype)
+
+
+@pytest.mark.usefixtures("selects_from_short_ones")
+@pytest.mark.parametrize("stored", ["full", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("outputs", "carried", "width", "k"),
+    [
+        *((192, 500, 700, 350), (180, 90, 3001, 1000), (192, 3, 11008, 5504), (192, 4000, 64, 64), (192, 40, 30, 1)),
+        *((4096, 640, 900, 7), (192, 64, 16384, 16000), (192, 64, 16385, 8000), (192, 1, 300, 150)),
+    ],
+)
+def test_one_block_selects_for_all(target, dtype, stored, outputs, carried, width, k):
+    """Of a small GPU or a large one, or each product for itself; columns that are not kept are NaN."""
+    x, score = entries("normal", 1, width, seed=0), entries("normal", width, seed=1).abs().to(dtype)
+    _, indices = top_k_reference(x, k, score)
+    weight = torch.full((outputs, width), torch.nan)
+    weight[:, indices[0].long()] = entries("normal", outputs, k, seed=2)
+    weight, bias, board = weight.to(dtype), entries("normal", outputs, seed=6).to(dtype), BOARD.clone()
+    carrying = along(outputs, carried, dtype, stored)
+    for _ in range(2):
+        result = target("top_k_linear", x, k, score, [column_major(weight)], [bias], *carrying, board)
+        values = x.gather(1, indices.long()).double()
+        check(result, sparse_linear_reference, (values, indices), [weight], [bias], *carrying)
+        assert board == 0
+
+
+@pytest.mark.usefixtures("selects_from_short_ones")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("width", "k"), [(2049, 2048), (3000, 1), (9000, 4500), (700, 699)])
+def test_one_block_selects_entries_of_any_kind(target, kind, width, k):
+    """It keeps what a selection of its own keeps."""
+    x = entries(kind, 1, width, seed=1)
+    values, indices = target("top_k", x, k, None)
+    weight = torch.full((192, width), torch.nan)
+    weight[:, indices[0].long()] = entries("normal", 192, k, seed=2)
+    carrying = along(192, 50, torch.float32, "full")
+    result = target("top_k_linear", x, k, None, [column_major(weight)], [None], *carrying, BOARD.clone())
+    sound = values.isfinite().all()
+    assert sound or kind == "special"
+    if sound:
+        check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], *carrying)
+    elif values.isnan().any():
+        assert result.isnan().all()
+
+
+@pytest.mark.usefixtures("selects_from_short_ones")
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 3000), st.data())
+def test_one_block_selects_from_vectors_of_any_size(target, width, data):
+    k, outputs = data.draw(st.integers(0, width)), data.draw(st.integers(161, 192))
+    x = entries(data.draw(st.sampled_from(["normal", "tied", "zero"])), 1, width, seed=width)
+    weight, carrying = entries("normal", outputs, width, seed=1), along(outputs, 30, torch.float32, "full")
+    values, indices = top_k_reference(x, k, None)
+    result = target("top_k_linear", x, k, None, [column_major(weight)], [None], *carrying, BOARD.clone())
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], *carrying)
+
+
+@pytest.mark.parametrize(("width", "one_selects"), [(12288, False), (12289, True), (16384, True), (16385, False)])
+def test_lengths_of_which_one_block_selects_for_all(emulator, monkeypatch, width, one_selects):
+    """Those of which it takes less time, up to what its threads hold."""
+    files = []
+    monkeypatch.setattr(kernels, "machine", emulator.machine)
+    monkeypatch.setattr(kernels, "launch", lambda device, source, *_: files.append(source))
+    weight = torch.empty_strided((192, width), (1, 192))
+    kernels.top_k_linear(torch.ones(1, width), 9, None, [weight], [None], torch.ones(1, 1), weight[:, :1], None, BOARD)
+    assert files == (["top_k_linear_cut.cu"] if one_selects else ["select.cu", "sparse_linear.cu"])
+
+
 def test_every_entry_and_none(target):
     x, weight = entries("normal", 1, 700, seed=0), entries("normal", 96, 700, seed=1).half()
     residual = entries("normal", 1, 96, seed=2)
@@ -88,6 +166,8 @@ def test_what_cannot_be_selected_and_multiplied(target):
         target("top_k_linear", x, 2, None, [weight], [None], None)
     with pytest.raises(ValueError, match="residual must be"):
         target("top_k_linear", x, 2, None, [column_major(weight)], [None], x)
+    with pytest.raises(ValueError, match="board must be one int64, zero"):
+        target("top_k_linear", x, 2, None, [column_major(weight)], [None], x, weight[:, :3], None, x)
     with pytest.raises(ValueError, match="score must be"):
         target("top_k_linear", x, 2, torch.zeros(3), [column_major(weight)], [None], None)
     with pytest.raises(ValueError, match="gate and up must be two matrices of one size, not of \\[3, 2\\] outputs"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong, c_uint, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
+#: Of a vector so wide one block of top_k_linear_cut.cu selects for all. With 11,264 entries that takes an H200 .3 us
+#: more than two kernels do, with 14,208 1.0 us less; more than 32 a thread do not fit.
+_CUT = (12288, 16384)
+_SELECTING = 2  # multiprocessors that are left to it
 #: Of an MLP's vector so wide, whose product takes an adapter along: of longer ones the selection takes longer than
 #: reading the adapter does, which then is in the way of the selection's loads.
 _EARLY = (8192, 16384)
@@ -127,21 +131,61 @@ def sparse_linear(
     plan = alone or sparse_plan(gpu, sizes, k, rows, element)
     product = _Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
-    stride = 0 if adapter is None else adapter.stride(1)
-    before: list[Argument] = [_address(residual), _address(adapter), c_uint(stride), c_int(carried)]
     macros = {**product.macros, "ADAPTER": _flag(adapter is not None), "ALONE": _flag(alone is not None)}
-    if adapter is not None and adapter_scale is not None:
-        before += [c_int(adapter.shape[1]), _address(adapter_scale)]
-        macros["SCALE"] = TYPE_NAMES[adapter_scale.dtype]
+    along, format_ = _adapter_arguments(residual, adapter, adapter_scale, carried)
     operands = _address(values), _address(indices), c_int(k), product.matrices
-    arguments = (*operands, *before, _address(result), c_int(outputs))
-    _launch(values, "sparse_linear.cu", "sparse_linear", macros, product.grid, arguments)
+    arguments = (*operands, *along, _address(result), c_int(outputs))
+    _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
     return result
 
 
-def top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
-    """See `top_k_linear_reference`."""
-    return _select_and_multiply("AS_IS", x, k, score, None, 0.0, False, *product)
+def _adapter_arguments(
+    residual: torch.Tensor | None, adapter: torch.Tensor | None, scale: torch.Tensor | None, carried: int
+) -> tuple[list[Argument], dict[str, str]]:
+    """What a kernel takes for a residual of so many entries and its adapter, and what its file is told of them."""
+    stride = 0 if adapter is None else adapter.stride(1)
+    arguments: list[Argument] = [_address(residual), _address(adapter), c_uint(stride), c_int(carried)]
+    if adapter is None or scale is None:
+        return arguments, {}
+    return [*arguments, c_int(adapter.shape[1]), _address(scale)], {"SCALE": TYPE_NAMES[scale.dtype]}
+
+
+def top_k_linear(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
+    board: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `top_k_linear_reference`.
+
+    With an adapter, the residual must not be what one of the two kernels launched just before this one writes.
+    """
+    if adapter is None:
+        return _select_and_multiply("AS_IS", x, k, score, None, 0.0, False, weights, biases, residual)
+    rows, width = checks.vectors("x", x)
+    checks.kept(k, width)
+    checks.board(board)
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    sizes, gpu, element = [len(weight) for weight in weights], machine(x.device), weights[0].element_size()
+    plan = alone_plan(gpu, sizes, k, rows, element, leaving=_SELECTING)
+    if board is None or plan is None or rows != 1 or not k or not _CUT[0] < width <= _CUT[1]:
+        chosen = _select("AS_IS", x, width, k, score)
+        return sparse_linear(*chosen, weights, biases, residual, adapter, adapter_scale)
+    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
+    product = _Product.of(plan, weights, biases, rows, [adapter])
+    result = x.new_empty(rows, outputs)
+    macros = {**product.macros, "ALONE": _flag(True), **_selection_macros("AS_IS", width, SPARSE_THREADS, None, score)}
+    along, format_ = _adapter_arguments(residual, adapter, adapter_scale, carried)
+    operands = _address(x), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
+    arguments = (*operands, *along, _address(board), _address(result))
+    grid = replace(product.grid, x=product.grid.x + plan.cluster)
+    _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
+    return result
 
 
 def rms_norm_top_k_linear(

@@ -46,13 +46,16 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
     return min(_plans(gpu, element_size, _LANES), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
 
 
-def alone_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+def alone_plan(
+    gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int, leaving: int = 0
+) -> SparsePlan | None:
     """The same for a product whose blocks have a multiprocessor each; None where they would be too many or too few.
 
     So it is for blocks that select for themselves, or some would select for longer than others. No large clusters,
-    which wait until that many multiprocessors are free.
+    which wait until that many multiprocessors are free. `leaving` are the multiprocessors that are left to others.
     """
-    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most=1.0)
+    most = 1.0 - leaving / gpu.multiprocessors
+    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most)
     return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
 
 

@@ -7,14 +7,25 @@ from typing import Any
 import torch
 
 from larosa.ops import checks
+from larosa.ops.linear import Biases, Weights
 from larosa.ops.triton.linear import sparse_linear
 from larosa.ops.triton.norm import silu_mul
 from larosa.ops.triton.select import rms_norm_top_k, top_k
 
 
-def top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, *product: Any) -> torch.Tensor:
-    """See `top_k_linear_reference`."""
-    return sparse_linear(*top_k(x, k, score), *product)
+def top_k_linear(
+    x: torch.Tensor,
+    k: int,
+    score: torch.Tensor | None,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
+    board: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `top_k_linear_reference`; a board is of no use."""
+    return sparse_linear(*top_k(x, k, score), weights, biases, residual, adapter, adapter_scale)
 
 
 def rms_norm_top_k_linear(

@@ -321,6 +321,21 @@ T load_parameter(const T* from, bool there) {
     return there ? *from : T{};
 }
 inline float load_fresh(const float* from, bool there) { return there ? load_fresh(from) : 0.0f; }
+constexpr unsigned long long POSTED = 1ull << 16;
+inline void post(unsigned long long* board, unsigned long long number) {
+    if (*board) emulator::fail("a number is posted where one stands");
+    *board = number * 2 * POSTED + POSTED;
+}
+inline unsigned long long look_at(const unsigned long long* board, bool asking) { return asking ? *board : 0; }
+inline unsigned long long posted(const unsigned long long* board, unsigned long long) {
+    // The cluster that posts runs before the others.
+    if (!(*board & POSTED)) emulator::fail("nothing has been posted");
+    return *board / POSTED / 2;
+}
+inline unsigned long long taken(unsigned long long* board) { return (*board)++; }
+inline void leave(unsigned long long* board, unsigned long long before, unsigned takers) {
+    if (before % POSTED == takers - 1) *board = 0;
+}
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }

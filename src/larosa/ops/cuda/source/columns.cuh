@@ -33,6 +33,21 @@ struct alignas(8) Entry {
     DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
 };
 
+// Entries [begin, end) of a list.
+struct Part {
+    int begin;
+    int end;
+
+    // This block's part of so many entries.
+    DEVICE static Part of_block(int count) {
+        const int rank = cluster_rank<CLUSTER>();
+        return {static_cast<int>(static_cast<long long>(count) * rank / CLUSTER),
+                static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER)};
+    }
+
+    DEVICE int size() const { return end - begin; }
+};
+
 // What a thread adds up.
 struct Outputs {
     const Matrix* const side;  // the tile's matrix; the first of two where SWIGLU
@@ -75,12 +90,17 @@ DEVICE void load(Piece& piece, const typename Piece::Element* from, int there) {
     piece.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
+// What a thread does while it adds entries of a list: nothing.
+struct Nothing {
+    DEVICE void at_last() const {}
+};
+
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
 // entry `from`. As soon as one piece of a column has been added, the next takes its registers, so that DEEP are under way
-// from first to last.
-template <int SHARING, class Piece = Packed, int DEEP = DEPTH>
+// from first to last. `meanwhile` is told when the last ones have been asked for.
+template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
 DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
-                       const typename Piece::Element* weights, int there) {
+                       const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
     using Element = typename Piece::Element;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
@@ -111,6 +131,7 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
         const Element* next = at_offset(weights, entries[min(i, count - 1)].offset);
         if (i < count) load(last[j], next, there);
     }
+    meanwhile.at_last();
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) {
         const int i = from + j * SHARING;

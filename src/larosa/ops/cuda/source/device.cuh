@@ -159,6 +159,42 @@ DEVICE T load_earlier(const T* from) {
     return load_fresh(from);
 }
 
+// --- A board, on which one block of a kernel posts a number below 2^46 for all others, of which the last one to take it leaves
+// the board as it was, 0. Loads and stores are `relaxed`: others may find for ever what they found before.
+
+constexpr unsigned long long POSTED = 1ull << 16;  // below it, how many have taken the number
+
+DEVICE void post(unsigned long long* board, unsigned long long number) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(board), "l"(number * 2 * POSTED + POSTED) : "memory");
+}
+// What it shows to who is `asking`, by a predicate: it may be too early.
+DEVICE unsigned long long look_at(const unsigned long long* board, bool asking) {
+    unsigned long long shown;
+    asm volatile(
+        "{\n\t.reg .pred asking;\n\t"
+        "setp.ne.u32 asking, %2, 0;\n\t"
+        "mov.b64 %0, 0;\n\t"
+        "@asking ld.relaxed.gpu.global.u64 %0, [%1];\n\t}"
+        : "=l"(shown)
+        : "l"(board), "r"(static_cast<unsigned>(asking))
+        : "memory");
+    return shown;
+}
+// The number, of which `shown` was found before.
+DEVICE unsigned long long posted(const unsigned long long* board, unsigned long long shown) {
+    while (!(shown & POSTED)) shown = look_at(board, true);
+    return shown / POSTED / 2;
+}
+// Each of `takers` says once that it has taken the number, and later, for an answer takes long, leaves the board.
+DEVICE unsigned long long taken(unsigned long long* board) {
+    unsigned long long before;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(board) : "memory");
+    return before;
+}
+DEVICE void leave(unsigned long long* board, unsigned long long before, unsigned takers) {
+    if (before % POSTED == takers - 1) asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(board), "l"(0ull) : "memory");
+}
+
 // Writes two numbers to two places where `wanted` is not 0, by a predicate.
 DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     asm volatile(

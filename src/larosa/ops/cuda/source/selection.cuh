@@ -214,6 +214,7 @@ struct Chosen {
     float squares = 0.0f;  // the sum of those of what the entries are made from
     unsigned keep = 0;     // as bits, those that are certainly among the k largest
     unsigned open = 0;     // as bits, candidates
+    unsigned first_digit;  // of the k-th largest
     Digit digit;
 
     // What all entries are still to be multiplied by, which changes no order: around a barrier, when time can be spared.
@@ -245,6 +246,7 @@ DEVICE Chosen choose(Ranking& shared, const Activation& activation, const Factor
         atomicAdd(&shared.histogram[chosen.key[i] >> KEY_BITS], 1u);
     }
     chosen.digit = find(shared, static_cast<unsigned>(k));
+    chosen.first_digit = chosen.digit.digit;
 
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {

@@ -1,13 +1,13 @@
 // y = residual + x W^T + b for an x that is given by its k entries: reads the columns of W at their indices.
 //
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
-// goes into the same sums. R is in the weights' format; or, with a SCALE, in digits of 8 bits, and each output has a scale.
+// goes into the same sums.
 #ifndef ADAPTER
-#error "ADAPTER and ALONE, whether a block has a multiprocessor to itself, and a format as SCALE are given by the launcher"
+#error "ADAPTER is given by the launcher"
 #endif
 constexpr int DEPTH = ALONE ? 6 : 5;  // loads in flight in each thread
 
-#include "columns.cuh"
+#include "adapter.cuh"
 
 // From the end of the adapter to the first listed column memory would be idle. So a block that is alone is two teams, of
 // which the first is done with its part of the adapter earlier, and takes more of the list.
@@ -26,76 +26,12 @@ struct Listed {
     DEVICE Entry at(int i) const { return {load_fresh(values + i), load_fresh(indices + i) * stride}; }
 };
 
-// All entries of a vector, which was there before the kernel in front of this one began.
-struct Carried {
-    const float* values;
-    unsigned stride;
-
-    DEVICE Entry at(int i) const { return {load_earlier(values + i), i * stride}; }
-};
-
-// The same where a low digit of each of `width` entries is followed by high ones of the first, which count 128 times.
-struct CarriedByDigits {
-    const float* values;
-    unsigned stride;
-    int width;
-
-    DEVICE Entry at(int i) const {
-        const bool high = i >= width;
-        return {load_earlier(values + (high ? i - width : i)) * (high ? 128.0f : 1.0f), i * stride};
-    }
-};
-
-// What the thread's sums of digits are multiplied by. They are on their way while it adds up.
-template <class Format>
-struct Scales {
-    Format scale[WIDTH<WEIGHT>];
-
-    DEVICE Scales(const Format* scales, const Outputs& tile) {
-        const Format* mine = scales + tile.matrix.first + tile.mine;
-#pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) scale[e] = load_parameter(mine + e, e < tile.there);
-    }
-
-    DEVICE void apply(float (&sum)[WIDTH<WEIGHT>]) const {
-#pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] *= widen(scale[e]);
-    }
-};
-
-// A thread's piece of a column of the adapter, and how many are in flight.
-#ifdef SCALE
-#define SCALE_PARAMETERS int digits, const SCALE* scale,
-using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
-constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
-#else
-#define SCALE_PARAMETERS
-using Piece = Packed;
-constexpr int ADAPTER_DEPTH = DEPTH;
-#endif
-constexpr int LIGHTER = sizeof(Packed) / sizeof(Piece);  // so many of them are one of the weights
-
 struct Shared {
     Entry entries[TEAMS][CHUNK];
     Sums sums;
 };
 
 SHARED(Shared);
-
-// Entries [begin, end) of a list.
-struct Part {
-    int begin;
-    int end;
-
-    // This block's part of so many entries.
-    DEVICE static Part of_block(int count) {
-        const int rank = cluster_rank<CLUSTER>();
-        return {static_cast<int>(static_cast<long long>(count) * rank / CLUSTER),
-                static_cast<int>(static_cast<long long>(count) * (rank + 1) / CLUSTER)};
-    }
-
-    DEVICE int size() const { return end - begin; }
-};
 
 // Adds entries of a part, those of the thread's team, of which the first has `more` than the second. Both take equally
 // many chunks, or racecheck no longer knows which of their barriers belong together.

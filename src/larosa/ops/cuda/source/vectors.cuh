@@ -35,14 +35,14 @@ struct Vector {
         return static_cast<const float*>(data)[i];
     }
 
-    // Entries first, first + 32, ... of `size`, which are T; 0 beyond the end, which is not reached where ALL are there, and
+    // Entries first, first + STEP, ... of `size`, which are T; 0 beyond the end, which is not reached where ALL are there, and
     // 1 where T is None. Nothing is asked of what has been read: that would be to wait for it.
-    template <class T, bool ALL, int COUNT>
+    template <class T, bool ALL, int STEP = 32, int COUNT>
     DEVICE void read(float (&entries)[COUNT], int first, int size) const {
         T bits[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
-            bits[i] = load_parameter(static_cast<const T*>(data) + first + i * 32, ALL || i * 32 < size - first);
+            bits[i] = load_parameter(static_cast<const T*>(data) + first + i * STEP, ALL || i * STEP < size - first);
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) entries[i] = widen(bits[i]);
     }

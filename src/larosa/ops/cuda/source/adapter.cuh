@@ -1,0 +1,62 @@
+// An adapter on a product's residual: all of its columns times the residual's entries go into the product's sums.
+//
+// It is in the weights' format; or, with a SCALE, in digits of 8 bits, and each output has a scale.
+#ifndef LAROSA_ADAPTER
+#define LAROSA_ADAPTER
+
+#include "columns.cuh"
+
+#ifndef ALONE
+#error "ALONE, whether a block has a multiprocessor to itself, and a format as SCALE are given by the launcher"
+#endif
+
+// All entries of a vector, which was there before the kernel in front of this one began.
+struct Carried {
+    const float* values;
+    unsigned stride;
+
+    DEVICE Entry at(int i) const { return {load_earlier(values + i), i * stride}; }
+};
+
+// The same where a low digit of each of `width` entries is followed by high ones of the first, which count 128 times.
+struct CarriedByDigits {
+    const float* values;
+    unsigned stride;
+    int width;
+
+    DEVICE Entry at(int i) const {
+        const bool high = i >= width;
+        return {load_earlier(values + (high ? i - width : i)) * (high ? 128.0f : 1.0f), i * stride};
+    }
+};
+
+// What the thread's sums of digits are multiplied by. They are on their way while it adds up.
+template <class Format>
+struct Scales {
+    Format scale[WIDTH<WEIGHT>];
+
+    DEVICE Scales(const Format* scales, const Outputs& tile) {
+        const Format* mine = scales + tile.matrix.first + tile.mine;
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) scale[e] = load_parameter(mine + e, e < tile.there);
+    }
+
+    DEVICE void apply(float (&sum)[WIDTH<WEIGHT>]) const {
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] *= widen(scale[e]);
+    }
+};
+
+// A thread's piece of a column of the adapter, and how many are in flight.
+#ifdef SCALE
+#define SCALE_PARAMETERS int digits, const SCALE* scale,
+using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
+constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
+#else
+#define SCALE_PARAMETERS
+using Piece = Packed;
+constexpr int ADAPTER_DEPTH = DEPTH;
+#endif
+constexpr int LIGHTER = sizeof(Packed) / sizeof(Piece);  // so many of them are one of the weights
+
+#endif
