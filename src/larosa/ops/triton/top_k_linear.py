@@ -25,6 +25,7 @@ def top_k_linear(
     board: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `top_k_linear_reference`; a board is of no use."""
+    checks.board(board)
     return sparse_linear(*top_k(x, k, score), weights, biases, residual, adapter, adapter_scale)
 
 
