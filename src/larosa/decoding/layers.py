@@ -46,12 +46,12 @@ class Norm:
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
         return selection
 
-    def product(
-        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
-    ) -> torch.Tensor | None:
-        """A site's outputs for the entries that it keeps, on top of a residual; None where no operator does both."""
-        if adapter is not None:
-            return None
+    def fuses_with(self, adapter: Adapter | None) -> bool:
+        """Whether `product` takes that along."""
+        return adapter is None
+
+    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
+        """A site's outputs for the entries that it keeps, on top of a residual."""
         selected = (x, self.gain, self.eps, site.k, site.score)
         if site.swiglu:
             gated: torch.Tensor = _ops.rms_norm_top_k_swiglu(*selected, site.weights, site.biases)
@@ -70,11 +70,10 @@ class _AsItIs:
         selection: Selection = _ops.top_k(x, k, score)
         return selection
 
-    def product(
-        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
-    ) -> torch.Tensor | None:
-        if adapter is not None:
-            return None
+    def fuses_with(self, adapter: Adapter | None) -> bool:
+        return adapter is None
+
+    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, residual)
         return outputs
 
@@ -88,11 +87,13 @@ class _Long(_AsItIs):
 
     board: torch.Tensor
 
+    def fuses_with(self, adapter: Adapter | None) -> bool:
+        return adapter is not None
+
     def product(
         self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
-    ) -> torch.Tensor | None:
-        if adapter is None:
-            return None
+    ) -> torch.Tensor:
+        assert adapter is not None, "what it fuses with"
         along = (residual, adapter.weight, adapter.scale, self.board)
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, *along)
         return outputs
@@ -136,9 +137,8 @@ class Site:
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
-        fused = None if self.fused is None else self.fused.product(x, self, residual, adapter)
-        if fused is not None:
-            return fused
+        if self.fused is not None and self.fused.fuses_with(adapter):
+            return self.fused.product(x, self, residual, adapter)
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
