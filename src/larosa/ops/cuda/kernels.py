@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_longlong, c_uint, c_void_p
-from dataclasses import dataclass, replace
+from ctypes import c_float, c_int, c_longlong
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ import torch
 from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.cuda.launch import Argument, Grid, launch, machine
-from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector
+from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector, address, flag
 from larosa.ops.cuda.plan import (
     ATTEND_THREADS,
     LINEAR_TILE,
     SPARSE_THREADS,
     THREADS,
-    SparsePlan,
     alone_plan,
     attend_plan,
     fused_plan,
@@ -26,6 +25,7 @@ from larosa.ops.cuda.plan import (
     sparse_plan,
     swiglu_plan,
 )
+from larosa.ops.cuda.product import Product, adapter_arguments, aligned
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.select import Selection
 
@@ -47,7 +47,7 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Te
     """See `rms_norm_reference`."""
     rows, width = checks.vectors("x", x)
     result = torch.empty_like(x)
-    arguments = (_address(x), c_int(width), Vector.of("gain", gain, width), c_float(eps), _address(result))
+    arguments = (address(x), c_int(width), Vector.of("gain", gain, width), c_float(eps), address(result))
     _launch(x, "elementwise.cu", "rms_norm", {}, Grid(rows, 1, _ROW), arguments)
     return result
 
@@ -56,7 +56,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `silu_mul_reference`."""
     rows, width = checks.vectors("gate_up", gate_up)
     result = gate_up.new_empty(rows, width // 2)
-    arguments = (_address(gate_up), c_int(width // 2), _address(result))
+    arguments = (address(gate_up), c_int(width // 2), address(result))
     _launch(gate_up, "elementwise.cu", "silu_mul", {}, Grid(-(-width // 2 // _ROW), rows, _ROW), arguments)
     return result
 
@@ -70,7 +70,7 @@ def embed(embedding: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         raise ValueError("tokens must be int64 of one dimension")
     result = embedding.new_empty(len(tokens), width, dtype=torch.float32)
     table = Vector.of("embedding", embedding.view(-1), embedding.numel())
-    arguments = (table, c_longlong(vocabulary), c_int(width), _address(tokens), _address(result))
+    arguments = (table, c_longlong(vocabulary), c_int(width), address(tokens), address(result))
     _launch(embedding, "elementwise.cu", "embed", {}, Grid(-(-width // _ROW), len(tokens), _ROW), arguments)
     return result
 
@@ -102,8 +102,8 @@ def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Te
     checks.residual(residual, None, rows, outputs)
     result = x.new_empty(rows, outputs)
     matrices, tiles = Matrices.of(weights, biases, LINEAR_TILE, along=0)
-    macros = {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": _aligned(weights, [width], along=0)}
-    arguments = (_address(x), c_int(width), matrices, _address(residual), _address(result), c_int(outputs))
+    macros = {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": aligned(weights, [width], along=0)}
+    arguments = (address(x), c_int(width), matrices, address(residual), address(result), c_int(outputs))
     grid = Grid(linear_blocks(machine(x.device), tiles), rows, THREADS)
     _launch(x, "linear.cu", "linear", macros, grid, (*arguments, c_int(tiles)))
     return result
@@ -129,25 +129,14 @@ def sparse_linear(
     sizes, gpu, element = [len(weight) for weight in weights], machine(values.device), weights[0].element_size()
     alone = None if adapter is None else alone_plan(gpu, sizes, k, rows, element)
     plan = alone or sparse_plan(gpu, sizes, k, rows, element)
-    product = _Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
+    product = Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
-    macros = {**product.macros, "ADAPTER": _flag(adapter is not None), "ALONE": _flag(alone is not None)}
-    along, format_ = _adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = _address(values), _address(indices), c_int(k), product.matrices
-    arguments = (*operands, *along, _address(result), c_int(outputs))
+    macros = {**product.macros, "ADAPTER": flag(adapter is not None), "ALONE": flag(alone is not None)}
+    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
+    operands = address(values), address(indices), c_int(k), product.matrices
+    arguments = (*operands, *along, address(result), c_int(outputs))
     _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
     return result
-
-
-def _adapter_arguments(
-    residual: torch.Tensor | None, adapter: torch.Tensor | None, scale: torch.Tensor | None, carried: int
-) -> tuple[list[Argument], dict[str, str]]:
-    """What a kernel takes for a residual of so many entries and its adapter, and what its file is told of them."""
-    stride = 0 if adapter is None else adapter.stride(1)
-    arguments: list[Argument] = [_address(residual), _address(adapter), c_uint(stride), c_int(carried)]
-    if adapter is None or scale is None:
-        return arguments, {}
-    return [*arguments, c_int(adapter.shape[1]), _address(scale)], {"SCALE": TYPE_NAMES[scale.dtype]}
 
 
 def top_k_linear(
@@ -177,12 +166,12 @@ def top_k_linear(
         chosen = _select("AS_IS", x, width, k, score)
         return sparse_linear(*chosen, weights, biases, residual, adapter, adapter_scale)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
-    product = _Product.of(plan, weights, biases, rows, [adapter])
+    product = Product.of(plan, weights, biases, rows, [adapter])
     result = x.new_empty(rows, outputs)
-    macros = {**product.macros, "ALONE": _flag(True), **_selection_macros("AS_IS", width, SPARSE_THREADS, None, score)}
-    along, format_ = _adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = _address(x), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
-    arguments = (*operands, *along, _address(board), _address(result))
+    macros = {**product.macros, "ALONE": flag(True), **_selection_macros("AS_IS", width, SPARSE_THREADS, None, score)}
+    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
+    operands = address(x), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
+    arguments = (*operands, *along, address(board), address(result))
     grid = replace(product.grid, x=product.grid.x + plan.cluster)
     _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
     return result
@@ -228,61 +217,19 @@ def _select_and_multiply(
         linear = sparse_linear(*_select(source, x, width, k, score, gain, eps), weights, biases, residual)
         return silu_mul(linear) if swiglu else linear
     checks.residual(residual, None, rows, outputs)
-    product = _Product.of(plan, weights, biases, rows, swiglu=swiglu)
+    product = Product.of(plan, weights, biases, rows, swiglu=swiglu)
     outputs //= 1 + swiglu
     result = x.new_empty(rows, outputs)
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
-    arguments = (_address(x), c_int(width), c_int(k), *vectors, product.matrices)
+    arguments = (address(x), c_int(width), c_int(k), *vectors, product.matrices)
     macros = {
         **product.macros,
         **_selection_macros(source, width, SPARSE_THREADS, gain, score),
         "MOST_KEPT": str(-(-k // _KEPT_STEP) * _KEPT_STEP),
     }
-    last = (_address(residual), _address(result), c_int(outputs))
+    last = (address(residual), address(result), c_int(outputs))
     _launch(x, "top_k_linear.cu", "top_k_linear", macros, product.grid, (*arguments, *last))
     return result
-
-
-@dataclass(frozen=True)
-class _Product:
-    """How the columns of matrices are divided over a GPU, as the kernels that read listed columns take it."""
-
-    matrices: Matrices
-    grid: Grid
-    macros: dict[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        plan: SparsePlan,
-        weights: Weights,
-        biases: Biases,
-        rows: int,
-        more: Sequence[torch.Tensor] = (),
-        swiglu: bool = False,
-    ) -> _Product:
-        """For so many rows of x; `more` are matrices with as many outputs that are read along.
-
-        For `swiglu` half of a tile's outputs are of the first matrix, half of the second.
-
-        Raises:
-            LarosaError: a matrix is too large.
-        """
-        matrices = [*weights, *more]
-        if any(matrix.stride(1) * matrix.shape[1] >= 2**32 for matrix in matrices):
-            raise LarosaError(
-                "the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton"
-            )
-        packed, tiles = Matrices.of(weights, biases, plan.tile // (1 + swiglu), along=1)
-        tiles //= 1 + swiglu
-        macros = {
-            "WEIGHT": TYPE_NAMES[weights[0].dtype],
-            "LANES": str(plan.lanes),
-            "CLUSTER": str(plan.cluster),
-            "ALIGNED": _aligned(matrices, [len(weight) for weight in weights], along=1),
-            "SWIGLU": _flag(swiglu),
-        }
-        return cls(packed, Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster), macros)
 
 
 def attend(
@@ -317,7 +264,7 @@ def attend(
     result = qkv.new_empty(1, query_heads * size)
     plan = attend_plan(machine(qkv.device), query_heads, key_heads, length)
     gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
-    rotary = Rotary(_address(cos), _address(sin), *gains, eps, scale)
+    rotary = Rotary(address(cos), address(sin), *gains, eps, scale)
     macros = {
         "CACHE": TYPE_NAMES[keys.dtype],
         "SIZE": str(size),
@@ -325,10 +272,10 @@ def attend(
         "CLUSTER": str(plan.cluster),
         "THREADS": str(ATTEND_THREADS),
     }
-    addresses = (_address(tensor) for tensor in (qkv, keys, values, position))
+    addresses = (address(tensor) for tensor in (qkv, keys, values, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
     grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
-    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, _address(result)))
+    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, address(result)))
     return result
 
 
@@ -337,7 +284,7 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     rows, vocabulary = checks.vectors("logits", logits)
     tokens = logits.new_empty(rows, dtype=torch.int64)
     cluster = _GREEDY_BLOCKS if machine(logits.device).overlaps else 1
-    arguments = (_address(logits), c_int(vocabulary), _address(tokens))
+    arguments = (address(logits), c_int(vocabulary), address(tokens))
     _launch(logits, "greedy.cu", "greedy", {"CLUSTER": str(cluster)}, Grid(cluster, rows, _ROW, cluster), arguments)
     return tokens
 
@@ -358,9 +305,9 @@ def _select(
         )
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
     early = source == "AS_IS" and _EARLY[0] < width <= _EARLY[1]
-    macros = {"BLOCK": str(_ROW), "EARLY": _flag(early), **_selection_macros(source, width, _ROW, gain, score)}
+    macros = {"BLOCK": str(_ROW), "EARLY": flag(early), **_selection_macros(source, width, _ROW, gain, score)}
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
-    arguments = (_address(x), c_int(width), c_int(k), *vectors, _address(values), _address(indices))
+    arguments = (address(x), c_int(width), c_int(k), *vectors, address(values), address(indices))
     if k:
         _launch(x, "select.cu", "select_top_k", macros, Grid(len(x), 1, _ROW), arguments)
     return values, indices
@@ -373,7 +320,7 @@ def _selection_macros(
         name: "None" if vector is None else TYPE_NAMES[vector.dtype]
         for name, vector in (("GAIN", gain), ("SCORE", score))
     }
-    return {"SOURCE": source, "EACH": str(-(-width // threads)), "FILLED": _flag(width % threads == 0), **formats}
+    return {"SOURCE": source, "EACH": str(-(-width // threads)), "FILLED": flag(width % threads == 0), **formats}
 
 
 def _launch(
@@ -381,26 +328,3 @@ def _launch(
 ) -> None:
     if grid.x and grid.y:
         launch(x.device, source, kernel, macros, grid, arguments)
-
-
-def _aligned(weights: Weights, sizes: Sequence[int], along: int) -> str:
-    """Whether every piece of rows or columns of those sizes is whole, as C++ writes it.
-
-    Pieces are 16 bytes of the first matrix, and as many elements of the others.
-    """
-    piece = 16 // weights[0].element_size()
-    whole = all(size % piece == 0 for size in sizes)
-    placed = all(
-        weight.data_ptr() % (piece * weight.element_size()) == 0 and weight.stride(along) % piece == 0
-        for weight in weights
-    )
-    return _flag(whole and placed)
-
-
-def _flag(wanted: bool) -> str:
-    """As C++ writes it."""
-    return str(wanted).lower()
-
-
-def _address(tensor: torch.Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())

@@ -76,3 +76,13 @@ class Rotary(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
     )
+
+
+def flag(wanted: bool) -> str:
+    """`wanted`, as C++ writes it."""
+    return str(wanted).lower()
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor begins; null for none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
