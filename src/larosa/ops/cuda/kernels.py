@@ -152,7 +152,7 @@ def top_k_linear(
 ) -> torch.Tensor:
     """See `top_k_linear_reference`.
 
-    With an adapter, the residual must not be what one of the two kernels launched just before this one writes.
+    With an adapter, the residual must not be what the kernel launched just before this one writes.
     """
     if adapter is None:
         return _select_and_multiply("AS_IS", x, k, score, None, 0.0, False, weights, biases, residual)
