@@ -107,7 +107,7 @@ DEVICE const T* at_offset(const T* base, unsigned offset) {
 
 // 4 bytes a word.
 template <int COUNT>
-struct Words {
+struct alignas(4 * COUNT) Words {
     unsigned word[COUNT];
 };
 
@@ -236,7 +236,7 @@ DEVICE void store_pair(float* to, float x, unsigned y, bool wanted) {
 
 // Copies 16 bytes to shared memory, later; zeros where they are not `there`. This thread finds all there but those of the
 // last PENDING groups after copies_arrived(); copies_issued() ends a group.
-DEVICE void copy_later(uint4& to, const void* from, bool there) {
+DEVICE void copy_later(Words<4>& to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(&to)), "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 }
