@@ -228,6 +228,16 @@ struct Chosen {
     // The bits after the first digit of entry i, of a thread whose entries begin with `first`.
     DEVICE unsigned rest(int i, int first) const { return (key[i] << INDEX_BITS) + (LAST - first) - i * 32; }
     DEVICE static unsigned index(unsigned rest) { return LAST - (rest & LAST); }
+
+    // Lists the candidates behind `listed` others, which it counts, in no order.
+    DEVICE void list_open(Ranking& shared, unsigned& listed, int first) const {
+        if (open) {
+            unsigned slot = atomicAdd(&listed, static_cast<unsigned>(__popc(open)));
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                if (open >> i & 1u) shared.candidates[slot++] = rest(i, first);
+        }
+    }
 };
 
 DEVICE Chosen choose(Ranking& shared, const Activation& activation, const Factors<SCORE>& scores, int k) {
