@@ -51,7 +51,7 @@ struct Scales {
 #ifdef SCALE
 #define SCALE_PARAMETERS int digits, const SCALE* scale,
 using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
-constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
+constexpr int ADAPTER_DEPTH = ALONE ? 5 : 4;
 #else
 #define SCALE_PARAMETERS
 using Piece = Packed;

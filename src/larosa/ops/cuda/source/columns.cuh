@@ -106,34 +106,46 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     if (from >= SHARING) from = count;
     // Where a batch's pieces lie is read a batch ahead, to ask for each as soon as its registers are free.
     const auto offset = [&](int i) { return entries[min(i, count - 1)].offset; };
-    Piece pack[DEEP];
+    Piece a[DEEP];
+    Piece b[DEEP];
     unsigned ahead[DEEP];
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)  // without a condition in between, or the compiler waits at each
-        load(pack[j], at_offset(weights, offset(from + j * SHARING)), there);
+        load(a[j], at_offset(weights, offset(from + j * SHARING)), there);
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + BATCH + j * SHARING);
 #pragma unroll 1
-    for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
+    for (; from + 3 * BATCH - SHARING < count; from += 2 * BATCH) {
 #pragma unroll
-        for (int j = 0; j < DEEP; ++j) {
-            add(sum, entries[from + j * SHARING].value, pack[j]);
-            load(pack[j], at_offset(weights, ahead[j]), there);
-        }
+        for (int j = 0; j < DEEP; ++j) load(b[j], at_offset(weights, ahead[j]), there);
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 2 * BATCH + j * SHARING);
+#pragma unroll
+        for (int j = 0; j < DEEP; ++j) {
+            add(sum, entries[from + j * SHARING].value, a[j]);
+            load(a[j], at_offset(weights, ahead[j]), there);
+        }
+#pragma unroll
+        for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 3 * BATCH + j * SHARING);
+#pragma unroll
+        for (int j = 0; j < DEEP; ++j) add(sum, entries[from + BATCH + j * SHARING].value, b[j]);
     }
-    // Fewer than two batches are left.
+    // Fewer than three batches are left.
     Piece last[DEEP];
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)
-        if (from + BATCH + j * SHARING < count) load(last[j], at_offset(weights, ahead[j]), there);
+        if (from + BATCH + j * SHARING < count) load(b[j], at_offset(weights, ahead[j]), there);
+#pragma unroll
+    for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 2 * BATCH + j * SHARING);
+#pragma unroll
+    for (int j = 0; j < DEEP; ++j)
+        if (from + 2 * BATCH + j * SHARING < count) load(last[j], at_offset(weights, ahead[j]), there);
     meanwhile.at_last();
     // What is not listed is not added, for 0 times an infinite weight would count.
 #pragma unroll
-    for (int j = 0; j < 2 * DEEP; ++j) {
+    for (int j = 0; j < 3 * DEEP; ++j) {
         if (from + j * SHARING >= count) break;
-        add(sum, entries[from + j * SHARING].value, j < DEEP ? pack[j] : last[j - DEEP]);
+        add(sum, entries[from + j * SHARING].value, j < DEEP ? a[j] : j < 2 * DEEP ? b[j - DEEP] : last[j - 2 * DEEP]);
     }
 }
 
