@@ -345,6 +345,7 @@ inline void leave(unsigned long long* board, unsigned long long before, unsigned
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }
+inline unsigned claim(unsigned* from, bool wanted) { return wanted ? (*from)++ : 0; }
 inline void store_pair(float* to, float x, unsigned y, bool wanted) {
     if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
     if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y);

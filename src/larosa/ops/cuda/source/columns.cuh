@@ -15,12 +15,14 @@
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
-constexpr int GROUPS = THREADS / LANES;
+constexpr bool IN_WARPS = 32 % LANES == 0;              // groups, of which a warp can add up its own
+constexpr bool OWN_WARP = LANES >= 24 && LANES < 32;    // a group is a warp, whose last lanes read what the last of LANES reads
+constexpr int SPAN = OWN_WARP ? 32 : LANES;             // threads of a group
+constexpr int GROUPS = THREADS / SPAN;
 constexpr int TILE = LANES * WIDTH<WEIGHT>;
 constexpr int SIDES = SWIGLU ? 2 : 1;
 constexpr int SIDE = TILE / SIDES;                     // results of a tile
 constexpr int SHARE = (SIDE + CLUSTER - 1) / CLUSTER;  // results that a block finishes
-constexpr bool IN_WARPS = 32 % LANES == 0;              // groups, of which a warp can add up its own
 constexpr int PARTS = IN_WARPS ? WARPS : GROUPS;        // of a sum in a block
 static_assert(TILE <= THREADS, "a thread adds up the parts of an output");
 static_assert(LANES % SIDES == 0, "a thread is on one side");
@@ -67,7 +69,7 @@ struct Outputs {
     DEVICE unsigned stride() const { return static_cast<unsigned>(matrix.stride); }
 
 private:
-    DEVICE static int lane() { return static_cast<int>(threadIdx.x) % LANES; }
+    DEVICE static int lane() { return min(static_cast<int>(threadIdx.x) % SPAN, LANES - 1); }
     DEVICE int own() const { return first + lane() % (LANES / SIDES) * WIDTH<WEIGHT>; }
 };
 
@@ -75,7 +77,7 @@ using Packed = Pack<WEIGHT>;
 
 // The thread's group in the block; those left over make one that is not full.
 DEVICE int group() {
-    return static_cast<int>(threadIdx.x) / LANES;
+    return static_cast<int>(threadIdx.x) / SPAN;
 }
 
 template <class Piece>
@@ -137,6 +139,49 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     }
 }
 
+// The same where warps take DEEP entries for each of their groups as they come, by a number in shared memory that was 0.
+template <class Piece = Packed, int DEEP = DEPTH>
+DEVICE void add_claimed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int count,
+                        const typename Piece::Element* weights, int there, unsigned* claimed) {
+    using Element = typename Piece::Element;
+    constexpr int ABREAST = 32 / SPAN;  // groups of a warp
+    constexpr int UNIT = DEEP * ABREAST;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int units = (count + UNIT - 1) / UNIT;
+    int unit = static_cast<int>(threadIdx.x) / 32;
+    if (unit >= units) return;
+    Piece pack[DEEP];
+#pragma unroll
+    for (int j = 0; j < DEEP; ++j)
+        load(pack[j], at_offset(weights, entries[min(unit * UNIT + j * ABREAST + lane / SPAN, count - 1)].offset), there);
+    unsigned claimed_next = claim(claimed, lane == 0);
+#pragma unroll 1
+    for (;;) {
+        const int next = WARPS + static_cast<int>(__shfl_sync(ALL_LANES, claimed_next, 0));
+        if (next >= units) break;
+        claimed_next = claim(claimed, lane == 0);
+        float value[DEEP];
+        const Element* from[DEEP];
+#pragma unroll
+        for (int j = 0; j < DEEP; ++j) {
+            value[j] = entries[unit * UNIT + j * ABREAST + lane / SPAN].value;
+            from[j] = at_offset(weights, entries[min(next * UNIT + j * ABREAST + lane / SPAN, count - 1)].offset);
+        }
+#pragma unroll
+        for (int j = 0; j < DEEP; ++j) {
+            add(sum, value[j], pack[j]);
+            load(pack[j], from[j], there);
+        }
+        unit = next;
+    }
+#pragma unroll
+    for (int j = 0; j < DEEP; ++j) {
+        const int i = unit * UNIT + j * ABREAST + lane / SPAN;
+        if (i >= count) pack[j] = Piece();
+        add(sum, i < count ? entries[i].value : 0.0f, pack[j]);
+    }
+}
+
 struct Sums {
     float parts[PARTS][TILE];
     float found[CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
@@ -170,9 +215,9 @@ DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>],
 #pragma unroll
         for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = warp_sum(sum[e], LANES);
     const int part = IN_WARPS ? thread / 32 : group();
-    if (part < PARTS && (!IN_WARPS || thread % 32 < LANES))
+    if (part < PARTS && (!IN_WARPS && !OWN_WARP || thread % 32 < LANES))
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.parts[part][thread % LANES * WIDTH<WEIGHT> + e] = sum[e];
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.parts[part][thread % SPAN * WIDTH<WEIGHT> + e] = sum[e];
     cluster_begun<CLUSTER>();
     __syncthreads();
     if (thread < TILE) {

@@ -177,6 +177,20 @@ DEVICE T load_earlier(const T* from) {
     return load_fresh(from);
 }
 
+// The next number of `from` in shared memory, for one thread of a warp: no other takes part, or the compiler would have the warp
+// wait for the answer at once to share it out.
+DEVICE unsigned claim(unsigned* from, bool wanted) {
+    unsigned claimed = 0;
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\t"
+        "setp.ne.u32 wanted, %2, 0;\n\t"
+        "@wanted atom.shared.add.u32 %0, [%1], 1;\n\t}"
+        : "+r"(claimed)
+        : "r"(shared_address(from)), "r"(static_cast<unsigned>(wanted))
+        : "memory");
+    return claimed;
+}
+
 // --- A board, on which one block of a kernel posts a number below 2^46 for all others, of which the last one to take it leaves
 // the board as it was, 0. Loads and stores are `relaxed`: others may find for ever what they found before.
 

@@ -13,6 +13,7 @@ struct Shared {
     Ranking ranking;
     unsigned kept[WARPS];  // entries that are certain, and in the upper half candidates, by warp
     float candidate_values[MOST];
+    unsigned claimed;
     Entry entries[MOST_KEPT / CLUSTER + 2];
     Sums sums;
 };
@@ -28,6 +29,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
 
     begin(shared.sums);
+    if (threadIdx.x == 0) shared.claimed = 0;
     prepare(shared.ranking);
     const Factors<SCORE> scores(score, width);
     const Activation activation(x, row, width, gain, eps);
@@ -70,7 +72,12 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     __syncthreads();
     const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
-    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
+    if (count > 0) {
+        if constexpr (SPAN <= 32)
+            add_claimed(sum, shared.entries, static_cast<int>(count), tile.weights(), tile.there, &shared.claimed);
+        else
+            add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
+    }
     const float factor = Chosen::end_factor(shared.ranking, activation);
     release_dependents();
     finish(shared.sums, tile, sum, factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
