@@ -21,10 +21,13 @@ say "Everything else"
 tests --ignore tests/ops/gpu --ignore tests/decoding/test_cuda_graph.py tests | tee "$results/tests.log"
 
 say "Memory and races"
-chosen="not triton and (long_vectors or large_sizes or parts_of or test_heads or test_positions or rms_norm or silu_mul) and not fused"
+chosen="long_vectors or large_sizes or parts_of or test_heads or test_positions or rms_norm or silu_mul"
+chosen="not triton and not fused and not any_size and ($chosen or (one_block_selects_for_all and 4096))"
 for tool in memcheck racecheck; do
-    compute-sanitizer --error-exitcode 9 --report-api-errors no --target-processes all --tool $tool \
-        "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu -k "$chosen" tests/ops/gpu | tee "$results/$tool.log"
+    sanitizer=(compute-sanitizer --error-exitcode 9 --report-api-errors no --target-processes all --tool $tool)
+    "${sanitizer[@]}" "$python" benchmarks/steps.py cuda llama-3-8b llama-2-7b | tee "$results/$tool-steps.log"
+    "${sanitizer[@]}" "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu -k "$chosen" tests/ops/gpu |
+        tee "$results/$tool.log"
 done
 
 say "Benchmarks"

@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""A few steps of the decode engine through two layers of full-size shapes, kernel by kernel: for compute-sanitizer.
+
+    compute-sanitizer --tool racecheck benchmarks/steps.py cuda llama-3-8b llama-2-7b
+
+Tests of kernels take small sizes, for which another way of dividing them over a GPU is best than for these.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from larosa.benchmarks.shapes import random_sparse_model, set_sparsity, shape_config
+from larosa.decoding.engine import Engine
+
+TOKENS = 5
+CACHE = 300  # positions, for which blocks of a cluster share a head
+
+
+def main(device: torch.device, shapes: list[str]) -> None:
+    """Steps through each shape, and says whether its logits are finite."""
+    dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    for shape in shapes:
+        config = shape_config(shape, layers=2, vocab_size=1000)
+        config.dtype = dtype
+        model = random_sparse_model(config, dtype, device)
+        set_sparsity(model, 0.5)
+        engine = Engine(model, CACHE)
+        with torch.inference_mode():
+            for position in range(TOKENS):
+                token = torch.tensor([position], device=device)
+                logits = engine.step(token, torch.tensor([position], device=device))
+        print(shape, "finite" if logits.isfinite().all() else "not finite", flush=True)
+        if not logits.isfinite().all():
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(torch.device(sys.argv[1]), sys.argv[2:])
