@@ -8,6 +8,7 @@ from larosa.ops.cuda.launch import Machine
 from larosa.ops.cuda.plan import (
     alone_plan,
     attend_plan,
+    cut_plan,
     fused_plan,
     linear_blocks,
     sparse_plan,
@@ -83,8 +84,8 @@ def test_small_cases_of_the_tests_take_the_same_ways():
     for element_size in (2, 4):
         assert alone_plan(SMALL_H200, [200], 350, 1, element_size)
         assert alone_plan(SMALL_H200, [200], 12999, 1, element_size)
-        for outputs, k in ((192, 16000), (192, 1), (180, 1000), (161, 0)):
-            assert alone_plan(SMALL_H200, [outputs], k, 1, element_size, leaving=2)
+        for outputs, width, k in ((192, 16384, 16000), (192, 30, 1), (180, 3001, 1000), (161, 3000, 0)):
+            assert cut_plan(SMALL_H200, [outputs], width, k, 1, element_size)
         assert swiglu_plan(SMALL_H200, 2 * 96, 350, 1, element_size)
 
 
@@ -96,7 +97,7 @@ def test_products_of_7b_models_select_for_themselves():
         assert 0.9 * 132 <= plan.cluster * -(-intermediate // (plan.tile // 2)) < 132, "one for the next selection"
     assert alone_plan(H200, [4096], 5504, 1, 2).cluster == 2
     for k in (5504, 7168):
-        assert alone_plan(H200, [4096], k, 1, 2, leaving=2) == alone_plan(H200, [4096], k, 1, 2)
+        assert cut_plan(H200, [4096], 14336, k, 1, 2) == alone_plan(H200, [4096], k, 1, 2)
     assert alone_plan(H200, [11008, 11008], 2048, 1, 2) is None
 
 

@@ -8,6 +8,7 @@ from larosa.ops.cuda import kernels
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
+from larosa.ops.select import top_k_reference
 from larosa.ops.top_k_linear import rms_norm_top_k_swiglu_reference, top_k_linear_reference
 
 from .cases import Target, entries
@@ -64,6 +65,17 @@ def test_a_product_with_an_adapter(small, stored, outputs, width, k):
         carrying[1:] = [digits(outputs, outputs + outputs // 16, seed=3), scale]
     result = small("sparse_linear", values, indices, weights, [None], *carrying)
     check(result, sparse_linear_reference, (values.double(), indices), weights, [None], *carrying)
+
+
+@pytest.mark.parametrize("k", [12000, 3584, 0])
+def test_a_long_product_with_an_adapter_that_selects(small, k):
+    """Of an MLP as wide as Llama-3-8B's, whose list alone is larger than a block's memory."""
+    x, residual = entries("normal", 1, 14336, seed=0), entries("normal", 1, 384, seed=1)
+    values, indices = top_k_reference(x, k, None)
+    weights, adapter = [columns(384, 14336, torch.float16, seed=2)], columns(384, 384, torch.float16, seed=3)
+    board = torch.zeros(1, dtype=torch.int64)
+    result = small("top_k_linear", x, k, None, weights, [None], residual, adapter, None, board)
+    check(result, sparse_linear_reference, (values.double(), indices), weights, [None], residual, adapter, None)
 
 
 @pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(8, 2, 128), (4, 4, 64), (16, 1, 256)])

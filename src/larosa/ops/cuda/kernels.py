@@ -20,6 +20,7 @@ from larosa.ops.cuda.plan import (
     THREADS,
     alone_plan,
     attend_plan,
+    cut_plan,
     fused_plan,
     linear_blocks,
     sparse_plan,
@@ -36,7 +37,6 @@ _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each blo
 #: Of a vector so wide one block of top_k_linear_cut.cu selects for all. With 11,264 entries that takes an H200 .3 us
 #: more than two kernels do, with 14,208 1.0 us less; more than 32 a thread do not fit.
 _CUT = (12288, 16384)
-_SELECTING = 2  # multiprocessors that are left to it
 #: Of an MLP's vector so wide, whose product takes an adapter along: of longer ones the selection takes longer than
 #: reading the adapter does, which then is in the way of the selection's loads.
 _EARLY = (8192, 16384)
@@ -154,15 +154,17 @@ def top_k_linear(
 
     With an adapter, the residual must not be what the kernel launched just before this one writes.
     """
+    checks.board(board)
     if adapter is None:
         return _select_and_multiply("AS_IS", x, k, score, None, 0.0, False, weights, biases, residual)
     rows, width = checks.vectors("x", x)
     checks.kept(k, width)
-    checks.board(board)
     outputs = checks.matrices(weights, biases, width, column_major=True)
-    sizes, gpu, element = [len(weight) for weight in weights], machine(x.device), weights[0].element_size()
-    plan = alone_plan(gpu, sizes, k, rows, element, leaving=_SELECTING)
-    if board is None or plan is None or rows != 1 or not k or not _CUT[0] < width <= _CUT[1]:
+    plan = None
+    if board is not None and rows == 1 and k and _CUT[0] < width <= _CUT[1]:
+        sizes = [len(weight) for weight in weights]
+        plan = cut_plan(machine(x.device), sizes, width, k, rows, weights[0].element_size())
+    if plan is None:
         chosen = _select("AS_IS", x, width, k, score)
         return sparse_linear(*chosen, weights, biases, residual, adapter, adapter_scale)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)

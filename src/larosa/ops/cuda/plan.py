@@ -19,6 +19,7 @@ _FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list a
 _ENOUGH = 0.7
 _NEARLY = 0.9  # the same where a product takes long
 _LEAVING = 0.965  # the same, so that a few multiprocessors stay free
+_SELECTING = 2  # multiprocessors that are left to the block that selects for all, and its mate in a cluster
 _LANES = (32, 16, 8)
 
 
@@ -46,16 +47,22 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
     return min(_plans(gpu, element_size, _LANES), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
 
 
-def alone_plan(
-    gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int, leaving: int = 0
-) -> SparsePlan | None:
+def alone_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
     """The same for a product whose blocks have a multiprocessor each; None where they would be too many or too few.
 
     So it is for blocks that select for themselves, or some would select for longer than others. No large clusters,
-    which wait until that many multiprocessors are free. `leaving` are the multiprocessors that are left to others.
+    which wait until that many multiprocessors are free.
     """
-    most = 1.0 - leaving / gpu.multiprocessors
-    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most)
+    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most=1.0)
+    return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
+
+
+def cut_plan(
+    gpu: Machine, outputs: Sequence[int], width: int, k: int, batch: int, element_size: int
+) -> SparsePlan | None:
+    """The same for a product of which one more block selects for all; each has room for all `width` entries."""
+    most = 1.0 - _SELECTING / gpu.multiprocessors
+    plans = _fitting(gpu, outputs, width, batch, _plans(gpu, element_size, _LANES), most)
     return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
 
 
@@ -82,10 +89,10 @@ def _widest(
 
 
 def _fitting(
-    gpu: Machine, outputs: Sequence[int], k: int, batch: int, plans: Iterable[SparsePlan], most: float
+    gpu: Machine, outputs: Sequence[int], listed: int, batch: int, plans: Iterable[SparsePlan], most: float
 ) -> Iterator[SparsePlan]:
     for plan in plans:
-        room = _FUSED_ROOM + 8 * k // plan.cluster <= gpu.shared_memory
+        room = _FUSED_ROOM + 8 * listed // plan.cluster <= gpu.shared_memory
         if room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= most:
             yield plan
 
