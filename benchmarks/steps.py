@@ -3,7 +3,7 @@
 
     compute-sanitizer --tool racecheck benchmarks/steps.py cuda llama-3-8b llama-2-7b
 
-Tests of kernels take small sizes, for which another way of dividing them over a GPU is best than for these.
+Tests of kernels take small sizes, which are divided over a GPU in other ways than these.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main(device: torch.device, shapes: list[str]) -> None:
             for position in range(TOKENS):
                 token = torch.tensor([position], device=device)
                 logits = engine.step(token, torch.tensor([position], device=device))
-        print(shape, "finite" if logits.isfinite().all() else "not finite", flush=True)
         if not logits.isfinite().all():
-            raise SystemExit(1)
+            raise SystemExit(f"{shape}: logits are not finite")
+        print(f"{shape}: logits are finite", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class Norm:
 
     gain: torch.Tensor
     eps: float
+    carries: ClassVar[bool] = False  # whether `product` takes an adapter along, or none
 
     def every(self, x: torch.Tensor) -> torch.Tensor:
         """The normed x [1, D]."""
@@ -45,10 +46,6 @@ class Norm:
         """The k entries of the normed x [1, D] with the largest scores."""
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
         return selection
-
-    def fuses_with(self, adapter: Adapter | None) -> bool:
-        """Whether `product` takes that along."""
-        return adapter is None
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
         """A site's outputs for the entries that it keeps, on top of a residual."""
@@ -63,15 +60,14 @@ class Norm:
 class _AsItIs:
     """Nothing, before h2."""
 
+    carries: ClassVar[bool] = False
+
     def every(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
         selection: Selection = _ops.top_k(x, k, score)
         return selection
-
-    def fuses_with(self, adapter: Adapter | None) -> bool:
-        return adapter is None
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, residual)
@@ -86,14 +82,12 @@ class _Long(_AsItIs):
     """
 
     board: torch.Tensor
-
-    def fuses_with(self, adapter: Adapter | None) -> bool:
-        return adapter is not None
+    carries: ClassVar[bool] = True
 
     def product(
         self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
     ) -> torch.Tensor:
-        assert adapter is not None, "what it fuses with"
+        assert adapter is not None, "it carries one"
         along = (residual, adapter.weight, adapter.scale, self.board)
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, *along)
         return outputs
@@ -137,7 +131,7 @@ class Site:
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
-        if self.fused is not None and self.fused.fuses_with(adapter):
+        if self.fused is not None and self.fused.carries == (adapter is not None):
             return self.fused.product(x, self, residual, adapter)
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
