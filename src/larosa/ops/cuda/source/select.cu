@@ -51,12 +51,7 @@ select_top_k(const float* input, int width, int k, Vector gain, float eps, Vecto
     if (!EARLY) release_dependents();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
-    if (chosen.open) {
-        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
-    }
+    list_open(shared, chosen, activation);
     const unsigned kept = __reduce_add_sync(ALL_LANES, __popc(chosen.keep));
     if (Threads::lane() == 0) shared.kept[Threads::warp()] = kept;
     chosen.begin_factor(shared.ranking);

@@ -263,4 +263,15 @@ DEVICE Chosen choose(Ranking& shared, const Activation& activation, const Factor
     return chosen;
 }
 
+// Lists a thread's candidates behind those of others, in no order; `shared` counts them.
+template <class Shared>
+DEVICE void list_open(Shared& shared, const Chosen& chosen, const Activation& activation) {
+    if (chosen.open) {
+        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
+    }
+}
+
 #endif

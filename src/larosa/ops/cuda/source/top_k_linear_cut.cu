@@ -44,12 +44,7 @@ DEVICE void elect(Elected& shared, const float* x, int width, int k, Vector scor
     release_dependents();
 
     const Chosen chosen = choose(shared.ranking, activation, scores, k);
-    if (chosen.open) {
-        unsigned slot = atomicAdd(&shared.candidates, static_cast<unsigned>(__popc(chosen.open)));
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (chosen.open >> i & 1u) shared.ranking.candidates[slot++] = chosen.rest(i, activation.first);
-    }
+    list_open(shared, chosen, activation);
     __syncthreads();
     const unsigned need = chosen.digit.need;
     compare(shared.ranking, chosen.digit.there, need, [&](unsigned, unsigned rest, unsigned larger) {
