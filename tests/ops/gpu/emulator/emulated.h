@@ -31,6 +31,10 @@ using std::min;
 struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
+template <int COUNT>
+struct alignas(4 * COUNT) Words {
+    unsigned word[COUNT];
+};
 struct uint4 {
     unsigned x, y, z, w;
 };
@@ -66,7 +70,7 @@ struct Thread {
     ucontext_t context;  // to start it
     jmp_buf place;       // to go on: jumps spare the system calls of ucontext
     std::unique_ptr<char[]> stack;
-    std::vector<std::vector<std::pair<uint4*, uint4>>> copies;  // groups of them, the last one not ended yet
+    std::vector<std::vector<std::pair<Words<4>*, Words<4>>>> copies;  // groups of them, the last one not ended yet
     bool started = false;
     bool waited = false;    // has called wait_for_inputs
     bool released = false;  // has called release_dependents
@@ -259,6 +263,12 @@ struct BFloat16 {
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 inline float widen(Half x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+template <class T>
+float widen_half(unsigned word, int upper) {
+    T half;
+    half.bits = static_cast<unsigned short>(upper ? word >> 16 : word);
+    return widen(half);
+}
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, Half& to) { to.bits = std::bit_cast<unsigned short>(static_cast<_Float16>(x)); }
 inline void narrow(float x, BFloat16& to) {
@@ -297,10 +307,6 @@ template <class T>
 const T* at_offset(const T* base, unsigned offset) {
     return base + offset;
 }
-template <int COUNT>
-struct Words {
-    unsigned word[COUNT];
-};
 template <class Data>
 void load_once(Data& data, const void* from) {
     emulator::check_place(from, sizeof(Data));
@@ -343,11 +349,11 @@ inline void store_pair(float* to, float x, unsigned y, bool wanted) {
     if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
     if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y);
 }
-inline void copy_later(uint4& to, const void* from, bool there) {
+inline void copy_later(Words<4>& to, const void* from, bool there) {
     if (there) emulator::check_place(from, 16);
     auto& groups = emulator::current->copies;
     if (groups.empty()) groups.emplace_back();
-    groups.back().emplace_back(&to, there ? *static_cast<const uint4*>(from) : uint4{});
+    groups.back().emplace_back(&to, there ? *static_cast<const Words<4>*>(from) : Words<4>{});
     to = {~0u, ~0u, ~0u, ~0u};
 }
 inline void copies_issued() {

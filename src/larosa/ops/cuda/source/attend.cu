@@ -16,8 +16,8 @@ static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pie
 using Packed = Pack<CACHE>;
 
 struct Shared {
-    uint4 keys[STEPS][STEP][THREADS];  // a piece for each thread
-    uint4 values[STEPS][STEP][THREADS];
+    Words<4> keys[STEPS][STEP][THREADS];  // a piece for each thread
+    Words<4> values[STEPS][STEP][THREADS];
     alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
     alignas(16) CACHE value[SIZE];
     float queries[HEADS][SIZE];
@@ -136,8 +136,8 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
             const bool own = there[j] && at == position;
-            key[j].data = *(own ? reinterpret_cast<const uint4*>(shared.key + part) : &shared.keys[slot][j][thread]);
-            value[j].data = *(own ? reinterpret_cast<const uint4*>(shared.value + part) : &shared.values[slot][j][thread]);
+            key[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.key + part) : &shared.keys[slot][j][thread]);
+            value[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.value + part) : &shared.values[slot][j][thread]);
         }
         float score[HEADS * STEP] = {};
 #pragma unroll
@@ -146,7 +146,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             for (int e = 0; e < WIDTH<CACHE>; ++e)
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h)
-                    score[h * STEP + j] = fmaf(query[h][e], widen(key[j].weight[e]), score[h * STEP + j]);
+                    score[h * STEP + j] = fmaf(query[h][e], key[j].at(e), score[h * STEP + j]);
         sum_lanes<HEADS * STEP, LANES / 2>(score);
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
@@ -164,7 +164,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
                 sum[h] += weight;
 #pragma unroll
                 for (int e = 0; e < WIDTH<CACHE>; ++e)
-                    weighted[h][e] = fmaf(weight, widen(value[j].weight[e]), weighted[h][e]);
+                    weighted[h][e] = fmaf(weight, value[j].at(e), weighted[h][e]);
             }
             maximum[h] = larger;
         }

@@ -26,6 +26,24 @@ DEVICE float widen(Half x) {
     return wide;
 }
 
+// The lower or upper one of two that lie in a word. Told of halves of words, the compiler makes words of 64 bits of them first,
+// to shift and copy their parts.
+template <class T>
+DEVICE float widen_half(unsigned word, int upper);
+template <>
+DEVICE float widen_half<BFloat16>(unsigned word, int upper) {
+    return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+}
+template <>
+DEVICE float widen_half<Half>(unsigned word, int upper) {
+    float wide;
+    if (upper)
+        asm("{\n\t.reg .b16 lower, upper;\n\tmov.b32 {lower, upper}, %1;\n\tcvt.f32.f16 %0, upper;\n\t}" : "=f"(wide) : "r"(word));
+    else
+        asm("{\n\t.reg .b16 lower, upper;\n\tmov.b32 {lower, upper}, %1;\n\tcvt.f32.f16 %0, lower;\n\t}" : "=f"(wide) : "r"(word));
+    return wide;
+}
+
 DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
@@ -89,14 +107,14 @@ DEVICE const T* at_offset(const T* base, unsigned offset) {
 
 // 4 bytes a word.
 template <int COUNT>
-struct Words {
+struct alignas(4 * COUNT) Words {
     unsigned word[COUNT];
 };
 
 // 16, 8 or 4 bytes that nobody reads again: they pass the first cache by.
-DEVICE void load_once(uint4& data, const void* from) {
+DEVICE void load_once(Words<4>& data, const void* from) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+                 : "=r"(data.word[0]), "=r"(data.word[1]), "=r"(data.word[2]), "=r"(data.word[3])
                  : "l"(from));
 }
 DEVICE void load_once(Words<2>& data, const void* from) {
@@ -218,7 +236,7 @@ DEVICE void store_pair(float* to, float x, unsigned y, bool wanted) {
 
 // Copies 16 bytes to shared memory, later; zeros where they are not `there`. This thread finds all there but those of the
 // last PENDING groups after copies_arrived(); copies_issued() ends a group.
-DEVICE void copy_later(uint4& to, const void* from, bool there) {
+DEVICE void copy_later(Words<4>& to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(&to)), "l"(from), "r"(there ? 16 : 0)
                  : "memory");
 }

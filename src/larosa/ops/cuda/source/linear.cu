@@ -45,10 +45,10 @@ DEVICE void add(float& sum, const Packed& pack, const Shared& shared, int place)
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
         const float4 x = shared.x[plane][place];
-        sum = fmaf(x.x, widen(pack.weight[4 * plane]), sum);
-        sum = fmaf(x.y, widen(pack.weight[4 * plane + 1]), sum);
-        sum = fmaf(x.z, widen(pack.weight[4 * plane + 2]), sum);
-        sum = fmaf(x.w, widen(pack.weight[4 * plane + 3]), sum);
+        sum = fmaf(x.x, pack.at(4 * plane), sum);
+        sum = fmaf(x.y, pack.at(4 * plane + 1), sum);
+        sum = fmaf(x.z, pack.at(4 * plane + 2), sum);
+        sum = fmaf(x.w, pack.at(4 * plane + 3), sum);
     }
 }
 

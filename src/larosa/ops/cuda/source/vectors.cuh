@@ -80,7 +80,7 @@ template <class Weight>
 constexpr int WIDTH = 16 / sizeof(Weight);
 
 // Neighbouring weights in registers, as they stand in memory: 16 bytes, or `Data` of them.
-template <class Weight, class Data = uint4>
+template <class Weight, class Data = Words<4>>
 union Pack {
     using Element = Weight;
     static constexpr int COUNT = sizeof(Data) / sizeof(Weight);
@@ -93,6 +93,8 @@ union Pack {
     DEVICE float at(int i) const {
         if constexpr (sizeof(Weight) == 1)
             return widen_digit(data.word[i / 4], i % 4);
+        else if constexpr (sizeof(Weight) == 2)
+            return widen_half<Weight>(data.word[i / 2], i % 2);
         else
             return widen(weight[i]);
     }
