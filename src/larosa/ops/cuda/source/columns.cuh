@@ -104,44 +104,36 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     using Element = typename Piece::Element;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
+    // Where a batch's pieces lie is read a batch ahead, to ask for each as soon as its registers are free.
+    const auto offset = [&](int i) { return entries[min(i, count - 1)].offset; };
     Piece pack[DEEP];
+    unsigned ahead[DEEP];
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)  // without a condition in between, or the compiler waits at each
-        load(pack[j], at_offset(weights, entries[min(from + j * SHARING, count - 1)].offset), there);
+        load(pack[j], at_offset(weights, offset(from + j * SHARING)), there);
+#pragma unroll
+    for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + BATCH + j * SHARING);
 #pragma unroll 1
     for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
-        float value[DEEP];
-        const Element* next[DEEP];
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) {
-            value[j] = entries[from + j * SHARING].value;
-            next[j] = at_offset(weights, entries[from + j * SHARING + BATCH].offset);
+            add(sum, entries[from + j * SHARING].value, pack[j]);
+            load(pack[j], at_offset(weights, ahead[j]), there);
         }
 #pragma unroll
-        for (int j = 0; j < DEEP; ++j) {
-            add(sum, value[j], pack[j]);
-            load(pack[j], next[j], there);
-        }
+        for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 2 * BATCH + j * SHARING);
     }
-    // Fewer than two batches are left. What is not listed must be zero: it counts nothing even where a weight is infinite.
+    // Fewer than two batches are left.
     Piece last[DEEP];
 #pragma unroll
-    for (int j = 0; j < DEEP; ++j) {
-        const int i = from + j * SHARING + BATCH;
-        const Element* next = at_offset(weights, entries[min(i, count - 1)].offset);
-        if (i < count) load(last[j], next, there);
-    }
+    for (int j = 0; j < DEEP; ++j)
+        if (from + BATCH + j * SHARING < count) load(last[j], at_offset(weights, ahead[j]), there);
     meanwhile.at_last();
+    // What is not listed is not added, for 0 times an infinite weight would count.
 #pragma unroll
-    for (int j = 0; j < DEEP; ++j) {
-        const int i = from + j * SHARING;
-        if (i >= count) pack[j] = Piece();
-        add(sum, i < count ? entries[i].value : 0.0f, pack[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < DEEP; ++j) {
-        const int i = from + j * SHARING + BATCH;
-        add(sum, i < count ? entries[i].value : 0.0f, last[j]);
+    for (int j = 0; j < 2 * DEEP; ++j) {
+        if (from + j * SHARING >= count) break;
+        add(sum, entries[from + j * SHARING].value, j < DEEP ? pack[j] : last[j - DEEP]);
     }
 }
 
