@@ -19,6 +19,15 @@ struct Shared {
 
 SHARED(Shared);
 
+// The factor of all sums, made while a thread waits for its last columns.
+struct Factor {
+    const Ranking& ranking;
+    const Activation& activation;
+    float factor = 1.0f;
+
+    DEVICE void at_last() { factor = Chosen::end_factor(ranking, activation); }
+};
+
 KERNEL(THREADS, 1)
 top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector score, Matrices matrices,
              const float* residual, float* result, int outputs) {
@@ -70,8 +79,11 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     __syncthreads();
     const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
-    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there);
-    const float factor = Chosen::end_factor(shared.ranking, activation);
+    Factor last{shared.ranking, activation};
+    if (count > 0)
+        add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there, last);
+    else
+        last.at_last();
     release_dependents();
-    finish(shared.sums, tile, sum, factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
+    finish(shared.sums, tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
 }
