@@ -5,7 +5,7 @@
 #ifndef ADAPTER
 #error "ADAPTER is given by the launcher"
 #endif
-constexpr int DEPTH = ALONE ? 6 : 5;  // loads in flight in each thread
+constexpr int DEPTH = ALONE ? 5 : 4;  // loads in flight in each thread
 
 #include "adapter.cuh"
 

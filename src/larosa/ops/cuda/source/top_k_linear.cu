@@ -2,7 +2,7 @@
 // to be told of them by another kernel.
 //
 // So it is where no multiprocessor has more than one block, for which 512 threads take more than half of the registers.
-constexpr int DEPTH = 6;  // loads in flight in each thread
+constexpr int DEPTH = 5;  // loads in flight in each thread
 
 #include "columns.cuh"
 #include "selection.cuh"

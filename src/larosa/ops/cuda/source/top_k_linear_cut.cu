@@ -3,7 +3,7 @@
 // While it selects, the others read the adapter R. Each then lists for itself which of its entries are not below the cut,
 // so that no list is written and fetched. Blocks start in the order of their numbers, so the first one, which selects, runs
 // when others wait for it, if the GPU has a multiprocessor for each of them.
-constexpr int DEPTH = 6;  // loads in flight in each thread
+constexpr int DEPTH = 5;  // loads in flight in each thread
 
 #include "adapter.cuh"
 #include "selection.cuh"
