@@ -96,8 +96,8 @@ struct Nothing {
 };
 
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
-// entry `from`. As soon as one piece of a column has been added, the next takes its registers, so that DEEP are under way
-// from first to last. `meanwhile` is told when the last ones have been asked for.
+// entry `from`. Where a piece of a column has been added the next takes its registers, so that DEEP are under way from first
+// to last. (The compiler waits for all of them at once.) `meanwhile` is told when the last ones have been asked for.
 template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
 DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
                        const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
