@@ -113,27 +113,24 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
         load(pack[j], at_offset(weights, offset(from + j * SHARING)), there);
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + BATCH + j * SHARING);
+    // Only the first batch may have fewer pieces than DEEP and one behind it.
 #pragma unroll 1
-    for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
+    for (; from + BATCH < count; from += BATCH) {
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) {
-            add(sum, entries[from + j * SHARING].value, pack[j]);
-            load(pack[j], at_offset(weights, ahead[j]), there);
+            const int i = from + j * SHARING;
+            add(sum, entries[i].value, pack[j]);
+            if (i + BATCH < count) load(pack[j], at_offset(weights, ahead[j]), there);
         }
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 2 * BATCH + j * SHARING);
     }
-    // Fewer than two batches are left.
-    Piece last[DEEP];
-#pragma unroll
-    for (int j = 0; j < DEEP; ++j)
-        if (from + BATCH + j * SHARING < count) load(last[j], at_offset(weights, ahead[j]), there);
     meanwhile.at_last();
     // What is not listed is not added, for 0 times an infinite weight would count.
 #pragma unroll
-    for (int j = 0; j < 2 * DEEP; ++j) {
+    for (int j = 0; j < DEEP; ++j) {
         if (from + j * SHARING >= count) break;
-        add(sum, entries[from + j * SHARING].value, j < DEEP ? pack[j] : last[j - DEEP]);
+        add(sum, entries[from + j * SHARING].value, pack[j]);
     }
 }
 
