@@ -137,11 +137,83 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     }
 }
 
+#ifndef STREAM
+constexpr int STREAM = WIDTH<WEIGHT> / 4, TOGETHER = 1;
+#endif
+
+// Of each thread: pieces of columns on their way, and then its sums.
+struct Slots {
+    Words<4> of[STREAM > 2 ? STREAM : 2][THREADS];
+};
+
 struct Sums {
-    float parts[PARTS][TILE];
     float found[CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
     Mailbox mailbox;
 };
+
+// The same where pieces are 16 bytes: they come by way of shared memory, so that each can be taken when it is there.
+template <int SHARING, class Meanwhile = const Nothing>
+DEVICE void add_streamed(float (&sum)[WIDTH<WEIGHT>], Slots& slots, const Entry* entries, int from, int count,
+                         const WEIGHT* weights, Meanwhile& meanwhile = Nothing()) {
+    constexpr int BATCH = STREAM * SHARING;
+    if (from >= SHARING) from = count;
+    Words<4>* const own = &slots.of[0][threadIdx.x];
+    const auto ask = [&](int slot, int i) { copy_later(own[slot * THREADS], at_offset(weights, entries[i].offset), true); };
+    const auto take = [&](int slot, int i) {
+        Packed piece;
+        piece.data = own[slot * THREADS];
+        add(sum, entries[i].value, piece);
+    };
+#pragma unroll
+    for (int j = 0; j < STREAM; ++j) {
+        if (from + j * SHARING < count) ask(j, from + j * SHARING);
+        if (j % TOGETHER == TOGETHER - 1) copies_issued();
+    }
+#pragma unroll 1
+    for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
+#pragma unroll
+        for (int j = 0; j < STREAM; j += TOGETHER) {
+            copies_arrived<STREAM / TOGETHER - 1>();
+#pragma unroll
+            for (int e = j; e < j + TOGETHER; ++e) take(e, from + e * SHARING);
+#pragma unroll
+            for (int e = j; e < j + TOGETHER; ++e) ask(e, from + BATCH + e * SHARING);
+            copies_issued();
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < STREAM; j += TOGETHER) {
+        copies_arrived<STREAM / TOGETHER - 1>();
+#pragma unroll
+        for (int e = j; e < j + TOGETHER; ++e)
+            if (from + e * SHARING < count) take(e, from + e * SHARING);
+#pragma unroll
+        for (int e = j; e < j + TOGETHER; ++e)
+            if (from + BATCH + e * SHARING < count) ask(e, from + BATCH + e * SHARING);
+        copies_issued();
+    }
+    meanwhile.at_last();
+    from += BATCH;
+#pragma unroll
+    for (int j = 0; j < STREAM; j += TOGETHER) {
+        if (from + j * SHARING >= count) break;
+        copies_arrived<STREAM / TOGETHER - 1>();
+#pragma unroll
+        for (int e = j; e < j + TOGETHER; ++e)
+            if (from + e * SHARING < count) take(e, from + e * SHARING);
+        copies_issued();
+    }
+    copies_arrived<0>();
+}
+
+template <int SHARING, class Meanwhile = const Nothing>
+DEVICE void add_columns(float (&sum)[WIDTH<WEIGHT>], Slots& slots, const Entry* entries, int from, int count,
+                        const WEIGHT* weights, int there, Meanwhile& meanwhile = Nothing()) {
+    if constexpr (ALIGNED)
+        add_streamed<SHARING>(sum, slots, entries, from, count, weights, meanwhile);
+    else
+        add_listed<SHARING>(sum, entries, from, count, weights, there, meanwhile);
+}
 
 // Says that the block has begun, which gets its sums of all blocks.
 DEVICE void begin(Sums& sums) {
@@ -152,7 +224,7 @@ DEVICE void begin(Sums& sums) {
 // Writes residual + (sum * factor + bias), or silu of that of the first side times that of the second where SWIGLU: groups
 // of the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
 // way while sums meet.
-DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, const float* residual,
+DEVICE void finish(Sums& sums, Slots& slots, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, const float* residual,
                    float* result) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
@@ -172,12 +244,17 @@ DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>],
     const int part = IN_WARPS ? thread / 32 : group();
     if (part < PARTS && (!IN_WARPS || thread % 32 < LANES))
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.parts[part][thread % LANES * WIDTH<WEIGHT> + e] = sum[e];
+        for (int e = 0; e < WIDTH<WEIGHT>; e += 4)
+            slots.of[e / 4][thread] = {__float_as_uint(sum[e]), __float_as_uint(sum[e + 1]), __float_as_uint(sum[e + 2]),
+                                         __float_as_uint(sum[e + 3])};
     cluster_begun<CLUSTER>();
     __syncthreads();
     if (thread < TILE) {
         float total = 0.0f;
-        for (int part = 0; part < PARTS; ++part) total += sums.parts[part][thread];
+        const int e = thread % WIDTH<WEIGHT>;
+        for (int part = 0; part < PARTS; ++part)
+            total += __uint_as_float(
+                slots.of[e / 4][part * (IN_WARPS ? 32 : LANES) + thread / WIDTH<WEIGHT>].word[e % 4]);
         const int side = thread / SIDE;
         const int of_side = thread % SIDE;
         float& mine = sums.found[rank][side * SHARE + of_side % SHARE];

@@ -29,6 +29,7 @@ struct Listed {
 struct Shared {
     Entry entries[TEAMS][CHUNK];
     Sums sums;
+    Slots slots;
 };
 
 SHARED(Shared);
@@ -86,6 +87,6 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
     add<Packed, DEPTH>(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier,
                        tile.weights(), tile.there);
     release_dependents();
-    finish(shared.sums, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
+    finish(shared.sums, shared.slots, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
            result + row * outputs);
 }

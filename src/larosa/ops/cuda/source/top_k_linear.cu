@@ -2,6 +2,8 @@
 // to be told of them by another kernel.
 //
 // So it is where no multiprocessor has more than one block, for which 512 threads take more than half of the registers.
+#define STREAM 4
+#define TOGETHER 1
 constexpr int DEPTH = 5;  // loads in flight in each thread
 
 #include "columns.cuh"
@@ -9,12 +11,18 @@ constexpr int DEPTH = 5;  // loads in flight in each thread
 
 static_assert(IN_REGISTERS, "longer vectors are selected from by a kernel of their own");
 
+// Columns come to where the histogram was.
+constexpr int MORE = static_cast<int>(sizeof(Slots) / 16) - BINS / 4;
+
 struct Shared {
+    Words<4> room[MORE > 0 ? MORE : 1];
     Ranking ranking;
     unsigned kept[WARPS];  // entries that are certain, and in the upper half candidates, by warp
     float candidate_values[MOST];
     Entry entries[MOST_KEPT / CLUSTER + 2];
     Sums sums;
+
+    DEVICE Slots& slots() { return *reinterpret_cast<Slots*>(MORE > 0 ? &room[0] : &room[1]); }
 };
 
 SHARED(Shared);
@@ -81,9 +89,9 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     float sum[WIDTH<WEIGHT>] = {};
     Factor last{shared.ranking, activation};
     if (count > 0)
-        add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there, last);
+        add_columns<GROUPS>(sum, shared.slots(), shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there, last);
     else
         last.at_last();
     release_dependents();
-    finish(shared.sums, tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
+    finish(shared.sums, shared.slots(), tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
 }

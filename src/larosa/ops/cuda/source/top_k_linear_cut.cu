@@ -25,6 +25,7 @@ struct Listing {
     unsigned kept[WARPS];
     unsigned long long cut;
     Sums sums;
+    Slots slots;
 };
 
 union Shared {
@@ -171,6 +172,6 @@ top_k_linear_cut(const float* x, int width, int k, Vector score, Matrices matric
     else
         leaving.at_last();
     release_dependents();
-    finish(own.sums, tile, sum, 1.0f, nullptr, result);
+    finish(own.sums, own.slots, tile, sum, 1.0f, nullptr, result);
     if (threadIdx.x == 0) leave(board, leaving.before, gridDim.x - CLUSTER);
 }
