@@ -345,10 +345,15 @@ inline void leave(unsigned long long* board, unsigned long long before, unsigned
 inline void store(float* to, float x, int* also_to, int y, unsigned wanted) {
     if (wanted) *to = x, *also_to = y;
 }
-inline void store_pair(float* to, float x, unsigned y, bool wanted) {
-    if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
-    if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y);
-}
+struct NextPair {
+    float* to;
+    explicit NextPair(void* first) : to(static_cast<float*>(first)) {
+        if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
+    }
+    void put(float x, unsigned y, bool wanted) {
+        if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y), to += 2;
+    }
+};
 inline void copy_later(Words<4>& to, const void* from, bool there) {
     if (there) emulator::check_place(from, 16);
     auto& groups = emulator::current->copies;

@@ -28,9 +28,6 @@ static_assert(LANES % SIDES == 0, "a thread is on one side");
 struct alignas(8) Entry {
     float value;
     unsigned offset;  // of its column, in elements
-
-    // Written to shared memory where `wanted`, without a branch.
-    DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
 };
 
 // Entries [begin, end) of a list.

@@ -224,15 +224,23 @@ DEVICE void store(float* to, float x, int* also_to, int y, unsigned wanted) {
         : "memory");
 }
 
-// The same to shared memory, one behind the other from an address that is a multiple of 8.
-DEVICE void store_pair(float* to, float x, unsigned y, bool wanted) {
-    asm volatile(
-        "{\n\t.reg .pred wanted;\n\t"
-        "setp.ne.u32 wanted, %3, 0;\n\t"
-        "@wanted st.shared.v2.b32 [%0], {%1, %2};\n\t}" ::"r"(shared_address(to)),
-        "f"(x), "r"(y), "r"(static_cast<unsigned>(wanted))
-        : "memory");
-}
+// Where the next pair of numbers is to be put in shared memory, a multiple of 8. Puts it without a branch.
+struct NextPair {
+    unsigned address;
+
+    DEVICE explicit NextPair(void* to) : address(shared_address(to)) {}
+
+    DEVICE void put(float x, unsigned y, bool wanted) {
+        asm volatile(
+            "{\n\t.reg .pred wanted;\n\t"
+            "setp.ne.u32 wanted, %3, 0;\n\t"
+            "@wanted st.shared.v2.b32 [%0], {%1, %2};\n\t"
+            "@wanted add.u32 %0, %0, 8;\n\t}"
+            : "+r"(address)
+            : "f"(x), "r"(y), "r"(static_cast<unsigned>(wanted))
+            : "memory");
+    }
+};
 
 // Copies 16 bytes to shared memory, later; zeros where they are not `there`. This thread finds all there but those of the
 // last PENDING groups after copies_arrived(); copies_issued() ends a group.

@@ -54,14 +54,14 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     const unsigned end = certain * (rank + 1) / CLUSTER;
     const unsigned before = Threads::before(shared.kept) + up_to - own;
     unsigned place = (before & 0xffffu) - begin;
+    NextPair next(shared.entries + max(static_cast<int>(place), 0));
     unsigned candidate = before >> 16;
     unsigned stride = tile.stride();
     settle(stride);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const bool keep = chosen.keep & 1u << i;
-        const Entry entry{chosen.x[i], (activation.first + i * 32) * stride};
-        entry.put(shared.entries + place, keep && place < end - begin);
+        next.put(chosen.x[i], (activation.first + i * 32) * stride, keep && (CLUSTER == 1 || place < end - begin));
         if (keep) ++place;
         if (chosen.open >> i & 1u) {
             shared.ranking.candidates[candidate] = chosen.rest(i, activation.first);

@@ -106,13 +106,10 @@ DEVICE int list(Listing& shared, const Asked& asked, unsigned stride) {
     const unsigned up_to = Threads::up_to(own);
     if (Threads::lane() == 31) shared.kept[Threads::warp()] = up_to;
     __syncthreads();
-    unsigned place = Threads::before(shared.kept) + up_to - own;
+    NextPair next(shared.entries + Threads::before(shared.kept) + up_to - own);
 #pragma unroll
     for (int i = 0; i < LISTED; ++i) {
-        const bool kept = keep & 1u << i;
-        const Entry entry{asked.entry[i], asked.index(i) * stride};
-        entry.put(shared.entries + place, kept);
-        if (kept) ++place;
+        next.put(asked.entry[i], asked.index(i) * stride, keep & 1u << i);
     }
     __syncthreads();
     return static_cast<int>(__reduce_add_sync(ALL_LANES, Threads::lane() < WARPS ? shared.kept[Threads::lane()] : 0u));
