@@ -33,10 +33,19 @@ class KeyValueCache:
             )
         self.length = length
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device).unbind() for _ in range(2))
+        self.scales = None
+        if dtype == torch.int8:
+            self.scales = torch.empty(*shape[:3], 2, device=device).unbind()
 
     def fill(self, past: Any) -> None:
         """Copy the first positions from a transformers cache that holds all of them, of batch size 1."""
-        for keys, values, layer in zip(self.keys, self.values, past.layers, strict=True):
+        for index, (keys, values, layer) in enumerate(zip(self.keys, self.values, past.layers, strict=True)):
             positions = layer.keys.shape[-2]
-            keys[:, :positions] = layer.keys[0]
-            values[:, :positions] = layer.values[0]
+            for i, (cache, filled) in enumerate(((keys, layer.keys[0]), (values, layer.values[0]))):
+                if self.scales is None:
+                    cache[:, :positions] = filled
+                    continue
+                scale = filled.float().abs().amax(dim=-1) / 127
+                self.scales[index][:, :positions, i] = scale
+                inverse = torch.where(scale > 1e-37, 1 / scale, 0.0)
+                cache[:, :positions] = (filled.float() * inverse[..., None]).nan_to_num(0.0).round().clamp(-127, 127)

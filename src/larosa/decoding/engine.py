@@ -44,7 +44,7 @@ class Engine:
         self.max_length = max_length
         self.device = weight.device
         self._decoder = architecture.decoder(model)
-        self._cache = KeyValueCache(model.config, max_length, weight.dtype, weight.device)
+        self._cache = KeyValueCache(model.config, max_length, torch.int8 if weight.is_cuda else weight.dtype, weight.device)
         tables = rotary_tables(model, architecture, max_length)
         self._layers = read_layers(model, architecture, self._cache, tables)
         self._embedding = weight.data

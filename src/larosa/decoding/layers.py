@@ -154,6 +154,7 @@ class Attention:
 
     keys: torch.Tensor
     values: torch.Tensor
+    scales: torch.Tensor | None
     cos: torch.Tensor | None
     sin: torch.Tensor | None
     q_gain: torch.Tensor | None
@@ -164,10 +165,12 @@ class Attention:
 
     def __call__(self, qkv: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Store one position's keys and values, and attend from it: [1, (H + 2 K) d] to [1, H d]."""
-        output: torch.Tensor = _ops.attend(
+        which = _ops.attend if self.scales is None else _ops.attend_digits
+        output: torch.Tensor = which(
             qkv,
             self.keys,
             self.values,
+            *(() if self.scales is None else (self.scales,)),
             position,
             self.cos,
             self.sin,
@@ -330,6 +333,7 @@ def _attention(
     return Attention(
         keys=cache.keys[index],
         values=cache.values[index],
+        scales=None if cache.scales is None else cache.scales[index],
         cos=cos,
         sin=sin,
         q_gain=None if norms is None else norms[0].weight.data,

@@ -29,6 +29,28 @@ def _attend(
     return qkv.new_empty(1, qkv.shape[1] - 2 * heads * size)
 
 
+@define(
+    "attend_digits(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scales, Tensor position, Tensor? cos, Tensor? sin, "
+    "Tensor? q_gain, Tensor? k_gain, float eps, float scale, int window) -> Tensor"
+)
+def _attend_digits(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    position: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_gain: torch.Tensor | None,
+    k_gain: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    heads, _, size = keys.shape
+    return qkv.new_empty(1, qkv.shape[1] - 2 * heads * size)
+
+
 def attend_reference(
     qkv: torch.Tensor,
     keys: torch.Tensor,
@@ -41,6 +63,7 @@ def attend_reference(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and rotate one position's queries and keys, store keys and values, and attend up to this position.
 
@@ -58,6 +81,8 @@ def attend_reference(
         eps: of those norms.
         scale: multiplies the scores q k.
         window: positions attended to, this one included; 0 for all.
+        scales: [K, T, 2] float32 of int8 keys and values, which count so many times; row `position` is written, with a
+            127th of the largest magnitude of the position's key and value.
 
     Returns:
         [1, H d] like `qkv`.
@@ -70,11 +95,20 @@ def attend_reference(
     k = k if k_gain is None else rms_norm_reference(k, k_gain, eps)
     if cos is not None and sin is not None:
         q, k = (x * cos[at].to(x.dtype) + _turned(x) * sin[at].to(x.dtype) for x in (q, k))
-    keys[:, at] = k.to(keys.dtype)
-    values[:, at] = v.to(values.dtype)
+    factors: list[torch.Tensor] = [torch.ones(())] * 2
     start = max(0, at + 1 - window) if window else 0
+    if scales is None:
+        keys[:, at] = k.to(keys.dtype)
+        values[:, at] = v.to(values.dtype)
+    else:
+        for i, (cache, x) in enumerate(((keys, k), (values, v))):
+            scales[:, at, i] = x.abs().amax(dim=-1) / 127
+            inverse = torch.where(scales[:, at, i] > 1e-37, 1 / scales[:, at, i], 0.0)
+            cache[:, at] = (x * inverse[:, None].to(x.dtype)).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+        factors = [scales[:, start : at + 1, i : i + 1].to(q.dtype) for i in range(2)]
     seen_keys, seen_values = (
-        cache[:, start : at + 1].to(q.dtype).repeat_interleave(len(q) // heads, dim=0) for cache in (keys, values)
+        (cache[:, start : at + 1].to(q.dtype) * factor.to(q.dtype)).repeat_interleave(len(q) // heads, dim=0)
+        for cache, factor in zip((keys, values), factors, strict=True)
     )
     weights = torch.softmax(scale * torch.einsum("hd,htd->ht", q, seen_keys), dim=-1)
     return torch.einsum("ht,htd->hd", weights, seen_values).reshape(1, -1)

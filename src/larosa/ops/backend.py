@@ -20,7 +20,7 @@ _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kern
 _OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
     *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
-    *("attend", "greedy", "embed"),
+    *("attend", "attend_digits", "greedy", "embed"),
 )
 
 

@@ -124,7 +124,7 @@ def attention(
     heads = width // size - 2 * key_heads
     if rows != 1 or width % size or size % 2 or heads < key_heads or heads % key_heads:
         raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not hold the heads of a cache {tuple(keys.shape)}")
-    if keys.dtype not in FLOATS or values.dtype != keys.dtype or values.shape != keys.shape:
+    if keys.dtype not in (*FLOATS, torch.int8) or values.dtype != keys.dtype or values.shape != keys.shape:
         raise ValueError("keys and values must be alike in shape and dtype, and float32, bfloat16 or float16")
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous")

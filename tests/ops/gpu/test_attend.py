@@ -107,3 +107,24 @@ def test_heads_that_are_not_whole_pieces(emulator):
     keys, values = torch.zeros(2, 1, 4, 6)
     with pytest.raises(LarosaError, match="16 to 512 bytes in steps of 16, not of 6 float32 entries: set LAROSA_CUDA"):
         kernels.attend(torch.ones(1, 18), keys, values, torch.tensor([0]), *[None] * 4, 0.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(1, 1, 128), (4, 2, 64), (7, 1, 16), (8, 8, 128), (6, 2, 80)])
+@pytest.mark.parametrize("position", [0, 5, 63, 299])
+def test_keys_and_values_of_8_bits(target, query_heads, key_heads, size, position):
+    if not hasattr(target.kernels, "attend_digits"):
+        pytest.skip("no such kernel")
+    qkv = entries("normal", 1, (query_heads + 2 * key_heads) * size, seed=0)
+    keys, values = torch.randint(-127, 128, (2, key_heads, 300, size), dtype=torch.int8)
+    scales = entries("normal", key_heads, 300, 2, seed=1).abs() / 50
+    scales[:, position:] = torch.nan
+    tables = [entries("normal", 300, size, seed=seed) for seed in (3, 4)]
+    before = [x.clone() for x in (keys, values, scales)]
+    at = torch.tensor([position])
+    result = target("attend_digits", qkv, keys, values, scales, at, *tables, None, None, 1e-6, size**-0.5, 0)
+    doubles = [x.double() for x in tables]
+    expected = attend_reference(qkv.double(), *before[:2], at, *doubles, None, None, 1e-6, size**-0.5, 0, before[2])
+    torch.testing.assert_close(scales, before[2], rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert (keys.int() - before[0].int()).abs().max() <= 1
+    assert (values.int() - before[1].int()).abs().max() <= 1
+    torch.testing.assert_close(result.double(), expected.double(), rtol=2e-2, atol=2e-2)

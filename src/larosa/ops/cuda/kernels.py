@@ -246,6 +246,7 @@ def attend(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
@@ -268,17 +269,31 @@ def attend(
     gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
     rotary = Rotary(address(cos), address(sin), *gains, eps, scale)
     macros = {
-        "CACHE": TYPE_NAMES[keys.dtype],
+        "CACHE": "Int8" if scales is not None else TYPE_NAMES[keys.dtype],
         "SIZE": str(size),
         "HEADS": str(plan.heads),
         "CLUSTER": str(plan.cluster),
         "THREADS": str(ATTEND_THREADS),
     }
-    addresses = (address(tensor) for tensor in (qkv, keys, values, position))
+    addresses = (address(tensor) for tensor in (qkv, keys, values, scales, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
     grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
     _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, address(result)))
     return result
+
+
+def attend_digits(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    position: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    """See `attend_reference`: the same for keys and values of 8 bits."""
+    if scales.dtype != torch.float32 or scales.shape != (*keys.shape[:2], 2) or not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous float32 of shape {(*keys.shape[:2], 2)}")
+    return attend(qkv, keys, values, position, *rest, scales=scales)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,19 @@ static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pie
 
 using Packed = Pack<CACHE>;
 
+// Digits of 8 bits: a key's and a value's count as many times as the position's two scales say.
+constexpr bool DIGITS = sizeof(CACHE) == 1;
+struct alignas(8) Scales {
+    float of[2];
+};
+
 struct Shared {
+    Words<2> scales[DIGITS ? STEPS : 1][DIGITS ? STEP : 1][DIGITS ? THREADS : 1];
+    float wide[2][DIGITS ? SIZE : 1];  // this position's key and value
+    Scales scale;
     Words<4> keys[STEPS][STEP][THREADS];  // a piece for each thread
     Words<4> values[STEPS][STEP][THREADS];
-    alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
-    alignas(16) CACHE value[SIZE];
+    alignas(16) CACHE own[2][SIZE];  // this position's key and value, as the cache holds them
     float queries[HEADS][SIZE];
     Partial warps[WARPS][HEADS];
     Found found;
@@ -28,7 +36,8 @@ struct Shared {
 SHARED(Shared);
 
 // Copies the keys and values of a thread's next positions. For what is not there it writes zeros.
-DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* values, int from, int end, int part) {
+DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* values, const Scales* scales, int from, int end,
+                  int part) {
     const int thread = static_cast<int>(threadIdx.x);
     if (from < end)
 #pragma unroll
@@ -37,6 +46,7 @@ DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* valu
             const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
             copy_later(shared.keys[slot][j][thread], keys + place, at < end);
             copy_later(shared.values[slot][j][thread], values + place, at < end);
+            if (DIGITS) copy_later(shared.scales[slot][j][thread], scales + min(at, end - 1), at < end);
         }
     copies_issued();
 }
@@ -82,8 +92,41 @@ DEVICE void merge_lanes(float& maximum, float& sum, float (&weighted)[WIDTH<CACH
     maximum = larger;
 }
 
+// Rounds a warp's vector to digits.
+template <class Digit>
+DEVICE void round_to_digits(const float* wide, Digit* at_hand, Digit* in_cache, float& scale) {
+    unsigned largest = 0;  // NaN is larger than infinity
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < SIZE; i += 32)
+        largest = max(largest, __float_as_uint(wide[i]) & 0x7fffffffu);
+    largest = __reduce_max_sync(ALL_LANES, largest);
+    scale = __uint_as_float(largest) / 127.0f;
+    const float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < SIZE; i += 32) {
+        const int digit = max(-127, min(127, rounded(wide[i] * inverse)));
+        at_hand[i].bits = in_cache[i].bits = static_cast<unsigned char>(digit);
+    }
+}
+
+// Keeps an entry of this position's key or value at hand.
+DEVICE void keep(Shared& shared, int what, int i, float x, Int8*) { shared.wide[what][i] = x; }
+template <class T>
+DEVICE void keep(Shared& shared, int what, int i, float x, T* in_cache) {
+    T& at_hand = reinterpret_cast<T*>(shared.own[what])[i];
+    narrow(x, at_hand);
+    in_cache[i] = at_hand;
+}
+
+DEVICE void round_for_cache(Shared& shared, int what, Int8* in_cache, float& scale_in_cache) {
+    float scale;
+    round_to_digits(shared.wide[what], reinterpret_cast<Int8*>(shared.own[what]), in_cache, scale);
+    if (threadIdx.x % 32 == 0) shared.scale.of[what] = scale_in_cache = scale;
+}
+DEVICE void round_for_cache(Shared&, int, float*, float&) {}
+DEVICE void round_for_cache(Shared&, int, Half*, float&) {}
+DEVICE void round_for_cache(Shared&, int, BFloat16*, float&) {}
+
 KERNEL(THREADS, 1)
-attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions, Rotary rotary, int length,
+attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long long* positions, Rotary rotary, int length,
        int query_heads, int key_heads, int window, float* result) {
     Shared& shared = shared_memory<Shared>();
     const int thread = static_cast<int>(threadIdx.x);
@@ -94,6 +137,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const int key_head = first_head / (query_heads / key_heads);
     keys += static_cast<long long>(key_head) * length * SIZE;
     values += static_cast<long long>(key_head) * length * SIZE;
+    scales += static_cast<long long>(key_head) * length;
 
     const bool holds = thread % LANES < PARTS;
     const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
@@ -105,12 +149,18 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const int position = inside ? static_cast<int>(asked) : 0;
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) fetch(shared, step, keys, values, begin + step * GROUPS * STEP, end, part);
+    for (int step = 0; step < STEPS; ++step)
+        fetch(shared, step, keys, values, scales, begin + step * GROUPS * STEP, end, part);
     const Heads heads(qkv, query_heads, key_heads, first_head, key_head, rotary, position);
     wait_for_inputs();
     release_dependents();
-    const long long at = static_cast<long long>(position) * SIZE;
-    heads.prepare(shared.queries, rank == CLUSTER - 1 && inside, shared.key, shared.value, keys + at, values + at);
+    CACHE* const in_cache[] = {keys + static_cast<long long>(position) * SIZE, values + static_cast<long long>(position) * SIZE};
+    const bool last = rank == CLUSTER - 1 && inside;
+    heads.prepare(shared.queries, last, [&](int what, int i, float x) { keep(shared, what, i, x, in_cache[what]); });
+    if (DIGITS) {
+        if (last && warp < 2) round_for_cache(shared, warp, in_cache[warp], scales[position].of[warp]);
+        __syncthreads();
+    }
 
     float query[HEADS][WIDTH<CACHE>];
 #pragma unroll
@@ -131,13 +181,15 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
         Packed key[STEP];
         Packed value[STEP];
         bool there[STEP];
+        Scales scale[STEP];
 #pragma unroll
         for (int j = 0; j < STEP; ++j) {
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
             const bool own = there[j] && at == position;
-            key[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.key + part) : &shared.keys[slot][j][thread]);
-            value[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.value + part) : &shared.values[slot][j][thread]);
+            key[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.own[0] + part) : &shared.keys[slot][j][thread]);
+            value[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.own[1] + part) : &shared.values[slot][j][thread]);
+            if (DIGITS) scale[j] = own ? shared.scale : reinterpret_cast<const Scales&>(shared.scales[slot][j][thread]);
         }
         float score[HEADS * STEP] = {};
 #pragma unroll
@@ -147,6 +199,9 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h)
                     score[h * STEP + j] = fmaf(query[h][e], key[j].at(e), score[h * STEP + j]);
+        if (DIGITS)
+#pragma unroll
+            for (int i = 0; i < HEADS * STEP; ++i) score[i] *= scale[i % STEP].of[0];
         sum_lanes<HEADS * STEP, LANES / 2>(score);
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
@@ -162,13 +217,14 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
             for (int j = 0; j < STEP; ++j) {
                 const float weight = there[j] ? rescale(score[h * STEP + j], larger) : 0.0f;
                 sum[h] += weight;
+                const float counted = DIGITS ? weight * scale[j].of[1] : weight;
 #pragma unroll
                 for (int e = 0; e < WIDTH<CACHE>; ++e)
-                    weighted[h][e] = fmaf(weight, value[j].at(e), weighted[h][e]);
+                    weighted[h][e] = fmaf(counted, value[j].at(e), weighted[h][e]);
             }
             maximum[h] = larger;
         }
-        fetch(shared, slot, keys, values, from + STEPS * GROUPS * STEP, end, part);
+        fetch(shared, slot, keys, values, scales, from + STEPS * GROUPS * STEP, end, part);
         slot = slot + 1 == STEPS ? 0 : slot + 1;
     }
 

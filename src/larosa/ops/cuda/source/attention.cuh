@@ -117,15 +117,8 @@ private:
     }
 };
 
-// Rounds an entry of this position's key or value for the cache, and keeps it at hand.
-DEVICE void keep(float x, CACHE& at_hand, CACHE& in_cache) {
-    narrow(x, at_hand);
-    in_cache = at_hand;
-}
-
 // What a kernel reads of the product before it, q, k and v: a block its query heads, each by a warp, and the `last` one,
-// whose stretch ends at this position, its key and value too, which it adds to the cache and keeps at hand. All that a
-// thread reads is asked for at once.
+// whose stretch ends at this position, its key and value too. All that a thread reads is asked for at once.
 struct Heads {
     const float* queries;  // of the block's first head
     const float* key;
@@ -141,9 +134,9 @@ struct Heads {
           rotary(rotary),
           turn(rotary, position) {}
 
-    // The cache's places are those of this position.
-    DEVICE void prepare(float (&prepared)[HEADS][SIZE], bool last, CACHE (&key_at_hand)[SIZE], CACHE (&value_at_hand)[SIZE],
-                        CACHE* key_in_cache, CACHE* value_in_cache) const {
+    // `put(what, i, x)` takes entry i of the key (0) and of the value (1).
+    template <class Put>
+    DEVICE void prepare(float (&prepared)[HEADS][SIZE], bool last, Put put) const {
         constexpr int VALUES = (SIZE + THREADS - 1) / THREADS;
         const int thread = static_cast<int>(threadIdx.x);
         const int warp = thread / 32;
@@ -162,12 +155,11 @@ struct Heads {
             });
         }
         if (has_key)
-            of_key.prepare(rotary.k_gain, rotary.eps, turn,
-                           [&](int i, float x) { keep(x, key_at_hand[i], key_in_cache[i]); });
+            of_key.prepare(rotary.k_gain, rotary.eps, turn, [&](int i, float x) { put(0, i, x); });
 #pragma unroll
         for (int j = 0; j < VALUES; ++j) {
             const int i = thread + j * THREADS;
-            if (last && i < SIZE) keep(values[j], value_at_hand[i], value_in_cache[i]);
+            if (last && i < SIZE) put(1, i, values[j]);
         }
         __syncthreads();
     }
