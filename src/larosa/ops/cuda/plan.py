@@ -12,7 +12,7 @@ ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the block
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
 LINEAR_TILE = 16  # TILE in linear.cu
 _RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
-_LOADS = 5  # DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
+_LOADS = 5  # about DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
 _FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list aside
 #: Blocks a multiprocessor, on the average, that read as fast as more of them do.

@@ -101,7 +101,6 @@ struct Nothing {
 template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
 DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
                        const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
-    using Element = typename Piece::Element;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
     // Where a batch's pieces lie is read a batch ahead, to ask for each as soon as its registers are free.
