@@ -74,6 +74,15 @@ def test_entries_of_any_kind(target, kind, width, outputs, k):
         assert result.isnan().all()
 
 
+@pytest.mark.parametrize("outputs", [192, 4096])
+def test_a_block_without_an_entry_norms_what_it_finishes(target, outputs):
+    """Two blocks share each tile of so many outputs, on a small GPU or a large one, and one of them has no entry."""
+    x, weight = 30 * entries("normal", 1, 700, seed=0), entries("normal", outputs, 700, seed=1).half()
+    values, indices = target("rms_norm_top_k", x, None, EPS, 1, None)
+    result = target("rms_norm_top_k_linear", x, None, EPS, 1, None, [column_major(weight)], [None], None)
+    check(result, sparse_linear_reference, (values.double(), indices), [weight], [None], None)
+
+
 def along(outputs, width, dtype, stored, seed=3):
     """A residual, and an adapter in full or in digits with scales."""
     residual = entries("normal", 1, width, seed=seed)
