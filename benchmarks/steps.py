@@ -13,9 +13,9 @@ import sys
 import torch
 
 from larosa.benchmarks.shapes import random_sparse_model, set_sparsity, shape_config
-from larosa.decoding.engine import Engine
+from larosa.decoding import CacheDtype, Engine
 
-TOKENS = 5
+TOKENS = 3
 CACHE = 300  # positions, for which blocks of a cluster share a head
 
 
@@ -27,14 +27,15 @@ def main(device: torch.device, shapes: list[str]) -> None:
         config.dtype = dtype
         model = random_sparse_model(config, dtype, device)
         set_sparsity(model, 0.5)
-        engine = Engine(model, CACHE)
-        with torch.inference_mode():
-            for position in range(TOKENS):
-                token = torch.tensor([position], device=device)
-                logits = engine.step(token, torch.tensor([position], device=device))
-        if not logits.isfinite().all():
-            raise SystemExit(f"{shape}: logits are not finite")
-        print(f"{shape}: logits are finite", flush=True)
+        for kv_cache_dtype in CacheDtype:
+            engine = Engine(model, CACHE, kv_cache_dtype)
+            with torch.inference_mode():
+                for position in range(TOKENS):
+                    token = torch.tensor([position], device=device)
+                    logits = engine.step(token, torch.tensor([position], device=device))
+            if not logits.isfinite().all():
+                raise SystemExit(f"{shape}: logits are not finite with keys and values in {kv_cache_dtype}")
+            print(f"{shape}: logits are finite with keys and values in {kv_cache_dtype}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -146,6 +147,44 @@ def token_ids() -> Callable[..., torch.Tensor]:
         return torch.randint(len(_SPECIAL), VOCABULARY, shape, generator=generator)
 
     return make
+
+
+class _RoundedCache(DynamicCache):
+    """Keys and values of 8 bits, rounded as soon as they are there."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(_rounded(keys), _rounded(values), *args, **kwargs)
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """To a whole number of times a 127th of each vector's largest magnitude, which is itself rounded to bfloat16."""
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127).bfloat16().to(x.dtype)
+    return torch.where(scale == 0, 0, (x / scale).round().clamp(-127, 127) * scale)
+
+
+@pytest.fixture(scope="session")
+def rounded_cache() -> type[DynamicCache]:
+    return _RoundedCache
+
+
+@pytest.fixture(scope="session")
+def rounded_logits() -> Callable[..., torch.Tensor]:
+    """rounded_logits(model, ids, prompt): the forward's from the prompt's last token on, with a cache of 8 bits.
+
+    The prompt attends to its own keys and values as they are.
+    """
+
+    @torch.inference_mode()
+    def run(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+        past, cache = DynamicCache(), _RoundedCache()
+        rows = [model(ids[:, :prompt], past_key_values=past).logits[:, -1]]
+        for index, layer in enumerate(past.layers):
+            cache.update(layer.keys, layer.values, index)
+        for at in range(prompt, ids.shape[1]):
+            rows.append(model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1])
+        return torch.cat(rows)
+
+    return run
 
 
 @pytest.fixture

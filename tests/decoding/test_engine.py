@@ -9,7 +9,8 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
-from larosa.decoding import Engine, ForwardEngine
+from larosa.decoding import CacheDtype, Engine, ForwardEngine
+from larosa.decoding.cache import cache_bytes
 from larosa.models import set_keep_counts
 from larosa.ops.cpu.library import load
 from larosa.sparsity import SiteSizes, keep_counts
@@ -235,6 +236,25 @@ def test_an_engine_outlives_what_others_do_with_the_weights(make, token_ids):
     rubbish = [torch.full(weight.shape, float("nan")) for weight in model.parameters()]
     assert torch.equal(steps(), expected)
     assert rubbish[0].isnan().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("conversion", ["dense", "larosa-layer"])
+def test_a_cache_of_8_bits(make, clear_ids, step_logits, rounded_logits, family, conversion):
+    model = make(family, conversion)
+    ids = clear_ids(model, LENGTH, lambda ids: rounded_logits(model, ids, PROMPT))
+    expected = rounded_logits(model, ids, PROMPT)
+    found = step_logits(Engine(model, LENGTH, CacheDtype.INT8), ids, PROMPT)
+    assert_same_logits(found, expected, 2e-3)  # close to a tie a digit may be another one
+    exact = step_logits(Engine(model, LENGTH), ids, PROMPT)
+    assert (found - expected).norm() < 0.1 * (exact - expected).norm()
+
+
+def test_a_cache_of_8_bits_takes_half_of_16(make_model):
+    config = make_model("llama", head_dim=64).config
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    assert cache_bytes(config, torch.bfloat16, 100) == 2 * heads * 100 * 128
+    assert cache_bytes(config, torch.int8, 100) == 2 * heads * 100 * (64 + 2)
 
 
 def test_the_number_of_threads_may_change(make, clear_ids, step_logits):

@@ -1,7 +1,8 @@
 """Text generation: engines that run one token after the other, the loop around them, sampling and streaming."""
 
+from larosa.decoding.cache import CacheDtype
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.generation import EngineName, Generation, generate
 
-__all__ = ["Engine", "EngineName", "ForwardEngine", "Generation", "generate"]
+__all__ = ["CacheDtype", "Engine", "EngineName", "ForwardEngine", "Generation", "generate"]

@@ -154,6 +154,7 @@ class Attention:
 
     keys: torch.Tensor
     values: torch.Tensor
+    scales: torch.Tensor | None
     cos: torch.Tensor | None
     sin: torch.Tensor | None
     q_gain: torch.Tensor | None
@@ -176,6 +177,7 @@ class Attention:
             self.eps,
             self.scale,
             self.window,
+            self.scales,
         )
         return output
 
@@ -330,6 +332,7 @@ def _attention(
     return Attention(
         keys=cache.keys[index],
         values=cache.values[index],
+        scales=None if cache.scales is None else cache.scales[index],
         cos=cos,
         sin=sin,
         q_gain=None if norms is None else norms[0].weight.data,

@@ -10,7 +10,7 @@ from larosa.ops.schema import define
 
 @define(
     "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? cos, Tensor? sin, "
-    "Tensor? q_gain, Tensor? k_gain, float eps, float scale, int window) -> Tensor"
+    "Tensor? q_gain, Tensor? k_gain, float eps, float scale, int window, Tensor(c!)? scales=None) -> Tensor"
 )
 def _attend(
     qkv: torch.Tensor,
@@ -24,6 +24,7 @@ def _attend(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     heads, _, size = keys.shape
     return qkv.new_empty(1, qkv.shape[1] - 2 * heads * size)
@@ -41,6 +42,7 @@ def attend_reference(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and rotate one position's queries and keys, store keys and values, and attend up to this position.
 
@@ -48,7 +50,7 @@ def attend_reference(
 
     Args:
         qkv: [1, (H + 2 K) d] float32 (float64 for a reference): H query heads, K key heads, K value heads.
-        keys: [K, T, d] in the dtype of the cache; row `position` is written.
+        keys: [K, T, d] in the dtype of the cache, int8 with `scales`; row `position` is written.
         values: [K, T, d], likewise.
         position: [1] int64 in [0, T), on the device of the others.
         cos: [T, d] float32, the rotary embedding of every position; None for a layer without one.
@@ -58,6 +60,8 @@ def attend_reference(
         eps: of those norms.
         scale: multiplies the scores q k.
         window: positions attended to, this one included; 0 for all.
+        scales: [K, T, 2] bfloat16, by which int8 keys (first) and values (second) are multiplied; row `position` is
+            written, as `digits` has it. None for a cache of floats.
 
     Returns:
         [1, H d] like `qkv`.
@@ -70,14 +74,36 @@ def attend_reference(
     k = k if k_gain is None else rms_norm_reference(k, k_gain, eps)
     if cos is not None and sin is not None:
         q, k = (x * cos[at].to(x.dtype) + _turned(x) * sin[at].to(x.dtype) for x in (q, k))
-    keys[:, at] = k.to(keys.dtype)
-    values[:, at] = v.to(values.dtype)
-    start = max(0, at + 1 - window) if window else 0
-    seen_keys, seen_values = (
-        cache[:, start : at + 1].to(q.dtype).repeat_interleave(len(q) // heads, dim=0) for cache in (keys, values)
-    )
+    seen = slice(max(0, at + 1 - window) if window else 0, at + 1)
+    read = []
+    for which, (cache, x) in enumerate(((keys, k), (values, v))):
+        if scales is None:
+            cache[:, at] = x.to(cache.dtype)
+            entries = cache[:, seen].to(q.dtype)
+        else:
+            cache[:, at], scales[:, at, which] = digits(x)
+            entries = cache[:, seen].to(q.dtype) * scales[:, seen, which, None].to(q.dtype)
+        read.append(entries.repeat_interleave(len(q) // heads, dim=0))
+    seen_keys, seen_values = read
     weights = torch.softmax(scale * torch.einsum("hd,htd->ht", q, seen_keys), dim=-1)
     return torch.einsum("ht,htd->hd", weights, seen_values).reshape(1, -1)
+
+
+def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values rounded to 8 bits for the cache.
+
+    Args:
+        x: [..., d] of any float dtype.
+
+    Returns:
+        [..., d] int8, and [...] bfloat16 by which to multiply them: a 127th of the largest magnitude. A vector with an
+        entry that is not finite has digits of 0 and a scale that is not finite; one next to nothing has digits of 0.
+    """
+    scale = (x.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    wide = scale.to(x.dtype)
+    inverse = torch.where(wide > 1e-37, wide.reciprocal(), 0.0)
+    rounded = (x * inverse[..., None]).nan_to_num(0.0).round().clamp(-127, 127)
+    return rounded.to(torch.int8), scale
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,7 @@ def attention(
     values: torch.Tensor,
     position: torch.Tensor,
     tables: Sequence[torch.Tensor | None],
+    scales: torch.Tensor | None,
 ) -> int:
     """The number of query heads of what `attend` is given; `tables` are cos and sin."""
     key_heads, length, size = keys.shape
@@ -124,10 +125,17 @@ def attention(
     heads = width // size - 2 * key_heads
     if rows != 1 or width % size or size % 2 or heads < key_heads or heads % key_heads:
         raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not hold the heads of a cache {tuple(keys.shape)}")
-    if keys.dtype not in FLOATS or values.dtype != keys.dtype or values.shape != keys.shape:
-        raise ValueError("keys and values must be alike in shape and dtype, and float32, bfloat16 or float16")
+    kinds = FLOATS if scales is None else (torch.int8,)
+    if keys.dtype not in kinds or values.dtype != keys.dtype or values.shape != keys.shape:
+        raise ValueError(
+            "keys and values must be alike in shape and dtype, and float32, bfloat16 or float16, or int8 with scales"
+        )
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous")
+    if scales is not None and (
+        scales.dtype != torch.bfloat16 or scales.shape != (key_heads, length, 2) or not scales.is_contiguous()
+    ):
+        raise ValueError(f"scales must be contiguous bfloat16 of shape {(key_heads, length, 2)}")
     if position.dtype != torch.int64 or position.numel() != 1:
         raise ValueError("position must be one int64")
     if len({table is None for table in tables}) > 1:

@@ -64,6 +64,36 @@ def test_is_the_reference(problem):
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@settings(deadline=None, max_examples=300)
+@given(problems(), chances("normal", "integer", "special", "wild"))
+def test_keys_and_values_of_8_bits_are_the_references(problem, chance):
+    _, qkv, (floats, _), position, rotary, gains, window = problem
+    qkv = chance.tensor(*qkv.shape)
+    keys, values = torch.randint(-127, 128, (2, *floats.shape), dtype=torch.int8, generator=chance.generator)
+    scales = torch.rand(*floats.shape[:2], 2, generator=chance.generator).bfloat16()
+    before, exact = [[x.clone() for x in (keys, values, scales)] for _ in range(2)]
+    rest = 1e-6, floats.shape[2] ** -0.5, window
+    at = torch.tensor([position])
+    result = chance.run(ops.attend, qkv, keys, values, at, *rotary, *gains, *rest, scales)
+
+    doubles = [doubled(x) for x in (*rotary, *gains)]
+    attend_reference(qkv.double(), *exact[:2], at, *doubles, *rest, exact[2])
+    torch.testing.assert_close(scales[:, position], exact[2][:, position], rtol=2**-7, atol=1e-38, equal_nan=True)
+    for cache, new in zip((keys, values), exact, strict=False):
+        assert (cache[:, position].int() - new[:, position].int()).abs().max() <= 1
+    others = torch.arange(floats.shape[1]) != position
+    for cache, old in zip((keys, values, scales), before, strict=True):
+        assert torch.equal(cache[:, others], old[:, others])
+    # The reference with the digits that were written, which it writes again: the largest of them is 127.
+    if chance.kind != "normal" or rotary[0] is not None or gains[1] is not None:
+        return
+    heads = qkv.shape[1] // floats.shape[2] - 2 * len(floats)
+    wide = [cache.double() * scales[..., which, None].double() for which, cache in enumerate((keys, values))]
+    written = [qkv[0, : heads * floats.shape[2]].double(), *(cache[:, position].flatten() for cache in wide)]
+    expected = attend_reference(torch.cat(written)[None], *wide, at, *doubles, *rest)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_row_just_written_is_read_as_it_was_rounded(dtype):
     """With one position the result is the value itself, as the cache has it."""

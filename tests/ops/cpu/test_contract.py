@@ -21,6 +21,15 @@ def cache(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
     return random(2, 6, 8).to(dtype), random(2, 6, 8, seed=1).to(dtype)
 
 
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = torch.randint(-127, 128, (2, 2, 6, 8), dtype=torch.int8)
+    return keys, values
+
+
+def scales() -> torch.Tensor:
+    return random(2, 6, 2).abs().bfloat16()
+
+
 CALLS = {
     "rms_norm": lambda: (random(2, 9), random(9), 1e-5),
     "silu_mul": lambda: (random(2, 10),),
@@ -37,12 +46,13 @@ CALLS = {
         [None],
     ),
     "attend": lambda: (random(1, 64), *cache(), torch.tensor([3]), random(6, 8), random(6, 8), None, None, 0.0, 1.0, 0),
+    "attend of digits": lambda: (random(1, 64), *digits(), torch.tensor([3]), *[None] * 4, 0.0, 1.0, 0, scales()),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name).default, CALLS[name]())
+    torch.library.opcheck(getattr(ops, name.split()[0]).default, CALLS[name]())
 
 
 @settings(deadline=None, max_examples=60)
@@ -57,6 +67,8 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
     values, indices = ops.top_k(x, 150)
     qkv, keys, cached = random(1, 8 * 64, seed=seed), random(2, 2000, 64), random(2, 2000, 64)
     position = torch.tensor([outputs % 2000])
+    rounded = [(10 * x).to(torch.int8) for x in (keys, cached)]
+    counts = random(2, 2000, 2).abs().bfloat16()
 
     def results() -> list[torch.Tensor]:
         return [
@@ -64,6 +76,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
             ops.adapt(x, digits, scale),
             ops.sparse_linear(values, indices, [columns], [None], residual),
             ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
+            ops.attend(qkv, *rounded, position, None, None, None, None, 0.0, 0.125, 0, counts),
         ]
 
     torch.set_num_threads(1)
@@ -152,6 +165,13 @@ ATTEND = {
     "heads that do not share": ({"qkv": random(1, 56)}, "qkv"),
     "cos alone": ({"cos": random(6, 8)}, "both"),
     "short cos": ({"cos": random(5, 8), "sin": random(5, 8)}, "cos"),
+    "digits without scales": (dict(zip(("keys", "values"), digits(), strict=True)), "int8 with scales"),
+    "scales of floats": ({"scales": scales()}, "int8 with scales"),
+    "wide scales": (dict(zip(("keys", "values"), digits(), strict=True)) | {"scales": scales().float()}, "bfloat16"),
+    "scales of other positions": (
+        dict(zip(("keys", "values"), digits(), strict=True)) | {"scales": scales()[:, 1:]},
+        r"\[2, 6, 2\]",
+    ),
     "int position": ({"position": torch.tensor([1], dtype=torch.int32)}, "int64"),
 }
 
@@ -167,6 +187,7 @@ def test_what_cannot_be_computed_is_refused(name):
 def test_what_cannot_be_attended_to_is_refused(name):
     keys, values = cache()
     usual = {"qkv": random(1, 64), "keys": keys, "values": values, "position": torch.tensor([1])}
+    usual |= {"cos": None, "sin": None, "q_gain": None, "k_gain": None, "eps": 0.0, "scale": 1.0, "window": 0}
     changed, message = ATTEND[name]
     with pytest.raises(ValueError, match=message):
-        ops.attend(*({**usual, "cos": None, "sin": None} | changed).values(), None, None, 0.0, 1.0, 0)
+        ops.attend(**(usual | changed))

@@ -6,7 +6,7 @@ import torch
 from larosa.errors import LarosaError
 from larosa.ops.attend import attend_reference
 
-from .cases import DTYPES, doubled, entries
+from .cases import DTYPES, doubled, entries, seeded
 
 
 def check(target, dtype, query_heads, key_heads, size, length, position, *, window=0, rotated=True, gained=False):
@@ -107,3 +107,76 @@ def test_heads_that_are_not_whole_pieces(emulator):
     keys, values = torch.zeros(2, 1, 4, 6)
     with pytest.raises(LarosaError, match="16 to 512 bytes in steps of 16, not of 6 float32 entries: set LAROSA_CUDA"):
         kernels.attend(torch.ones(1, 18), keys, values, torch.tensor([0]), *[None] * 4, 0.0, 1.0, 0)
+
+
+def check_digits(target, query_heads, key_heads, size, length, position, *, window=0, rotated=False, gained=False):
+    qkv = entries("normal", 1, (query_heads + 2 * key_heads) * size, seed=0)
+    keys, values = torch.randint(-127, 128, (2, key_heads, length, size), dtype=torch.int8, generator=seeded(1))
+    scales = (entries("normal", key_heads, length, 2, seed=2).abs() / 50).bfloat16()
+    scales[:, position:] = torch.nan  # what stands beyond the position is not read
+    tables = [entries("normal", length, size, seed=seed) if rotated else None for seed in (3, 4)]
+    gains = [entries("normal", size, seed=seed) if gained else None for seed in (5, 6)]
+    at, numbers = torch.tensor([position]), (1e-6, size**-0.5, window)
+    before, exact = [[x.clone() for x in (keys, values, scales)] for _ in range(2)]
+    result = target("attend", qkv, keys, values, at, *tables, *gains, *numbers, scales)
+
+    doubles = [doubled(tensor) for tensor in (*tables, *gains)]
+    expected = attend_reference(qkv.double(), *exact[:2], at, *doubles, *numbers, exact[2])
+    torch.testing.assert_close(scales[:, position], exact[2][:, position], rtol=2**-7, atol=0)
+    for cache, new in zip((keys, values), exact, strict=False):
+        assert (cache[:, position].int() - new[:, position].int()).abs().max() <= 1
+    others = torch.arange(length) != position
+    for cache, old in zip((keys, values, scales), before, strict=True):
+        assert torch.equal(bytes_of(cache[:, others]), bytes_of(old[:, others]))
+    if rotated or gained:
+        torch.testing.assert_close(result.double(), expected, rtol=0.03, atol=0.03)  # a digit may be another one
+        return
+    # As if the digits that were written had been given, and are numbers.
+    wide = [cache.double() * scales[..., which, None].double() for which, cache in enumerate((keys, values))]
+    written = [qkv[0, : query_heads * size].double(), *(cache[:, position].flatten() for cache in wide)]
+    exact_result = attend_reference(torch.cat(written)[None], *wide, at, *doubles, *numbers)
+    a_digit = scales[:, : position + 1].max().item()
+    torch.testing.assert_close(result.double(), exact_result, rtol=1e-4, atol=0.02 * a_digit)
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "size"),
+    [(1, 1, 128), (4, 2, 64), (7, 1, 16), (8, 8, 128), (6, 2, 80), (8, 2, 512), (16, 4, 128)],
+)
+@pytest.mark.parametrize("position", [0, 5, 63, 299])
+def test_digits(target, query_heads, key_heads, size, position):
+    check_digits(target, query_heads, key_heads, size, 300, position)
+
+
+def test_digits_of_normed_and_rotated_keys(target):
+    for gained in (False, True):
+        check_digits(target, 4, 2, 64, 300, 200, rotated=True, gained=gained)
+
+
+@pytest.mark.parametrize("window", [1, 40, 300])
+def test_digits_in_windows(target, window):
+    for position in (0, 39, 299):
+        check_digits(target, 2, 1, 16, 300, position, window=window)
+
+
+def test_more_digits_than_are_copied_ahead(target):
+    check_digits(target, 2, 1, 128, 1500, 1499)
+    check_digits(target, 4, 2, 128, 1500, 1300)
+
+
+@pytest.mark.parametrize("kind", ["zero", "tied", "huge", "special"])
+def test_digits_of_any_kind(target, kind):
+    """What is not finite has digits of 0 and a scale that is not finite: the results of heads that read it are NaN."""
+    qkv = entries(kind, 1, 12 * 32, seed=0)
+    keys, values = torch.ones(2, 4, 8, 32, dtype=torch.int8)
+    scales = torch.ones(4, 8, 2, dtype=torch.bfloat16)
+    exact = [x.clone() for x in (keys, values, scales)]
+    rest = torch.tensor([3]), None, None, None, None, 0.0, 32**-0.5, 0
+    result = target("attend", qkv, keys, values, *rest, scales)
+    expected = attend_reference(qkv, *exact[:2], *rest, exact[2])
+    torch.testing.assert_close(scales, exact[2], rtol=2**-7, atol=0, equal_nan=True)
+    for cache, new in zip((keys, values), exact, strict=False):
+        assert (cache.int() - new.int()).abs().max() <= 1
+    finite = qkv.view(3, 4, 32).isfinite().all(dim=-1).all(dim=0)
+    assert result.view(4, 32)[~finite].isnan().all()
+    assert result[expected.isfinite()].isfinite().all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from larosa.decoding import Engine, layers
+from larosa.decoding import CacheDtype, Engine, layers
 
 OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend"),
@@ -20,7 +20,7 @@ def engine(target, monkeypatch):
     monkeypatch.setattr(layers, "_selects_in_products", lambda weight: True)
     # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
     monkeypatch.setattr(Engine, "_replayed", lambda engine: engine._run(engine._hidden, engine._position))
-    return lambda model: Engine(model.to(target.device), TOKENS)
+    return lambda model, *options: Engine(model.to(target.device), TOKENS, *options)
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
@@ -66,3 +66,17 @@ def test_steps_are_the_models_forward(target, engine, make_model, quick_convert,
         else:  # rounded weights choose some other entries
             likeness = torch.nn.functional.cosine_similarity(logits, expected[position], dim=0)
             assert likeness > (0.8 if sparsity else 0.98)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits, family):
+    model = make_model(family, head_dim=16, num_hidden_layers=2)
+    tokens = token_ids(1, TOKENS, seed=3)
+    expected = rounded_logits(model, tokens, 3)
+    runner = engine(model, CacheDtype.INT8)
+    found = [runner.prefill(tokens[:, :3]).cpu()]
+    for position in range(3, TOKENS):
+        at = torch.tensor([position], device=target.device)
+        found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
+    tolerance = 0.03 if target.truncates else 2e-3  # of scales, or of a digit here and there
+    torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance)

@@ -43,6 +43,9 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("linear", x, [weight], [None], None)
         at = torch.tensor([80])
         yield target("attend", entries("normal", 1, 8 * 16, seed=4), *cache, at, *[None] * 4, 0.0, 0.25, 0)
+        rounded = [(30 * x).to(torch.int8) for x in cache]
+        scales = torch.ones(2, 90, 2, dtype=torch.bfloat16)
+        yield target("attend", entries("normal", 1, 8 * 16, seed=4), *rounded, at, *[None] * 4, 0.0, 0.25, 0, scales)
 
     expected = list(results())
     emulator.order = order

@@ -96,13 +96,22 @@ def residual(values: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor | N
     return activations("residual", values)
 
 
-def cache(keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Keys and values [K, T, d] of one dtype, written in place."""
+def cache(keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None) -> int:
+    """`larosa_dtype` of keys and values [K, T, d], int8 with scales [K, T, 2] bfloat16; all are written in place."""
     for name, tensor in (("keys", keys), ("values", values)):
-        if tensor.dtype not in DTYPES or tensor.dtype is not keys.dtype or not tensor.is_cpu:
-            raise ValueError(f"{name} must be all of one dtype of {_names()} on the CPU, not {_of(tensor)}")
+        known = tensor.dtype in DTYPES if scales is None else tensor.dtype is torch.int8
+        if not known or tensor.dtype is not keys.dtype or not tensor.is_cpu:
+            raise ValueError(
+                f"{name} must be all of one dtype of {_names()}, or int8 with scales, on the CPU, not {_of(tensor)}"
+            )
         if tensor.dim() != 3 or tensor.shape != keys.shape or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous [K, T, d], keys and values alike, not {_of(tensor)}")
+    if scales is None:
+        return DTYPES[keys.dtype]
+    shape = (*keys.shape[:2], 2)
+    if scales.dtype != torch.bfloat16 or scales.shape != shape or not scales.is_contiguous() or not scales.is_cpu:
+        raise ValueError(f"scales must be contiguous bfloat16 {list(shape)} on the CPU, not {_of(scales)}")
+    return _INT8
 
 
 def query_heads(qkv: torch.Tensor, keys: torch.Tensor) -> int:

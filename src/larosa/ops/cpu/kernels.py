@@ -159,9 +159,10 @@ def _attend(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     qkv = arguments.activations("qkv", qkv)
-    arguments.cache(keys, values)
+    dtype = arguments.cache(keys, values, scales)
     key_heads, capacity, size = keys.shape
     heads = arguments.query_heads(qkv, keys)
     if position.dtype != torch.int64 or position.shape != (1,) or not position.is_cpu:
@@ -174,6 +175,7 @@ def _attend(
         qkv.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        None if scales is None else scales.data_ptr(),
         position.data_ptr(),
         None if cos is None else cos.data_ptr(),
         None if sin is None else sin.data_ptr(),
@@ -183,7 +185,7 @@ def _attend(
         key_heads,
         capacity,
         size,
-        arguments.DTYPES[keys.dtype],
+        dtype,
         window,
         eps,
         scale,

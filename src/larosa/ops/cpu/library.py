@@ -34,6 +34,7 @@ class Attention(ctypes.Structure):
         ("qkv", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("scales", c_void_p),
         ("position", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),

@@ -246,6 +246,7 @@ def attend(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
@@ -255,7 +256,7 @@ def attend(
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
     """
-    query_heads = checks.attention(qkv, keys, values, position, (cos, sin))
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales)
     key_heads, length, size = keys.shape
     pieces, rest = divmod(size * keys.element_size(), 16)
     if rest or pieces > 32 or (keys.data_ptr() | values.data_ptr()) % 16:
@@ -268,13 +269,13 @@ def attend(
     gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
     rotary = Rotary(address(cos), address(sin), *gains, eps, scale)
     macros = {
-        "CACHE": TYPE_NAMES[keys.dtype],
+        "CACHE": "Int8" if keys.dtype == torch.int8 else TYPE_NAMES[keys.dtype],
         "SIZE": str(size),
         "HEADS": str(plan.heads),
         "CLUSTER": str(plan.cluster),
         "THREADS": str(ATTEND_THREADS),
     }
-    addresses = (address(tensor) for tensor in (qkv, keys, values, position))
+    addresses = (address(tensor) for tensor in (qkv, keys, values, scales, position))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
     grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
     _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, address(result)))

@@ -24,9 +24,10 @@ def attend(
     eps: float,
     scale: float,
     window: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is."""
-    query_heads = checks.attention(qkv, keys, values, position, (cos, sin))
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales)
     key_heads, length, size = keys.shape
     checks.vector("q_gain", q_gain, size)
     checks.vector("k_gain", k_gain, size)
@@ -35,11 +36,11 @@ def attend(
     queries, result = qkv.new_empty(query_heads, size), qkv.new_empty(1, query_heads * size)
     partial = qkv.new_empty(query_heads, parts, size + 2)  # weighted values, maximum, sum
     _prepare_kernel[(query_heads + 2 * key_heads,)](
-        *(qkv, queries, keys, values, position, cos, sin, q_gain, k_gain),
+        *(qkv, queries, keys, values, scales, position, cos, sin, q_gain, k_gain),
         *(eps, scale, length, query_heads, key_heads, size, block),
     )
     _part_kernel[(query_heads, parts)](
-        *(queries, keys, values, position, partial, length, query_heads // key_heads, window, size),
+        *(queries, keys, values, scales, position, partial, length, query_heads // key_heads, window, size),
         *(_PART, _STEP, block),
     )
     _merge_kernel[(query_heads,)](partial, result, parts, size, triton.next_power_of_2(parts), block)
@@ -52,6 +53,7 @@ def _prepare_kernel(
     queries_ptr,
     keys_ptr,
     values_ptr,
+    scales_ptr,
     position_ptr,
     cos_ptr,
     sin_ptr,
@@ -94,11 +96,27 @@ def _prepare_kernel(
         if is_query:
             tl.store(queries_ptr + head * size + i, x * scale, mask=there)
         else:
-            place = ((head - query_heads) * length + position) * size + i
-            tl.store(keys_ptr + place, x.to(keys_ptr.dtype.element_ty), mask=there & inside)
+            row = (head - query_heads) * length + position
+            if scales_ptr is not None:
+                x = _digits(tl.where(there, x, 0.0), scales_ptr + 2 * row, inside)
+            tl.store(keys_ptr + row * size + i, x.to(keys_ptr.dtype.element_ty), mask=there & inside)
     else:
-        place = ((head - query_heads - key_heads) * length + position) * size + i
-        tl.store(values_ptr + place, x.to(values_ptr.dtype.element_ty), mask=there & inside)
+        row = (head - query_heads - key_heads) * length + position
+        if scales_ptr is not None:
+            x = _digits(x, scales_ptr + 2 * row + 1, inside)
+        tl.store(values_ptr + row * size + i, x.to(values_ptr.dtype.element_ty), mask=there & inside)
+
+
+@triton.jit
+def _digits(x, scale_ptr, inside):
+    """Rounded to 8 bits, as `larosa.ops.attend.digits` does it; the scale is stored."""
+    largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True))  # NaN's bits are above infinity's
+    scale = (largest.to(tl.float32, bitcast=True) / 127.0).to(tl.bfloat16)
+    tl.store(scale_ptr, scale, mask=inside)
+    wide = scale.to(tl.float32)
+    rounded = x * tl.where(wide > 1e-37, 1.0 / wide, 0.0)
+    rounded = (rounded + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no places behind the point
+    return tl.where((wide > 1e-37) & (wide < float("inf")), tl.minimum(tl.maximum(rounded, -127.0), 127.0), 0.0)
 
 
 @triton.jit
@@ -106,6 +124,7 @@ def _part_kernel(
     queries_ptr,
     keys_ptr,
     values_ptr,
+    scales_ptr,
     position_ptr,
     partial_ptr,
     length,
@@ -137,7 +156,12 @@ def _part_kernel(
         mask = seen[:, None] & there[None, :]
         key = tl.load(keys_ptr + place, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(key * query[None, :], 1), -float("inf"))
+        score = tl.sum(key * query[None, :], 1)
+        if scales_ptr is not None:
+            scale = scales_ptr + 2 * (cache + at)
+            score *= tl.load(scale, mask=seen, other=0.0).to(tl.float32)
+            value *= tl.load(scale + 1, mask=seen, other=0.0).to(tl.float32)[:, None]
+        score = tl.where(seen, score, -float("inf"))
         larger = tl.maximum(maximum, tl.max(score))
         old = tl.where(maximum == -float("inf"), 0.0, tl.exp(maximum - larger))
         weight = tl.where(score == -float("inf"), 0.0, tl.exp(score - larger))

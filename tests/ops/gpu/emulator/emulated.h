@@ -70,7 +70,7 @@ struct Thread {
     ucontext_t context;  // to start it
     jmp_buf place;       // to go on: jumps spare the system calls of ucontext
     std::unique_ptr<char[]> stack;
-    std::vector<std::vector<std::pair<Words<4>*, Words<4>>>> copies;  // groups of them, the last one not ended yet
+    std::vector<std::vector<std::pair<void*, std::string>>> copies;  // groups of them, the last one not ended yet
     bool started = false;
     bool waited = false;    // has called wait_for_inputs
     bool released = false;  // has called release_dependents
@@ -242,6 +242,10 @@ inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
     for (int i = 0; i < 32; i += 8) sum += (x >> i & 0xff) * (y >> i & 0xff);
     return sum;
 }
+inline int __dp4a(int x, int y, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(x >> i) * static_cast<signed char>(y >> i);
+    return sum;
+}
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
     unsigned chosen = 0;
@@ -269,6 +273,7 @@ float widen_half(unsigned word, int upper) {
     half.bits = static_cast<unsigned short>(upper ? word >> 16 : word);
     return widen(half);
 }
+inline int rounded(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(std::clamp(x, -2e9f, 2e9f))); }
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, Half& to) { to.bits = std::bit_cast<unsigned short>(static_cast<_Float16>(x)); }
 inline void narrow(float x, BFloat16& to) {
@@ -349,12 +354,13 @@ inline void store_pair(float* to, float x, unsigned y, bool wanted) {
     if (reinterpret_cast<uintptr_t>(to) % 8) emulator::fail("a misaligned pair");
     if (wanted) to[0] = x, std::memcpy(to + 1, &y, sizeof y);
 }
-inline void copy_later(Words<4>& to, const void* from, bool there) {
-    if (there) emulator::check_place(from, 16);
+template <int COUNT>
+void copy_later(Words<COUNT>& to, const void* from, bool there) {
+    if (there) emulator::check_place(from, sizeof to);
     auto& groups = emulator::current->copies;
     if (groups.empty()) groups.emplace_back();
-    groups.back().emplace_back(&to, there ? *static_cast<const Words<4>*>(from) : Words<4>{});
-    to = {~0u, ~0u, ~0u, ~0u};
+    groups.back().emplace_back(&to, there ? std::string(static_cast<const char*>(from), sizeof to) : std::string(sizeof to, 0));
+    std::memset(&to, 0xff, sizeof to);
 }
 inline void copies_issued() {
     auto& groups = emulator::current->copies;
@@ -365,7 +371,7 @@ template <int PENDING>
 void copies_arrived() {
     auto& groups = emulator::current->copies;
     while (groups.size() > PENDING + 1) {
-        for (const auto& [to, what] : groups.front()) *to = what;
+        for (const auto& [to, what] : groups.front()) std::memcpy(to, what.data(), what.size());
         groups.erase(groups.begin());
     }
 }

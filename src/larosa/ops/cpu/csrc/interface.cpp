@@ -265,7 +265,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
 int larosa_attend(const larosa_attention *attention, float *out, int64_t threads) {
     const larosa_attention &a = *attention;
     const int64_t bytes = element_size(a.dtype);
-    if (misaligned(a.keys, bytes) || misaligned(a.values, bytes) || misaligned(a.q_gain) || misaligned(a.k_gain))
+    if (misaligned(a.keys, bytes) || misaligned(a.values, bytes) || misaligned(a.scales, 2) ||
+        misaligned(a.q_gain) || misaligned(a.k_gain))
         return LAROSA_MISALIGNED;
     const int64_t position = *a.position;
     if (position < 0 || position >= a.capacity) return LAROSA_BAD_POSITION;
@@ -283,14 +284,18 @@ int larosa_attend(const larosa_attention *attention, float *out, int64_t threads
     const auto row = [&](void *cache, int64_t head, int64_t at) {
         return static_cast<char *>(cache) + (head * a.capacity + at) * a.size * bytes;
     };
+    const auto scales = [&](int64_t head, int64_t at, int64_t which) {
+        return a.scales ? a.scales + 2 * (head * a.capacity + at) + which : nullptr;
+    };
 
     for (int64_t head = 0; head < a.heads; ++head)
         kernels().prepare_head(a.qkv + head * a.size, a.size, a.q_gain, a.eps, cos, sin, queries + head * a.size);
     for (int64_t head = 0; head < a.key_heads; ++head) {
         const float *raw = a.qkv + (a.heads + head) * a.size;
         kernels().prepare_head(raw, a.size, a.k_gain, a.eps, cos, sin, key);
-        kernels().store_head(key, a.size, a.dtype, row(a.keys, head, position));
-        kernels().store_head(raw + a.key_heads * a.size, a.size, a.dtype, row(a.values, head, position));
+        const float *value = raw + a.key_heads * a.size;
+        kernels().store_head(key, a.size, a.dtype, row(a.keys, head, position), scales(head, position, 0));
+        kernels().store_head(value, a.size, a.dtype, row(a.values, head, position), scales(head, position, 1));
     }
     if (2 * seen * a.key_heads * a.size * bytes < 2 * kWorthSharing) threads = 1;
     parallel(a.key_heads * chunks, threads, [&](int64_t task) {
@@ -299,7 +304,8 @@ int larosa_attend(const larosa_attention *attention, float *out, int64_t threads
         const int64_t count = clamp(position + 1 - from, 0, kChunk);
         for (int64_t head = key_head * sharing; head < (key_head + 1) * sharing; ++head)
             kernels().attend_chunk(queries + head * a.size, row(a.keys, key_head, from), row(a.values, key_head, from),
-                                   count, a.size, a.dtype, float(a.scale), parts + (head * chunks + chunk) * part_size);
+                                   scales(key_head, from, 0), count, a.size, a.dtype, float(a.scale),
+                                   parts + (head * chunks + chunk) * part_size);
     });
     for (int64_t head = 0; head < a.heads; ++head)
         kernels().merge_chunks(parts + head * chunks * part_size, chunks, a.size, out + head * a.size);

@@ -90,6 +90,7 @@ struct larosa_attention {
     const float *qkv;
     void *keys;
     void *values;
+    uint16_t *scales; /* [key_heads, capacity, 2] bfloat16: what int8 keys and values are multiplied by; else null */
     const int64_t *position;
     const float *cos; /* [capacity, size], or null */
     const float *sin;

@@ -4,13 +4,15 @@
 // softmax; the groups of a warp are merged at its end. Keys and values are copied to shared memory STEPS steps ahead,
 // without registers, and the first before the queries are there; a thread reads what it has copied itself, so that
 // nobody waits for others.
-#include "attention.cuh"
+#include "cached.cuh"
 
 constexpr int PARTS = SIZE / WIDTH<CACHE>;  // threads that hold a vector
 constexpr int LANES = PARTS <= 1 ? 1 : PARTS <= 2 ? 2 : PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : PARTS <= 16 ? 16 : 32;
 constexpr int GROUPS = THREADS / LANES;
-constexpr int STEP = 4;   // positions that a group works on at once
-constexpr int STEPS = 2;  // whose keys and values are in shared memory, or on their way there
+constexpr int STEP = DIGITS || HEADS == 1 ? 2 : 4;  // positions that a group works on at once
+constexpr int STEPS = 8 / STEP;  // whose keys and values are in shared memory, or on their way there
+// A multiprocessor has registers for so many, that some find room beside those of the product before.
+constexpr int BLOCKS = HEADS == 1 ? 8 : HEADS == 2 ? 5 : 1;
 static_assert(SIZE % WIDTH<CACHE> == 0 && PARTS <= 32, "a head takes 1 to 32 pieces of 16 bytes");
 
 using Packed = Pack<CACHE>;
@@ -18,28 +20,46 @@ using Packed = Pack<CACHE>;
 struct Shared {
     Words<4> keys[STEPS][STEP][THREADS];  // a piece for each thread
     Words<4> values[STEPS][STEP][THREADS];
-    alignas(16) CACHE key[SIZE];  // this position's, as the cache holds them
-    alignas(16) CACHE value[SIZE];
-    float queries[HEADS][SIZE];
+    Words<1> scales[DIGITS ? STEPS : 1][STEP][THREADS];
+    Own own;
+    Queries<CACHE> queries;
     Partial warps[WARPS][HEADS];
     Found found;
 };
 
 SHARED(Shared);
 
-// Copies the keys and values of a thread's next positions. For what is not there it writes zeros.
-DEVICE void fetch(Shared& shared, int slot, const CACHE* keys, const CACHE* values, int from, int end, int part) {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (from < end)
+// Copies a thread's pieces of keys and values to shared memory, step by step. For what is not there it writes zeros.
+struct Copies {
+    const CACHE* keys;  // its piece at its group's next position
+    const CACHE* values;
+    const Scales* scales;
+    int left;  // positions from that one to the end of the block's
+
+    DEVICE Copies(const CACHE* keys, const CACHE* values, const Scales* scales, int from, int end, int part)
+        : keys(keys + static_cast<long long>(from) * SIZE + part),
+          values(values + static_cast<long long>(from) * SIZE + part),
+          scales(scales + from),
+          left(end - from) {}
+
+    DEVICE void next(Shared& shared, int slot) {
+        const int thread = static_cast<int>(threadIdx.x);
+        if (left > -GROUPS) {  // or no group has any
 #pragma unroll
-        for (int j = 0; j < STEP; ++j) {
-            const int at = from + j * GROUPS + thread / LANES;
-            const long long place = static_cast<long long>(min(at, end - 1)) * SIZE + part;
-            copy_later(shared.keys[slot][j][thread], keys + place, at < end);
-            copy_later(shared.values[slot][j][thread], values + place, at < end);
+            for (int j = 0; j < STEP; ++j) {
+                const bool there = j * GROUPS < left;
+                copy_later(shared.keys[slot][j][thread], keys + j * GROUPS * SIZE, there);
+                copy_later(shared.values[slot][j][thread], values + j * GROUPS * SIZE, there);
+                if constexpr (DIGITS) copy_later(shared.scales[slot][j][thread], scales + j * GROUPS, there);
+            }
+            keys += STEP * GROUPS * SIZE;
+            values += STEP * GROUPS * SIZE;
+            scales += STEP * GROUPS;
+            left -= STEP * GROUPS;
         }
-    copies_issued();
-}
+        copies_issued();
+    }
+};
 
 // Adds up each of COUNT numbers over lanes that differ in the bits up to DISTANCE: all get all sums. Where it can, each
 // half of the lanes adds half of them, and tells the other.
@@ -82,9 +102,9 @@ DEVICE void merge_lanes(float& maximum, float& sum, float (&weighted)[WIDTH<CACH
     maximum = larger;
 }
 
-KERNEL(THREADS, 1)
-attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions, Rotary rotary, int length,
-       int query_heads, int key_heads, int window, float* result) {
+KERNEL(THREADS, BLOCKS)
+attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long long* positions, Rotary rotary,
+       int length, int query_heads, int key_heads, int window, float* result) {
     Shared& shared = shared_memory<Shared>();
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
@@ -94,6 +114,7 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const int key_head = first_head / (query_heads / key_heads);
     keys += static_cast<long long>(key_head) * length * SIZE;
     values += static_cast<long long>(key_head) * length * SIZE;
+    scales += static_cast<long long>(key_head) * length;
 
     const bool holds = thread % LANES < PARTS;
     const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
@@ -104,25 +125,33 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
     const bool inside = asked >= 0 && asked < length;
     const int position = inside ? static_cast<int>(asked) : 0;
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
+    const bool last = rank == CLUSTER - 1 && inside;
+    const int own_position = last ? position : -1;
+    Copies copies(keys, values, scales, begin + thread / LANES, end, part);
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) fetch(shared, step, keys, values, begin + step * GROUPS * STEP, end, part);
+    for (int step = 0; step < STEPS; ++step) copies.next(shared, step);
     const Heads heads(qkv, query_heads, key_heads, first_head, key_head, rotary, position);
     wait_for_inputs();
     release_dependents();
     const long long at = static_cast<long long>(position) * SIZE;
-    heads.prepare(shared.queries, rank == CLUSTER - 1 && inside, shared.key, shared.value, keys + at, values + at);
+    Own& own = shared.own;
+    heads.prepare(
+        last, [&](int h, const Head& head) { shared.queries.put(h, head, rotary.scale * LOG2_E); },
+        [&](const Head& head) { put(head, own.key, keys + at, own.scales.key, &scales[position].key); },
+        [&](const Head& head) { put(head, own.value, values + at, own.scales.value, &scales[position].value); });
 
-    float query[HEADS][WIDTH<CACHE>];
-#pragma unroll
-    for (int h = 0; h < HEADS; ++h)
-#pragma unroll
-        for (int e = 0; e < WIDTH<CACHE>; ++e) query[h][e] = holds ? shared.queries[h][part + e] : 0.0f;
-
+    QueryPiece<CACHE> query[HEADS];
+    float query_scale[HEADS];
     float maximum[HEADS];
     float sum[HEADS] = {};
     float weighted[HEADS][WIDTH<CACHE>] = {};
+    float lifts[HEADS] = {};  // that weighted values hold too many
 #pragma unroll
-    for (int h = 0; h < HEADS; ++h) maximum[h] = none();
+    for (int h = 0; h < HEADS; ++h) {
+        query[h] = shared.queries.piece(h, part, holds);
+        query_scale[h] = shared.queries.scale(h);
+        maximum[h] = none();
+    }
 
     // Whole warps stay in the loop together: they exchange scores.
     int slot = 0;
@@ -130,50 +159,71 @@ attend(const float* qkv, CACHE* keys, CACHE* values, const long long* positions,
         copies_arrived<STEPS - 1>();
         Packed key[STEP];
         Packed value[STEP];
+        float key_scale[STEP];
+        float value_scale[STEP];
         bool there[STEP];
 #pragma unroll
         for (int j = 0; j < STEP; ++j) {
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
-            const bool own = there[j] && at == position;
-            key[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.key + part) : &shared.keys[slot][j][thread]);
-            value[j].data = *(own ? reinterpret_cast<const Words<4>*>(shared.value + part) : &shared.values[slot][j][thread]);
+            const bool is_own = at == own_position;
+            key[j].data = *(is_own ? reinterpret_cast<const Words<4>*>(own.key + part) : &shared.keys[slot][j][thread]);
+            value[j].data = *(is_own ? reinterpret_cast<const Words<4>*>(own.value + part) : &shared.values[slot][j][thread]);
+            if constexpr (DIGITS) {
+                const Words<1>& scales = *(is_own ? reinterpret_cast<const Words<1>*>(&own.scales)
+                                                  : &shared.scales[slot][j][thread]);
+                key_scale[j] = widen_half<BFloat16>(scales.word[0], 0);
+                value_scale[j] = widen_half<BFloat16>(scales.word[0], 1);
+            }
         }
-        float score[HEADS * STEP] = {};
+        float score[HEADS * STEP];
 #pragma unroll
-        for (int j = 0; j < STEP; ++j)
+        for (int h = 0; h < HEADS; ++h)
 #pragma unroll
-            for (int e = 0; e < WIDTH<CACHE>; ++e)
-#pragma unroll
-                for (int h = 0; h < HEADS; ++h)
-                    score[h * STEP + j] = fmaf(query[h][e], key[j].at(e), score[h * STEP + j]);
+            for (int j = 0; j < STEP; ++j) score[h * STEP + j] = query[h].times(key[j]);
         sum_lanes<HEADS * STEP, LANES / 2>(score);
+        float weight[HEADS][STEP];
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
             float larger = maximum[h];
 #pragma unroll
-            for (int j = 0; j < STEP; ++j)
-                if (there[j]) larger = fmaxf(larger, score[h * STEP + j]);
-            const float old = rescale(maximum[h], larger);
-            sum[h] *= old;
+            for (int j = 0; j < STEP; ++j) {
+                weight[h][j] = score[h * STEP + j];
+                if constexpr (DIGITS) weight[h][j] *= query_scale[h] * key_scale[j];
+                if (there[j]) larger = fmaxf(larger, weight[h][j]);
+            }
+            if (__ballot_sync(ALL_LANES, larger != maximum[h])) {
+                const float old = rescale(maximum[h], larger);
+                sum[h] *= old;
+                lifts[h] *= old;
 #pragma unroll
-            for (int e = 0; e < WIDTH<CACHE>; ++e) weighted[h][e] *= old;
+                for (int e = 0; e < WIDTH<CACHE>; ++e) weighted[h][e] *= old;
+                maximum[h] = larger;
+            }
 #pragma unroll
             for (int j = 0; j < STEP; ++j) {
-                const float weight = there[j] ? rescale(score[h * STEP + j], larger) : 0.0f;
-                sum[h] += weight;
-#pragma unroll
-                for (int e = 0; e < WIDTH<CACHE>; ++e)
-                    weighted[h][e] = fmaf(weight, value[j].at(e), weighted[h][e]);
+                weight[h][j] = there[j] ? rescale(weight[h][j], larger) : 0.0f;
+                sum[h] += weight[h][j];
+                if constexpr (DIGITS) lifts[h] += weight[h][j] *= value_scale[j];
             }
-            maximum[h] = larger;
         }
-        fetch(shared, slot, keys, values, from + STEPS * GROUPS * STEP, end, part);
+#pragma unroll
+        for (int j = 0; j < STEP; ++j)
+#pragma unroll
+            for (int e = 0; e < WIDTH<CACHE>; ++e) {
+                const float entry = lifted(value[j], e);
+#pragma unroll
+                for (int h = 0; h < HEADS; ++h) weighted[h][e] = fmaf(weight[h][j], entry, weighted[h][e]);
+            }
+        copies.next(shared, slot);
         slot = slot + 1 == STEPS ? 0 : slot + 1;
     }
 
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
+        if constexpr (DIGITS)
+#pragma unroll
+            for (int e = 0; e < WIDTH<CACHE>; ++e) weighted[h][e] = fmaf(-LIFT, lifts[h], weighted[h][e]);
 #pragma unroll
         for (int distance = LANES; distance < 32; distance *= 2)
             merge_lanes(maximum[h], sum[h], weighted[h], distance);

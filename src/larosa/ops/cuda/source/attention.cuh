@@ -87,17 +87,37 @@ struct Head {
         }
     }
 
-    // Norms it if it has a gain, and turns it; `put(i, x)` takes the entries.
-    template <class Put>
-    DEVICE void prepare(const Vector& gain, float eps, const Turn& turn, Put put) {
+    // Norms it if it has a gain, and turns it.
+    DEVICE void prepare(const Vector& gain, float eps, const Turn& turn) {
         if (gain.data != nullptr) norm(gain, eps);
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            const float first = entry[0][j];
+            entry[0][j] = first * turn.cos[0][j] - entry[1][j] * turn.sin[0][j];
+            entry[1][j] = entry[1][j] * turn.cos[1][j] + first * turn.sin[1][j];
+        }
+    }
+
+    // `put(i, x)` takes the entries.
+    template <class Put>
+    DEVICE void each(Put put) const {
 #pragma unroll
         for (int j = 0; j < PAIRS; ++j) {
             const int i = static_cast<int>(threadIdx.x) % 32 + j * 32;
             if (i >= HALF) break;
-            put(i, entry[0][j] * turn.cos[0][j] - entry[1][j] * turn.sin[0][j]);
-            put(HALF + i, entry[1][j] * turn.cos[1][j] + entry[0][j] * turn.sin[1][j]);
+            put(i, entry[0][j]);
+            put(HALF + i, entry[1][j]);
         }
+    }
+
+    // The largest magnitude, NaN if there is one, in all lanes.
+    DEVICE float largest() const {
+        unsigned bits = 0;  // those of NaN are above infinity's
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) bits = max(bits, __float_as_uint(entry[half][j]) & 0x7fffffffu);
+        return __uint_as_float(__reduce_max_sync(ALL_LANES, bits));
     }
 
 private:
@@ -117,15 +137,8 @@ private:
     }
 };
 
-// Rounds an entry of this position's key or value for the cache, and keeps it at hand.
-DEVICE void keep(float x, CACHE& at_hand, CACHE& in_cache) {
-    narrow(x, at_hand);
-    in_cache = at_hand;
-}
-
 // What a kernel reads of the product before it, q, k and v: a block its query heads, each by a warp, and the `last` one,
-// whose stretch ends at this position, its key and value too, which it adds to the cache and keeps at hand. All that a
-// thread reads is asked for at once.
+// whose stretch ends at this position, its key and value too. All that a thread reads is asked for at once.
 struct Heads {
     const float* queries;  // of the block's first head
     const float* key;
@@ -141,33 +154,26 @@ struct Heads {
           rotary(rotary),
           turn(rotary, position) {}
 
-    // The cache's places are those of this position.
-    DEVICE void prepare(float (&prepared)[HEADS][SIZE], bool last, CACHE (&key_at_hand)[SIZE], CACHE (&value_at_hand)[SIZE],
-                        CACHE* key_in_cache, CACHE* value_in_cache) const {
-        constexpr int VALUES = (SIZE + THREADS - 1) / THREADS;
-        const int thread = static_cast<int>(threadIdx.x);
-        const int warp = thread / 32;
-        const bool has_key = last && warp == WARPS - 1;
-        Head of_key(key, has_key);
-        float values[VALUES];
-#pragma unroll
-        for (int j = 0; j < VALUES; ++j)
-            values[j] = load_fresh(value + thread + j * THREADS, last && thread + j * THREADS < SIZE);
+    // `put_query(h, head)` takes the block's queries, `put_key(head)` and `put_value(head)` the last block's key and value.
+    template <class PutQuery, class PutKey, class PutValue>
+    DEVICE void prepare(bool last, PutQuery put_query, PutKey put_key, PutValue put_value) const {
+        static_assert(WARPS > 1, "a warp has the key, another one the value");
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        const bool has_key = warp == WARPS - 1;
+        Head stored(has_key ? key : value, last && warp >= WARPS - 2);
 #pragma unroll
         for (int from = 0; from < HEADS; from += WARPS) {
             const int head = from + warp;
             if (head >= HEADS) break;
-            Head(queries + head * SIZE, true).prepare(rotary.q_gain, rotary.eps, turn, [&](int i, float x) {
-                prepared[head][i] = x * (rotary.scale * LOG2_E);
-            });
+            Head query(queries + head * SIZE, true);
+            query.prepare(rotary.q_gain, rotary.eps, turn);
+            put_query(head, query);
         }
-        if (has_key)
-            of_key.prepare(rotary.k_gain, rotary.eps, turn,
-                           [&](int i, float x) { keep(x, key_at_hand[i], key_in_cache[i]); });
-#pragma unroll
-        for (int j = 0; j < VALUES; ++j) {
-            const int i = thread + j * THREADS;
-            if (last && i < SIZE) keep(values[j], value_at_hand[i], value_in_cache[i]);
+        if (last && has_key) {
+            stored.prepare(rotary.k_gain, rotary.eps, turn);
+            put_key(stored);
+        } else if (last && warp == WARPS - 2) {
+            put_value(stored);
         }
         __syncthreads();
     }

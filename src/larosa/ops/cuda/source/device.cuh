@@ -44,6 +44,13 @@ DEVICE float widen_half<Half>(unsigned word, int upper) {
     return wide;
 }
 
+// The nearest whole number; NaN is 0.
+DEVICE int rounded(float x) {
+    int whole;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(whole) : "f"(x));
+    return whole;
+}
+
 DEVICE void narrow(float x, float& to) { to = x; }
 DEVICE void narrow(float x, BFloat16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 DEVICE void narrow(float x, Half& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
@@ -238,6 +245,11 @@ DEVICE void store_pair(float* to, float x, unsigned y, bool wanted) {
 // last PENDING groups after copies_arrived(); copies_issued() ends a group.
 DEVICE void copy_later(Words<4>& to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(&to)), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+// The same of 4 bytes.
+DEVICE void copy_later(Words<1>& to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(&to)), "l"(from), "r"(there ? 4 : 0)
                  : "memory");
 }
 DEVICE void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }

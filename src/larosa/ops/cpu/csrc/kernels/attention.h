@@ -24,6 +24,8 @@ inline void prepare_head(const float *head, int64_t size, const larosa_vector &g
     }
 }
 
+inline float bfloat16_at(const uint16_t *x) { return bits<float>(uint32_t(*x) << 16); }
+
 // To the nearest, ties to even.
 inline uint16_t round_to_bfloat16(float x) {
     if (x != x) return 0x7fc0;
@@ -41,7 +43,28 @@ inline uint16_t round_to_float16(float x) {
     return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-inline void store_head(const float *head, int64_t size, int64_t dtype, void *cache) {
+// To digits of 8 bits, the largest magnitude to 127. What is not finite has a scale that says so, and digits of 0.
+inline void store_digits(const float *head, int64_t size, int8_t *to, uint16_t *scale) {
+    uint32_t largest = 0;  // bits of a magnitude: NaN's are above infinity's
+    for (int64_t i = 0; i < size; ++i) {
+        const uint32_t magnitude = bits<uint32_t>(head[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    *scale = round_to_bfloat16(bits<float>(largest) / 127);
+    const float wide = bfloat16_at(scale);
+    const float inverse = wide > 1e-37f && wide < __builtin_inff() ? 1 / wide : 0;
+    for (int64_t i = 0; i < size; ++i) {
+        // Adding and taking off 1.5 * 2^23 leaves no places behind the point.
+        const float digit = inverse == 0 ? 0 : (head[i] * inverse + 0x1.8p23f) - 0x1.8p23f;
+        to[i] = int8_t(digit > 127 ? 127 : digit < -127 ? -127 : digit);
+    }
+}
+
+inline void store_head(const float *head, int64_t size, int64_t dtype, void *cache, uint16_t *scale) {
+    if (dtype == LAROSA_INT8) {
+        store_digits(head, size, static_cast<int8_t *>(cache), scale);
+        return;
+    }
     if (dtype == LAROSA_FLOAT32) {
         __builtin_memcpy(cache, head, size_t(size) * sizeof *head);
         return;
@@ -78,7 +101,7 @@ inline void mix_values(const float *weights, const typename Type::Element *value
 
 template <class Type>
 inline void attend_typed(const float *query, const typename Type::Element *keys, const typename Type::Element *values,
-                         int64_t count, int64_t size, float scale, float *part) {
+                         const uint16_t *scales, int64_t count, int64_t size, float scale, float *part) {
     float weights[kChunk];
     float largest = -__builtin_inff();
     for (int64_t t = 0; t < count; ++t) {
@@ -86,7 +109,7 @@ inline void attend_typed(const float *query, const typename Type::Element *keys,
         for_vectors(size, [&](int64_t at, int64_t some) {
             products += load_at(query, at, some) * load_at<Type>(keys + t * size, at, some);
         });
-        weights[t] = scale * sum(products);
+        weights[t] = scale * sum(products) * (scales ? bfloat16_at(scales + 2 * t) : 1);
         largest = weights[t] > largest ? weights[t] : largest;
     }
     // Where all scores are minus infinity or NaN, or one is infinite, the weights come out as softmax has them.
@@ -100,16 +123,18 @@ inline void attend_typed(const float *query, const typename Type::Element *keys,
     });
     part[0] = largest;
     part[1] = sum(total);
+    if (scales)
+        for (int64_t t = 0; t < count; ++t) weights[t] *= bfloat16_at(scales + 2 * t + 1);
     mix_values<Type>(weights, values, count, size, part + 2);
 }
 
-inline void attend_chunk(const float *query, const void *keys, const void *values, int64_t count, int64_t size,
-                         int64_t dtype, float scale, float *part) {
-    with_type(dtype, [&](auto type) {
+inline void attend_chunk(const float *query, const void *keys, const void *values, const uint16_t *scales,
+                         int64_t count, int64_t size, int64_t dtype, float scale, float *part) {
+    with_any_type(dtype, [&](auto type) {
         using Type = decltype(type);
         using Element = typename Type::Element;
-        attend_typed<Type>(query, static_cast<const Element *>(keys), static_cast<const Element *>(values), count, size,
-                           scale, part);
+        attend_typed<Type>(query, static_cast<const Element *>(keys), static_cast<const Element *>(values), scales, count,
+                           size, scale, part);
     });
 }
 

@@ -40,11 +40,12 @@ struct Kernels {
     // Norm and rotation of one head of queries or keys; cos and sin are those of the position, or null.
     void (*prepare_head)(const float *head, int64_t size, const larosa_vector &gain, double eps, const float *cos,
                          const float *sin, float *out);
-    void (*store_head)(const float *head, int64_t size, int64_t dtype, void *cache);
+    // `scale` is written where the dtype is int8.
+    void (*store_head)(const float *head, int64_t size, int64_t dtype, void *cache, uint16_t *scale);
     // One head's attention over `count` <= kChunk cached positions: part[0] is the largest score, part[1] the sum of
-    // the weights relative to it, and the rest the sum of the values so weighted.
-    void (*attend_chunk)(const float *query, const void *keys, const void *values, int64_t count, int64_t size,
-                         int64_t dtype, float scale, float *part);
+    // the weights relative to it, and the rest the sum of the values so weighted. An int8 position has two `scales`.
+    void (*attend_chunk)(const float *query, const void *keys, const void *values, const uint16_t *scales, int64_t count,
+                         int64_t size, int64_t dtype, float scale, float *part);
     void (*merge_chunks)(const float *parts, int64_t count, int64_t size, float *out);
 };
 
