@@ -42,7 +42,7 @@ def measured(family_config):
     """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
     rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
     for (name, sparsity), seconds in SECONDS.items():
-        rows.add(name, sparsity, 1000, lambda: None)
+        rows.add(name, sparsity, torch.float16, 1000, lambda: None)
         rows._rows[-1].seconds += seconds
     return Benchmark(MACHINE, 1e6, list(rows.results(1e6)))
 

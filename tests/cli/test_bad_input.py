@@ -292,6 +292,11 @@ def test_bad_sampling_options(refused, checkpoint, option):
     assert option[0] in refused("generate", checkpoint, "--prompt", "w5", *option)
 
 
+def test_a_cache_of_8_bits_without_the_engine(refused, checkpoint):
+    options = ("--prompt", "w5", "--engine", "transformers", "--kv-cache-dtype", "int8")
+    assert "--kv-cache-dtype int8 is of larosa's engine" in refused("generate", checkpoint, *options)
+
+
 def test_a_method_that_the_engine_does_not_run(refused, cli, checkpoint, tmp_path, text_file):
     options = ("--method", "cats", "--sparsity", 0.3, "--calibration", text_file, *QUICK, "--no-measure")
     assert cli("convert", checkpoint, tmp_path / "out", *options).code == 0

@@ -32,6 +32,16 @@ def test_a_shape(cli, tmp_path):
     assert "transformers dense" in outcome.out
 
 
+def test_keys_and_values_of_8_bits(cli, tmp_path):
+    options = ("--shape", "tiny", "--sparsity", "0.5", "--kv-cache-dtype", "int8", "--json", tmp_path / "d.json")
+    outcome = cli("bench", "decode", *options, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "int8 keys and values in the engine" in outcome.out
+    rows = json.loads((tmp_path / "d.json").read_text("utf-8"))["rows"]
+    assert [row["kv_cache_dtype"] for row in rows] == ["bfloat16", "int8", "int8"]
+    assert rows[1]["bytes_per_token"] < rows[0]["bytes_per_token"]
+
+
 def test_checkpoints(cli, checkpoint, converted, tmp_path):
     outcome = cli("bench", "decode", checkpoint, converted, *QUICK, "--json", tmp_path / "d.json")
     assert outcome.code == 0, outcome.err

@@ -14,6 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 import larosa
+from larosa.decoding import CacheDtype, Engine
+from larosa.decoding.loop import continue_prompt, stop_tokens
+from larosa.decoding.sampling import Sampler
 from larosa.demo import bundled_model
 
 from .conftest import QUICK, contents
@@ -175,6 +178,18 @@ def test_generate_streams_what_greedy_decoding_gives(cli, converted, tmp_path, e
     assert outcome.out == "w10 w20" + report["text"] + "\n"
     assert f"tokens/s, {engine} engine" in outcome.err
     assert report["engine"] == engine
+
+
+def test_generate_with_keys_and_values_of_8_bits(cli, converted, tmp_path):
+    options = ("--max-new-tokens", 8, "--device", "cpu", "--kv-cache-dtype", "int8", "--json", tmp_path / "g.json")
+    outcome = cli("generate", converted, "--prompt", "w10 w20", *options)
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "g.json")["kv_cache_dtype"] == "int8"
+    model, tokenizer = larosa.load(str(converted), device="cpu")
+    ids = tokenizer("w10 w20", return_tensors="pt").input_ids
+    engine = Engine(model, 10, CacheDtype.INT8)
+    tokens = continue_prompt(engine, ids, 8, Sampler(), stop_tokens(model))
+    assert outcome.out == tokenizer.decode([*ids[0], *tokens], skip_special_tokens=True) + "\n"
 
 
 def test_generate_samples_by_seed(cli, converted):

@@ -72,6 +72,17 @@ def test_a_model_agrees_with_itself(make_model, tokenizer, text):
     assert (found.kl_divergence, found.top1_agreement) == (pytest.approx(0, abs=1e-9), 1.0)
 
 
+def test_keys_and_values_of_8_bits(make_model, quick_convert, tokenizer, text, rounded_cache):
+    model, data = quick_convert(make_model("llama")), text(70)
+    found = larosa.evaluate(model, tokenizer, data, sequence_length=16, reference=model, kv_cache_dtype="int8")
+    windows = evaluation_windows(model, tokenizer, data, 16, None)
+    rounded = [model(ids[None], past_key_values=rounded_cache()).logits[0, :-1].log_softmax(-1) for ids in windows]
+    losses = [-log_p[torch.arange(15), ids[1:]].mean() for log_p, ids in zip(rounded, windows, strict=True)]
+    assert found.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
+    as_it_is = larosa.evaluate(model, tokenizer, data, sequence_length=16, reference=model)
+    assert as_it_is.kl_divergence < 1e-9 < found.kl_divergence < 0.01
+
+
 def test_recorded_logits_are_a_reference(make_model, quick_convert, tokenizer, text):
     model = make_model("llama")
     windows = evaluation_windows(model, tokenizer, text(96), 32, None)
@@ -144,6 +155,7 @@ def test_default_length_is_the_models_context(make_model, tokenizer, text):
         ({"sequence_length": -3}, "--sequence-length -3 is outside"),
         ({"sequence_length": 0}, "--sequence-length 0 is outside"),
         ({"max_sequences": 0}, "--max-sequences must be at least 1, not 0"),
+        ({"kv_cache_dtype": "int4"}, "unknown kv_cache_dtype 'int4': one of auto, int8"),
         ({"sequence_length": 65}, "has 64 tokens, less than one window"),
     ],
 )

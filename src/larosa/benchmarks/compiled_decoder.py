@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Heads
-from larosa.benchmarks.shapes import cache_bytes
+from larosa.decoding.cache import cache_bytes
 from larosa.sparsity import SiteSizes
 
 #: Makes the module that multiplies [1, D] by matrices [N_i, D], one for q/k/v together and two for gate and up, which

@@ -17,7 +17,6 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     AdapterLayout,
-    cache_bytes,
     check_room,
     random_model,
     shape_config,
@@ -27,7 +26,8 @@ from larosa.benchmarks.shapes import (
     weight_bytes,
 )
 from larosa.config import check_sparsity
-from larosa.decoding import Engine, ForwardEngine
+from larosa.decoding import CacheDtype, Engine, ForwardEngine
+from larosa.decoding.cache import cache_bytes
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
 from larosa.progress import advance
@@ -60,6 +60,7 @@ def measure_shape(
     layout: AdapterLayout = DEFAULT_LAYOUT,
     prompt_tokens: int = 128,
     tokens: int = 64,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> DecodeBenchmark:
     """Measure a shape with random weights: dense, and LaRoSA with adapters and scores at each sparsity.
 
@@ -72,6 +73,7 @@ def measure_shape(
         layout: where LaRoSA's adapters are, and how they are stored.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
+        kv_cache_dtype: how the engine keeps keys and values.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
@@ -84,6 +86,7 @@ def measure_shape(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         layout=layout,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -96,6 +99,7 @@ def measure_config(
     prompt_tokens: int,
     tokens: int,
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
@@ -104,7 +108,7 @@ def measure_config(
     check_counts(prompt_tokens, tokens)
     sparse = weight_bytes(config, dtype, layout)
     check_room(weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse, device)
-    subjects = _Subjects(name, prompt_tokens, tokens)
+    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
     subjects.add_dense(random_model(config, dtype, device))
     for _, model in sparse_models(config, dtype, device, sparsities, layout):
         subjects.add(LAROSA, model)
@@ -112,7 +116,12 @@ def measure_config(
 
 
 def measure_checkpoints(
-    checkpoints: list[str], *, dtype: str = "auto", prompt_tokens: int = 128, tokens: int = 64
+    checkpoints: list[str],
+    *,
+    dtype: str = "auto",
+    prompt_tokens: int = 128,
+    tokens: int = 64,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> DecodeBenchmark:
     """Measure a dense checkpoint and converted ones of its shape; rows are called by their names.
 
@@ -121,6 +130,7 @@ def measure_checkpoints(
         dtype: number format to load them in; `auto` is each checkpoint's own.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
+        kv_cache_dtype: how the engine keeps keys and values.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, different shapes, or
@@ -128,7 +138,7 @@ def measure_checkpoints(
     """
     check_counts(prompt_tokens, tokens)
     (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True)
-    subjects = _Subjects(name, prompt_tokens, tokens)
+    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
     subjects.add_dense(dense)
     for path, model in converted:
         subjects.add(path, model)
@@ -138,13 +148,15 @@ def measure_checkpoints(
 class _Subject:
     """One row as it is measured: an engine in the middle of a text."""
 
-    def __init__(self, name: str, model: Any, engine: StepEngine, prompt: torch.Tensor, tokens: int) -> None:
+    def __init__(
+        self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, prompt: torch.Tensor, tokens: int
+    ) -> None:
         report = inspect_config(model.config)
         self.name = name
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.dtype, self.kv_cache_dtype = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, cache))
         self.sparsity = report.sparsity.nominal
-        cache = cache_bytes(model.config, model.dtype, prompt.shape[1] + tokens // 2)
-        self.bytes = report.bytes_sparse_total + report.head_bytes + cache
+        kept = cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
+        self.bytes = report.bytes_sparse_total + report.head_bytes + kept
         self.seconds: list[float] = []
         self._engine = engine
         self._sampler = Sampler()
@@ -166,26 +178,28 @@ class _Subject:
 class _Subjects:
     """The rows of a benchmark, which take turns."""
 
-    def __init__(self, shape: str, prompt_tokens: int, tokens: int) -> None:
+    def __init__(self, shape: str, prompt_tokens: int, tokens: int, kv_cache_dtype: CacheDtype) -> None:
         self._shape = shape
         self._prompt_tokens = prompt_tokens
         self._tokens = tokens
+        self._kv_cache_dtype = kv_cache_dtype
         self._subjects: list[_Subject] = []
 
     def add_dense(self, model: Any) -> None:
         """Two rows of one dense model: transformers' forward, and the engine on the same weights."""
-        self._add(TRANSFORMERS, model, ForwardEngine(model))
+        self._add(TRANSFORMERS, model, ForwardEngine(model), model.dtype)
         self.add(DENSE, model)
 
     def add(self, name: str, model: Any) -> None:
         """A row of the engine."""
         rounds = -(-self._tokens // _ROUND)
-        self._add(name, model, Engine(model, self._prompt_tokens + self._tokens + rounds))
+        engine = Engine(model, self._prompt_tokens + self._tokens + rounds, self._kv_cache_dtype)
+        self._add(name, model, engine, self._kv_cache_dtype.beside(model.dtype))
 
-    def _add(self, name: str, model: Any, engine: StepEngine) -> None:
+    def _add(self, name: str, model: Any, engine: StepEngine, cache: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator)
-        self._subjects.append(_Subject(name, model, engine, prompt, self._tokens))
+        self._subjects.append(_Subject(name, model, engine, cache, prompt, self._tokens))
 
     def measure(self) -> DecodeBenchmark:
         """Run all rows in turns of a few tokens, so that a busy moment of the machine hits all alike."""
@@ -207,6 +221,7 @@ class _Subjects:
             yield CpuDecodeRow(
                 shape=self._shape,
                 dtype=subject.dtype,
+                kv_cache_dtype=subject.kv_cache_dtype,
                 threads=torch.get_num_threads(),
                 row=subject.name,
                 sparsity=subject.sparsity,

@@ -28,7 +28,6 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     AdapterLayout,
-    cache_bytes,
     check_room,
     random_model,
     shape_config,
@@ -38,6 +37,7 @@ from larosa.benchmarks.shapes import (
     weight_bytes,
 )
 from larosa.config import check_sparsity
+from larosa.decoding.cache import CacheDtype, cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
@@ -79,6 +79,7 @@ def measure_gpu_shape(
     prompt_tokens: int = 128,
     tokens: int = 256,
     compiled: bool = True,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> GpuDecodeBenchmark:
     """Measure a shape with random weights, LaRoSA with adapters and scores.
 
@@ -94,6 +95,7 @@ def measure_gpu_shape(
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
+        kv_cache_dtype: how the engine keeps keys and values.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
@@ -109,6 +111,7 @@ def measure_gpu_shape(
         layout=layout,
         teal_sparsities=teal_sparsities,
         compiled=compiled,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -124,13 +127,14 @@ def measure_gpu_config(
     layout: AdapterLayout = DEFAULT_LAYOUT,
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> GpuDecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
     teal_sparsities = teal_sparsities if compiled else ()
-    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens)
+    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype)
     sparse = weight_bytes(config, dtype, layout)
     weights = weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse
     check_room(rows.bytes_needed(compiled + len(teal_sparsities), 1 + len(sparsities)) + weights, device)
@@ -140,14 +144,20 @@ def measure_gpu_config(
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
         dense = random_model(config, dtype, device)
-        rows.add_engine(DENSE, dense, Engine(dense, rows.length))
+        rows.add_engine(DENSE, dense, Engine(dense, rows.length, kv_cache_dtype))
         for _, model in sparse_models(config, dtype, device, sparsities, layout):
-            rows.add_engine(LAROSA, model, Engine(model, rows.length))
+            rows.add_engine(LAROSA, model, Engine(model, rows.length, kv_cache_dtype))
         return rows.measure()
 
 
 def measure_gpu_checkpoints(
-    checkpoints: list[str], *, device: torch.device, dtype: str = "auto", prompt_tokens: int = 128, tokens: int = 256
+    checkpoints: list[str],
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    prompt_tokens: int = 128,
+    tokens: int = 256,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> GpuDecodeBenchmark:
     """Measure checkpoints of one shape, at most one of them dense, beside compiled PyTorch with that shape.
 
@@ -157,6 +167,7 @@ def measure_gpu_checkpoints(
         dtype: number format to load them in; `auto` is their own.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
+        kv_cache_dtype: how the engine keeps keys and values.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded or run, several that are dense, different shapes or number
@@ -165,10 +176,10 @@ def measure_gpu_checkpoints(
     check_counts(prompt_tokens, tokens)
     models = load_alike(checkpoints, dtype, device, needs_dense=False)
     name, first = models[0]
-    rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens)
+    rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens, kv_cache_dtype)
     check_room(rows.bytes_needed(1, len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
-    engines = [_engine(path, model, rows.length) for path, model in models]
+    engines = [_engine(path, model, rows.length, kv_cache_dtype) for path, model in models]
     with torch.cuda.device(device):
         rows.add_compiled()
         for (path, model), engine in zip(models, engines, strict=True):
@@ -176,8 +187,8 @@ def measure_gpu_checkpoints(
         return rows.measure()
 
 
-def _engine(path: str, model: Any, length: int) -> Engine:
-    engine = Engine(model, length)
+def _engine(path: str, model: Any, length: int, kv_cache_dtype: CacheDtype) -> Engine:
+    engine = Engine(model, length, kv_cache_dtype)
     if not engine.fixed_shapes:
         raise LarosaError(f"{path}: thresholds keep a number of entries that varies: measure it with --device cpu")
     return engine
@@ -189,6 +200,7 @@ class _Row:
 
     name: str
     sparsity: float
+    cache: torch.dtype
     bytes: int
     advance: Callable[[], object]
     seconds: list[float]
@@ -209,12 +221,20 @@ class _Rows:
     """The rows of a benchmark, which take turns."""
 
     def __init__(
-        self, shape: str, config: Any, device: torch.device, dtype: torch.dtype, prompt_tokens: int, tokens: int
+        self,
+        shape: str,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        prompt_tokens: int,
+        tokens: int,
+        kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     ) -> None:
         self._shape, self._device, self._dtype = shape, device, dtype
         self._config = deepcopy(config)
         self._config.dtype = dtype
         self._prompt_tokens, self._tokens = prompt_tokens, tokens
+        self._engine_cache = kv_cache_dtype.beside(dtype)
         #: Positions that an engine or decoder needs: each round runs a token that is not counted.
         self.length = prompt_tokens + tokens + math.ceil(tokens / _ROUND) + 2
         self._rows: list[_Row] = []
@@ -225,7 +245,7 @@ class _Rows:
         """What is held at once beside the engines' models: compiled decoders, caches, and the test of the bandwidth."""
         return (
             decoders * decoder_bytes(self._config, self.length, self._dtype)
-            + engines * cache_bytes(self._config, self._dtype, self.length)
+            + engines * cache_bytes(self._config, self._engine_cache, self.length)
             + READ_BYTES
         )
 
@@ -264,7 +284,7 @@ class _Rows:
         _, run = min((self._compiled(decoder, attention) for attention in ways), key=itemgetter(0))
         dense = inspect_config(self._config)
         skipped = round(sparsity * dense.bytes_dense_total)
-        self.add(name, sparsity, dense.bytes_dense_total - skipped + dense.head_bytes, run)
+        self.add(name, sparsity, self._dtype, dense.bytes_dense_total - skipped + dense.head_bytes, run)
 
     def _compiled(self, decoder: CompiledDecoder, attention: Attention) -> tuple[float, Callable[[], None]]:
         """What runs a token of a decoder that attends in a way, and seconds that it takes."""
@@ -280,7 +300,7 @@ class _Rows:
         with compilation():
             for _ in range(3):  # compiles, warms up and captures
                 run()
-        trial = _Row("", 0.0, 0, run, [])
+        trial = _Row("", 0.0, self._dtype, 0, run, [])
         position.fill_(self._prompt_tokens)
         trial.run(min(_TRIAL, self._tokens))
         position.fill_(self._prompt_tokens)
@@ -292,12 +312,13 @@ class _Rows:
         generator = torch.Generator().manual_seed(0)
         loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
         report = inspect_config(model.config)
-        self.add(name, report.sparsity.nominal, report.bytes_sparse_total + report.head_bytes, loop.advance)
+        weights = report.bytes_sparse_total + report.head_bytes
+        self.add(name, report.sparsity.nominal, self._engine_cache, weights, loop.advance)
 
-    def add(self, name: str, sparsity: float, weights: int, run: Callable[[], object]) -> None:
+    def add(self, name: str, sparsity: float, cache: torch.dtype, weights: int, run: Callable[[], object]) -> None:
         """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
-        cache = cache_bytes(self._config, self._dtype, self._prompt_tokens + self._tokens // 2)
-        self._rows.append(_Row(name, sparsity, weights + cache, run, []))
+        kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2)
+        self._rows.append(_Row(name, sparsity, cache, weights + kept, run, []))
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
         token = torch.ones(1, dtype=torch.int64, device=self._device)
@@ -323,6 +344,7 @@ class _Rows:
             yield GpuDecodeRow(
                 shape=self._shape,
                 dtype=str(self._dtype).removeprefix("torch."),
+                kv_cache_dtype=str(row.cache).removeprefix("torch."),
                 row=row.name,
                 sparsity=row.sparsity,
                 prompt_tokens=self._prompt_tokens,

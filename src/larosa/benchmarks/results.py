@@ -44,6 +44,7 @@ class DecodeRow:
 
     shape: str
     dtype: str
+    kv_cache_dtype: str
     row: str
     sparsity: float
     prompt_tokens: int

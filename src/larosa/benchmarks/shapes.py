@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from larosa.architectures import Heads, find_architecture
+from larosa.architectures import find_architecture
 from larosa.config import (
     AdapterFormat,
     Budget,
@@ -145,12 +145,6 @@ def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None =
         return weights
     adapters = layout.stored(dtype)
     return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, adapters, dtype.itemsize)
-
-
-def cache_bytes(config: Any, dtype: torch.dtype, positions: int) -> int:
-    """Keys and values of so many positions, windows aside."""
-    heads = Heads.of(config)
-    return int(2 * config.num_hidden_layers * heads.keys * heads.size * positions * dtype.itemsize)
 
 
 def check_room(needed: int, device: torch.device, mend: str = "take fewer --layers or a smaller shape") -> None:

@@ -16,6 +16,7 @@ from larosa.checkpoint import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
 from larosa.config import AdapterFormat
+from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 
 
@@ -33,6 +34,7 @@ def decode(
     adapters: Annotated[
         AdapterFormat | None, typer.Option(help="How --shape stores adapters; by default as convert does.")
     ] = None,
+    kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
@@ -53,7 +55,7 @@ def decode(
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
-    settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens}
+    settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
     if shape is None:
         settings["dtype"] = dtype
         if where.type == "cuda":
@@ -80,7 +82,8 @@ def _show(result: DecodeBenchmark, json: Path | None) -> None:
 def _table(result: DecodeBenchmark) -> Table:
     first = result.rows[0]
     table = Table(
-        title=f"{first.shape}, {first.dtype}, after {first.prompt_tokens} tokens; speedups over the engine dense",
+        title=f"{options.decode_title(result.rows[-1])}, after {first.prompt_tokens} tokens; "
+        "speedups over the engine dense",
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)

@@ -32,7 +32,8 @@ def kernels(shape: str, device: torch.device, json: Path | None, **settings: Any
 def _decode_table(result: GpuDecodeBenchmark) -> Table:
     first = result.rows[0]
     table = Table(
-        title=f"{first.shape}, {first.dtype}, {first.tokens} tokens after {first.prompt_tokens}, time of one in ms",
+        title=f"{options.decode_title(result.rows[-1])}, {first.tokens} tokens after {first.prompt_tokens}, "
+        "time of one in ms",
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)

@@ -10,6 +10,7 @@ from rich.table import Table
 from larosa.checkpoint import load
 from larosa.cli import options
 from larosa.cli.options import console
+from larosa.decoding import CacheDtype
 from larosa.evaluation.perplexity import Evaluation
 from larosa.evaluation.perplexity import evaluate as evaluate_model
 
@@ -24,6 +25,7 @@ def evaluate(
     ] = None,
     sequence_length: options.SequenceLength = None,
     max_sequences: Annotated[int | None, typer.Option(help="Score only the first so many sequences.")] = None,
+    kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -42,13 +44,16 @@ def evaluate(
         sequence_length=sequence_length,
         max_sequences=max_sequences,
         reference=dense,
+        kv_cache_dtype=kv_cache_dtype,
     )
-    _print(model, data, result)
-    options.write_json(json, {"model": model, "data": data, **result.to_dict()})
+    _print(model, data, kv_cache_dtype, result)
+    options.write_json(json, {"model": model, "data": data, "kv_cache_dtype": kv_cache_dtype.value, **result.to_dict()})
 
 
-def _print(model: str, data: str, result: Evaluation) -> None:
+def _print(model: str, data: str, kv_cache_dtype: CacheDtype, result: Evaluation) -> None:
     table = Table(title=f"{model} on {data}", title_justify="left", show_header=False)
+    if kv_cache_dtype is not CacheDtype.AUTO:
+        table.add_row("keys and values", kv_cache_dtype.value)
     table.add_row("perplexity", f"{result.perplexity:.4f}")
     if result.kl_divergence is not None:
         table.add_row("KL divergence to dense", f"{result.kl_divergence:.4f} nats per token")

@@ -9,7 +9,7 @@ import typer
 from larosa.checkpoint import load
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.decoding import EngineName
+from larosa.decoding import CacheDtype, EngineName
 from larosa.decoding import generate as generate_text
 from larosa.progress import stderr
 
@@ -25,6 +25,7 @@ def generate(
         EngineName | None,
         typer.Option(help="What runs the model; larosa's own engine where the device has kernels for it."),
     ] = None,
+    kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -43,6 +44,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         engine=engine,
+        kv_cache_dtype=kv_cache_dtype,
         on_text=lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True),
     )
     console.print()

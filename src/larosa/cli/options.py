@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from larosa.benchmarks.results import DecodeRow
+from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 from larosa.sparsity.report import Sparsity
 
@@ -34,12 +36,22 @@ class Dtype(StrEnum):
 Model = Annotated[str, typer.Argument(help="Folder or Hugging Face name of a dense or converted model.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]
+KvCacheDtype = Annotated[
+    CacheDtype,
+    typer.Option("--kv-cache-dtype", help="How larosa's engine keeps keys and values; auto is as the weights."),
+]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in the checkpoint to run; never needed by larosa.")
 ]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each sequence.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+
+
+def decode_title(row: DecodeRow) -> str:
+    """What the rows of a table of decoding share; `row` is the engine's."""
+    cache = f", {row.kv_cache_dtype} keys and values in the engine" if row.kv_cache_dtype != row.dtype else ""
+    return f"{row.shape}, {row.dtype}{cache}"
 
 
 def print_whole(table: Table) -> None:

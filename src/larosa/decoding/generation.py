@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from larosa.calibration.sources import tokenize
+from larosa.decoding.cache import CacheDtype
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
@@ -42,6 +43,7 @@ class Generation:
     seconds: float
     tokens_per_second: float | None
     engine: str
+    kv_cache_dtype: str
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -58,6 +60,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     engine: str | None = None,
+    kv_cache_dtype: str = CacheDtype.AUTO,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue a prompt.
@@ -70,6 +73,7 @@ def generate(
         top_p: sample from the smallest set of tokens with this much probability.
         seed: of the sampling; the same seed gives the same text on the same device and engine.
         engine: `larosa`, `transformers`, or None for larosa's where the device has its kernels.
+        kv_cache_dtype: how larosa's engine keeps keys and values: `auto` as the model's weights, or `int8`.
         on_text: called with each piece of text as soon as it is complete.
 
     Raises:
@@ -80,6 +84,7 @@ def generate(
         raise LarosaError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     device = model.get_input_embeddings().weight.device
     chosen = _engine(engine, device)
+    cache_dtype = _cache_dtype(kv_cache_dtype, chosen)
     kernels = chosen is EngineName.LAROSA and device.type != "cpu"
     sampler = Sampler(temperature, top_p, seed, device=device, kernels=kernels)
     ids = _prompt_ids(model, tokenizer, prompt)
@@ -91,7 +96,7 @@ def generate(
     output = TextStream(tokenizer, ids.tolist(), on_text)
     started = time.perf_counter()
     runner: StepEngine = (
-        Engine(model, len(ids) + max_new_tokens) if chosen is EngineName.LAROSA else ForwardEngine(model)
+        Engine(model, len(ids) + max_new_tokens, cache_dtype) if chosen is EngineName.LAROSA else ForwardEngine(model)
     )
     stop = stop_tokens(model)
     if isinstance(runner, Engine) and device.type == "cuda" and runner.fixed_shapes:
@@ -108,6 +113,7 @@ def generate(
         seconds=time.perf_counter() - started,
         tokens_per_second=output.tokens_per_second,
         engine=chosen.value,
+        kv_cache_dtype=cache_dtype.value,
     )
 
 
@@ -118,6 +124,13 @@ def _engine(name: str | None, device: torch.device) -> EngineName:
         return EngineName(name)
     except ValueError:
         raise LarosaError(f"unknown engine '{name}': one of {', '.join(EngineName)}") from None
+
+
+def _cache_dtype(name: str, engine: EngineName) -> CacheDtype:
+    dtype = CacheDtype.parse(name)
+    if dtype is not CacheDtype.AUTO and engine is not EngineName.LAROSA:
+        raise LarosaError(f"--kv-cache-dtype {dtype} is of larosa's engine, and this is the {engine} engine")
+    return dtype
 
 
 def _prompt_ids(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:

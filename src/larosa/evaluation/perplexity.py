@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
+from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
 from larosa.progress import track
@@ -56,6 +57,7 @@ def evaluate(
     sequence_length: int | None = None,
     max_sequences: int | None = None,
     reference: Any = None,
+    kv_cache_dtype: str = CacheDtype.AUTO,
 ) -> Evaluation:
     """Perplexity of a dense or converted model on a text, and its distance from a dense reference.
 
@@ -68,10 +70,13 @@ def evaluate(
         sequence_length: window length in tokens; None is 2048 or the model's context if that is shorter.
         max_sequences: score only the first so many windows.
         reference: the dense model; may be on another device.
+        kv_cache_dtype: `int8` rounds all of the model's keys and values, as the engine does with that option while it
+            decodes; to a prompt it attends as it is.
 
     Raises:
-        LarosaError: unusable text, a vocabulary mismatch, NaN or Inf logits.
+        LarosaError: unusable text, a vocabulary mismatch, an unknown option, NaN or Inf logits.
     """
+    cache_dtype = CacheDtype.parse(kv_cache_dtype)
     windows = evaluation_windows(model, tokenizer, data, sequence_length, max_sequences)
     dense = None
     if reference is not None:
@@ -81,7 +86,7 @@ def evaluate(
                 f"{model.config.vocab_size}: not the model it was converted from"
             )
         dense = _Logits(reference)
-    return evaluate_windows(model, windows, dense)
+    return evaluate_windows(model, windows, dense, cache_dtype)
 
 
 def evaluation_windows(
@@ -107,10 +112,13 @@ def evaluation_windows(
 
 @torch.inference_mode()
 def evaluate_windows(
-    model: Any, windows: torch.Tensor, reference: Callable[[torch.Tensor], torch.Tensor] | None
+    model: Any,
+    windows: torch.Tensor,
+    reference: Callable[[torch.Tensor], torch.Tensor] | None,
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> Evaluation:
     """Score windows [number, length]; `reference` maps one window [1, length] to dense logits."""
-    logits_of = _Logits(model)
+    logits_of = _Logits(model, kv_cache_dtype)
     loss = divergence = agreement = 0.0
     tokens = 0
     with sparse_prompts(model), ZeroCounter(model) as zeros:
@@ -144,12 +152,14 @@ def evaluate_windows(
 class _Logits:
     """A model as a function from token ids [1, T] to logits [1, T, vocabulary]."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kv_cache_dtype: CacheDtype = CacheDtype.AUTO) -> None:
         self._model = model
+        self._rounds = kv_cache_dtype is CacheDtype.INT8
         self._device = model.get_input_embeddings().weight.device
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model(ids.to(self._device), use_cache=False).logits
+        cache = RoundedCache() if self._rounds else None
+        logits: torch.Tensor = self._model(ids.to(self._device), past_key_values=cache, use_cache=self._rounds).logits
         return logits
 
 
