@@ -62,7 +62,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 class KeyValueCache:
     """Room for the keys and values of `length` positions: for each layer two tensors [K, length, d].
 
-    As int8 they count what their position's scales say, [K, length, 2] bfloat16 of each layer.
+    int8 ones are to be multiplied by their position's scales, for each layer [K, length, 2] bfloat16.
 
     Memory is checked before it is taken. The entries are undefined until they are written; attention
     reads none after the current position.

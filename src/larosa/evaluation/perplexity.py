@@ -70,8 +70,8 @@ def evaluate(
         sequence_length: window length in tokens; None is 2048 or the model's context if that is shorter.
         max_sequences: score only the first so many windows.
         reference: the dense model; may be on another device.
-        kv_cache_dtype: `int8` rounds all of the model's keys and values, as the engine does with that option while it
-            decodes; to a prompt it attends as it is.
+        kv_cache_dtype: `int8` rounds all of the model's keys and values to 8 bits, as the engine with that option does
+            (but it attends to a prompt from within the prompt before it rounds it).
 
     Raises:
         LarosaError: unusable text, a vocabulary mismatch, an unknown option, NaN or Inf logits.
