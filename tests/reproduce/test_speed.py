@@ -8,6 +8,7 @@ import torch
 from larosa.benchmarks.decode import DENSE, LAROSA, TRANSFORMERS
 from larosa.benchmarks.gpu_decode import COMPILED, TEAL, GpuDecodeRow
 from larosa.benchmarks.results import Benchmark, per_token
+from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 from larosa.reproduce import EXPERIMENTS, figure4, paper, run, speed
 from larosa.reproduce.context import Context
@@ -75,6 +76,16 @@ def test_figure4_measures_each_length_once(dense, settings, tmp_path, measured):
     assert measured[-1] == ((0.5,), 128, 3, torch.bfloat16)
 
 
+def test_keys_and_values_of_8_bits_are_measured_apart_and_noted(dense, settings, tmp_path, measured):
+    def run(**changes):
+        return EXPERIMENTS["table3"].run(Context(str(dense), settings(lengths=(3,), **changes), tmp_path)).notes
+
+    note = "The engine keeps keys and values in int8."
+    assert note not in run()
+    assert note in run(kv_cache_dtype=CacheDtype.INT8)
+    assert len(measured) == 2
+
+
 def test_other_hardware_is_measured_anew(shared_context, measured, monkeypatch):
     speed.decoding(shared_context, (0.75,), 3)
     monkeypatch.setattr(speed, "machine", lambda: {"cpu": "another", "threads": 1, "torch": "2"})
@@ -103,6 +114,7 @@ def on_gpu(tokens, milliseconds):
     found = [
         GpuDecodeRow(
             **{"shape": "tiny", "dtype": "float16", "prompt_tokens": 128, "tokens": tokens},
+            kv_cache_dtype="float16",
             **{"row": row, "sparsity": sparsity, "speedup_over_teal": None},
             speedup=milliseconds[0] / time,
             **per_token([time / 1e3] * 2, 1000, 1e6),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from larosa.cli import options
 from larosa.cli.options import console
+from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 from larosa.reproduce import ALL, EXPERIMENTS, ReproduceSettings
 from larosa.reproduce import reproduce as run_reproduction
@@ -50,6 +51,7 @@ def reproduce(
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
     ] = ",".join(map(str, LENGTHS)),
+    kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
@@ -74,6 +76,7 @@ def reproduce(
         task_data=task_data,
         limit=limit,
         lengths=options.numbers("--lengths", lengths, int, "numbers of tokens separated by commas, 128,2048"),
+        kv_cache_dtype=kv_cache_dtype,
         seed=seed,
         dtype=dtype,
         device=device,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from larosa.calibration.sources import BUNDLED, SELF
+from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 
 #: The paper's model-level sparsities (Table 2).
@@ -27,7 +28,8 @@ class ReproduceSettings:
     `sequence_length` is of calibration and evaluation alike; None is 2048, or the model's context where that
     is shorter. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
     folder of task files, without which tasks are downloaded; `limit` is the number of items of each task. `lengths` are
-    the numbers of tokens that are decoded where speed is measured.
+    the numbers of tokens that are decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and
+    values there.
     """
 
     data: str = BUNDLED
@@ -40,6 +42,7 @@ class ReproduceSettings:
     task_data: Path | None = None
     limit: int | None = None
     lengths: tuple[int, ...] = LENGTHS
+    kv_cache_dtype: CacheDtype = CacheDtype.AUTO
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"

@@ -37,7 +37,8 @@ def decoding(
     """
     device = torch.device(context.device)
     on_gpu = device.type == "cuda"
-    options: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "tokens": tokens}
+    kv_cache_dtype = context.settings.kv_cache_dtype
+    options: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
     request = {
         "sparsities": list(sparsities),
         "teal_sparsities": list(teal_sparsities) if on_gpu else [],
@@ -96,6 +97,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"Times are of single tokens after a prompt of {base['prompt_tokens']}, which is not counted; tokens a second "
         "by their median. Decoders take turns. The floor is the time to read the bytes that a token needs, at the "
         "bandwidth measured in the same run.",
+        *(["The engine keeps keys and values in int8."] if found["rows"][-1]["kv_cache_dtype"] == "int8" else []),
     ]
 
 
