@@ -320,10 +320,20 @@ void norms() {
 void attention() {
     const int64_t key_heads = integer(1, 3), shared = integer(1, 3), size = 2 * integer(1, 40);
     const int64_t capacity = integer(0, 3) ? integer(1, 40) : integer(100, 400), threads = integer(1, 5);
-    const int64_t heads = shared * key_heads, window = integer(0, 2) ? 0 : integer(1, 300), dtype = integer(0, 2);
-    what = "attend size " + std::to_string(size) + " capacity " + std::to_string(capacity);
+    const int64_t heads = shared * key_heads, window = integer(0, 2) ? 0 : integer(1, 300), dtype = integer(0, 3);
+    what = "attend dtype " + std::to_string(dtype) + " size " + std::to_string(size) + " capacity " + std::to_string(capacity);
     const Heap<float> qkv = floats((heads + 2 * key_heads) * size);
-    Typed keys(key_heads * capacity * size, dtype), values(key_heads * capacity * size, dtype);
+    const bool rounded = dtype == LAROSA_INT8;
+    const int64_t rows = key_heads * capacity;
+    const Typed numbers[2] = {{rounded ? 0 : rows * size, dtype}, {rounded ? 0 : rows * size, dtype}};
+    const Heap<int8_t> digits[2] = {Heap<int8_t>(rounded ? rows * size : 0), Heap<int8_t>(rounded ? rows * size : 0)};
+    const Heap<uint16_t> scales(rounded ? 2 * rows : 0);
+    for (const Heap<int8_t> &each : digits)
+        for (int64_t i = 0; i < each.size(); ++i) each[i] = int8_t(integer(-127, 127));
+    for (int64_t i = 0; i < scales.size(); ++i) scales[i] = uint16_t(integer(0x3c00, 0x3c7f));  // about a hundredth
+    const auto data = [&](int which) -> void * {
+        return rounded ? digits[which].get() : const_cast<void *>(numbers[which].data());
+    };
     const Heap<float> cos = floats(capacity * size), sin = floats(capacity * size), out(heads * size);
     const Heap<int64_t> position(1);
     position[0] = integer(0, capacity - 1);
@@ -331,18 +341,30 @@ void attention() {
     const bool rotate = integer(0, 1);
     const double scale = 1 / std::sqrt(double(size));
     const larosa_attention attention = {
-        qkv.get(), const_cast<void *>(keys.data()), const_cast<void *>(values.data()), position.get(),
+        qkv.get(), data(0), data(1), rounded ? scales.get() : nullptr, position.get(),
         rotate ? cos.get() : nullptr, rotate ? sin.get() : nullptr, vector_of(q_gain), vector_of(k_gain),
         heads, key_heads, capacity, size, dtype, window, 1e-6, scale};
     check(larosa_attend(&attention, out.get(), threads) == LAROSA_OK, "refused");
-    const auto cached = [&](const Typed &cache, int64_t at) {
-        if (dtype == LAROSA_FLOAT32) return double(cache.wide[at]);
-        if (dtype == LAROSA_FLOAT16) return half(cache.narrow[at]);
-        const uint32_t word = uint32_t(cache.narrow[at]) << 16;
+    const auto bfloat16 = [](uint16_t bits) {
+        const uint32_t word = uint32_t(bits) << 16;
         float value;
         std::memcpy(&value, &word, sizeof value);
         return double(value);
     };
+    const auto cached = [&](int which, int64_t row, int64_t i) {  // entry i of a row of keys (0) or values (1)
+        const Typed &cache = numbers[which];
+        const int64_t at = row * size + i;
+        if (rounded) return digits[which][at] * bfloat16(scales[2 * row + which]);
+        if (dtype == LAROSA_FLOAT32) return double(cache.wide[at]);
+        if (dtype == LAROSA_FLOAT16) return half(cache.narrow[at]);
+        return bfloat16(cache.narrow[at]);
+    };
+    for (int64_t head = 0; rounded && head < key_heads; ++head)
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t row = head * capacity + position[0];
+            const double value = qkv[(heads + key_heads + head) * size + i], scale = bfloat16(scales[2 * row + 1]);
+            check_near(float(cached(1, row, i)), value, 0.8 * scale);
+        }
     const int64_t start = window && position[0] + 1 > window ? position[0] + 1 - window : 0;
     for (int64_t head = 0; head < heads; ++head) {
         std::vector<double> query(size), mixed(size, 0.0);
@@ -363,7 +385,7 @@ void attention() {
         for (int64_t t = start; t <= position[0]; ++t) {
             double score = 0;
             for (int64_t i = 0; i < size; ++i)
-                score += query[i] * cached(keys, (head / shared * capacity + t) * size + i);
+                score += query[i] * cached(0, head / shared * capacity + t, i);
             scores.push_back(scale * score);
             largest = std::max(largest, scores.back());
             span = std::max(span, std::fabs(scores.back()));
@@ -372,7 +394,7 @@ void attention() {
             const double weight = std::exp(scores[t - start] - largest);
             total += weight;
             for (int64_t i = 0; i < size; ++i)
-                mixed[i] += weight * cached(values, (head / shared * capacity + t) * size + i);
+                mixed[i] += weight * cached(1, head / shared * capacity + t, i);
         }
         for (int64_t i = 0; i < size; ++i)
             check_near(out[head * size + i], mixed[i] / total, 1e-4 * (1 + span) * (1 + std::fabs(mixed[i] / total)));
