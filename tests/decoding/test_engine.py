@@ -9,7 +9,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
-from larosa.decoding import CacheDtype, Engine, ForwardEngine
+from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.models import set_keep_counts
 from larosa.ops.cpu.library import load
@@ -244,10 +244,15 @@ def test_a_cache_of_8_bits(make, clear_ids, step_logits, rounded_logits, family,
     model = make(family, conversion)
     ids = clear_ids(model, LENGTH, lambda ids: rounded_logits(model, ids, PROMPT))
     expected = rounded_logits(model, ids, PROMPT)
-    found = step_logits(Engine(model, LENGTH, CacheDtype.INT8), ids, PROMPT)
+    found = step_logits(Engine(model, LENGTH, "int8"), ids, PROMPT)
     assert_same_logits(found, expected, 2e-3)  # close to a tie a digit may be another one
     exact = step_logits(Engine(model, LENGTH), ids, PROMPT)
     assert (found - expected).norm() < 0.1 * (exact - expected).norm()
+
+
+def test_an_unknown_cache_is_refused(make_model):
+    with pytest.raises(LarosaError, match="unknown kv_cache_dtype 'int4': one of auto, int8"):
+        Engine(make_model("llama"), LENGTH, "int4")
 
 
 def test_a_cache_of_8_bits_takes_half_of_16(make_model):

@@ -32,20 +32,21 @@ class Engine:
     Args:
         model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
         max_length: tokens there is room for, prompt included.
-        kv_cache_dtype: how keys and values are kept. `int8` takes half the memory and time of 16 bits and rounds them.
+        kv_cache_dtype: how keys and values are kept: `auto` as the model's weights, or `int8`, which rounds them and
+            takes half the memory and time of 16 bits.
 
     Raises:
-        LarosaError: a model that the engine cannot run, or too little memory for the cache.
+        LarosaError: a model that the engine cannot run, an unknown option, or too little memory for the cache.
     """
 
-    def __init__(self, model: Any, max_length: int, kv_cache_dtype: CacheDtype = CacheDtype.AUTO) -> None:
+    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
         architecture = find_architecture(model.config.model_type)
         weight = architecture.embedding(model).weight
         _check(model, architecture)
         self.max_length = max_length
         self.device = weight.device
         self._decoder = architecture.decoder(model)
-        cache_dtype = kv_cache_dtype.beside(weight.dtype)
+        cache_dtype = CacheDtype.parse(kv_cache_dtype).beside(weight.dtype)
         self._cache = KeyValueCache(model.config, max_length, cache_dtype, weight.device)
         tables = rotary_tables(model, architecture, max_length)
         self._layers = read_layers(model, architecture, self._cache, tables)
