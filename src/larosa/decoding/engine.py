@@ -33,7 +33,7 @@ class Engine:
         model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
         max_length: tokens there is room for, prompt included.
         kv_cache_dtype: how keys and values are kept: `auto` as the model's weights, or `int8`, which rounds them and
-            takes half the memory and time of 16 bits.
+            takes half the memory of 16 bits.
 
     Raises:
         LarosaError: a model that the engine cannot run, an unknown option, or too little memory for the cache.
