@@ -144,9 +144,9 @@ def measure_gpu_config(
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
         dense = random_model(config, dtype, device)
-        rows.add_engine(DENSE, dense, Engine(dense, rows.length, kv_cache_dtype))
+        rows.add_engine(DENSE, dense, rows.engine(dense))
         for _, model in sparse_models(config, dtype, device, sparsities, layout):
-            rows.add_engine(LAROSA, model, Engine(model, rows.length, kv_cache_dtype))
+            rows.add_engine(LAROSA, model, rows.engine(model))
         return rows.measure()
 
 
@@ -179,7 +179,7 @@ def measure_gpu_checkpoints(
     rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens, kv_cache_dtype)
     check_room(rows.bytes_needed(1, len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
-    engines = [_engine(path, model, rows.length, kv_cache_dtype) for path, model in models]
+    engines = [_engine(path, model, rows) for path, model in models]
     with torch.cuda.device(device):
         rows.add_compiled()
         for (path, model), engine in zip(models, engines, strict=True):
@@ -187,8 +187,8 @@ def measure_gpu_checkpoints(
         return rows.measure()
 
 
-def _engine(path: str, model: Any, length: int, kv_cache_dtype: CacheDtype) -> Engine:
-    engine = Engine(model, length, kv_cache_dtype)
+def _engine(path: str, model: Any, rows: _Rows) -> Engine:
+    engine = rows.engine(model)
     if not engine.fixed_shapes:
         raise LarosaError(f"{path}: thresholds keep a number of entries that varies: measure it with --device cpu")
     return engine
@@ -234,6 +234,7 @@ class _Rows:
         self._config = deepcopy(config)
         self._config.dtype = dtype
         self._prompt_tokens, self._tokens = prompt_tokens, tokens
+        self._kv_cache_dtype = kv_cache_dtype
         self._engine_cache = kv_cache_dtype.beside(dtype)
         #: Positions that an engine or decoder needs: each round runs a token that is not counted.
         self.length = prompt_tokens + tokens + math.ceil(tokens / _ROUND) + 2
@@ -248,6 +249,10 @@ class _Rows:
             + engines * cache_bytes(self._config, self._engine_cache, self.length)
             + READ_BYTES
         )
+
+    def engine(self, model: Any) -> Engine:
+        """What `add_engine` takes: an engine with room for all tokens, and the cache that rows are measured with."""
+        return Engine(model, self.length, self._kv_cache_dtype)
 
     def add_compiled(self) -> None:
         """The decoder of plain PyTorch."""

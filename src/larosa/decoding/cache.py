@@ -62,7 +62,7 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
 class KeyValueCache:
     """Room for the keys and values of `length` positions: for each layer two tensors [K, length, d].
 
-    int8 ones are to be multiplied by their position's scales, for each layer [K, length, 2] bfloat16.
+    int8 ones are to be multiplied by their position's scales, for each layer [K, length, 2] bfloat16; others have None.
 
     Memory is checked before it is taken. The entries are undefined until they are written; attention
     reads none after the current position.
@@ -83,16 +83,17 @@ class KeyValueCache:
             )
         self.length = length
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device).unbind() for _ in range(2))
-        self.scales: tuple[torch.Tensor, ...] | None = None
+        self.scales: tuple[torch.Tensor | None, ...] = (None,) * len(self.keys)
         if dtype == torch.int8:
             self.scales = torch.empty(*shape[:3], 2, dtype=_SCALE, device=device).unbind()
 
     def fill(self, past: Any) -> None:
         """Copy the first positions from a transformers cache that holds all of them, of batch size 1."""
-        for index, layer in enumerate(past.layers):
-            positions = layer.keys.shape[-2]
-            for which, (cache, filled) in enumerate(((self.keys, layer.keys[0]), (self.values, layer.values[0]))):
-                if self.scales is None:
-                    cache[index][:, :positions] = filled
-                else:
-                    cache[index][:, :positions], self.scales[index][:, :positions, which] = digits(filled.float())
+        for keys, values, scales, layer in zip(self.keys, self.values, self.scales, past.layers, strict=True):
+            positions = slice(layer.keys.shape[-2])
+            if scales is None:
+                keys[:, positions] = layer.keys[0]
+                values[:, positions] = layer.values[0]
+            else:
+                keys[:, positions], scales[:, positions, 0] = digits(layer.keys[0].float())
+                values[:, positions], scales[:, positions, 1] = digits(layer.values[0].float())

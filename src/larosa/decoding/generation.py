@@ -129,7 +129,7 @@ def _engine(name: str | None, device: torch.device) -> EngineName:
 def _cache_dtype(name: str, engine: EngineName) -> CacheDtype:
     dtype = CacheDtype.parse(name)
     if dtype is not CacheDtype.AUTO and engine is not EngineName.LAROSA:
-        raise LarosaError(f"--kv-cache-dtype {dtype} is of larosa's engine, not of {engine}'s: use --engine larosa")
+        raise LarosaError(f"--kv-cache-dtype {dtype} is of larosa's engine: use --engine larosa, not {engine}")
     return dtype
 
 

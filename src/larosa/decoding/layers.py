@@ -332,7 +332,7 @@ def _attention(
     return Attention(
         keys=cache.keys[index],
         values=cache.values[index],
-        scales=None if cache.scales is None else cache.scales[index],
+        scales=cache.scales[index],
         cos=cos,
         sin=sin,
         q_gain=None if norms is None else norms[0].weight.data,
