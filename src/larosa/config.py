@@ -238,7 +238,8 @@ class LarosaConfig(_Block):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
     `keep` (methods that count) or `thresholds` (methods that compare) is what the model runs by; the
-    other keys say how it came about. `alphas`, `covariance` and `rotation_objective` are null where the
+    other keys say how it came about, but for `prefill` and `dense_first_token`, which say what tokens stay
+    dense. `alphas`, `covariance` and `rotation_objective` are null where the
     method has none. With a `score` other than magnitude every site has a vector in the checkpoint.
     """
 
@@ -261,6 +262,7 @@ class LarosaConfig(_Block):
     search: Search
     compensation: Compensation = Compensation.NONE
     prefill: Prefill = Prefill.SPARSE
+    dense_first_token: bool = False
     calibration: CalibrationRecord | None = None
 
     @field_validator("keep", "thresholds")

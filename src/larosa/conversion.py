@@ -74,6 +74,7 @@ def convert(
     compensation: str = Compensation.NONE,
     alphas: PerSite | None = None,
     prefill: str = Prefill.SPARSE,
+    dense_first_token: bool | None = None,
     device: torch.device | str | None = None,
     search_log: Path | None = None,
 ) -> Any:
@@ -113,6 +114,7 @@ def convert(
         compensation: `linear` refits the weights to the entries that are kept; `none` leaves them.
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
+        dense_first_token: leave the first token of a text dense, the attention sink on which every head leans.
         device: where layers are calibrated and merged, one at a time; None is where the embedding is.
         search_log: file to keep the search's points in, so that it can be resumed.
 
@@ -142,6 +144,7 @@ def convert(
         search=search,
         compensation=compensation,
         prefill=prefill,
+        dense_first_token=dense_first_token,
         alphas=alphas,
     )
     if str(model.config.model_type).startswith("larosa_"):
@@ -208,11 +211,13 @@ def _selection(
         return {"keep": keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)}
     assert sequences is not None, "thresholds are calibrated"
     sites = settings.method.sites
-    shares = uniform_shares(settings.method, settings.sparsity, sizes)
+    shares, first = uniform_shares(settings.method, settings.sparsity, sizes), int(settings.dense_first_token)
     allocate: Allocation = lambda visit, magnitudes: shares  # noqa: E731
     if settings.search is SearchKind.GREEDY:
-        allocate = GreedyAllocation(architecture, settings.sparsity, {site: sizes.weights(site) for site in sites})
-    return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate)}
+        allocate = GreedyAllocation(
+            architecture, settings.sparsity, {site: sizes.weights(site) for site in sites}, first
+        )
+    return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate, first)}
 
 
 def _block(settings: Settings, **others: Any) -> LarosaConfig:
@@ -232,6 +237,7 @@ def _block(settings: Settings, **others: Any) -> LarosaConfig:
         search=settings.search,
         compensation=settings.compensation,
         prefill=settings.prefill,
+        dense_first_token=settings.dense_first_token,
         calibration=settings.calibration,
         **others,
     )
@@ -279,7 +285,7 @@ def _fisher(
         return []
     assert sequences is not None, "gradients have sequences"
     heads = Heads.of(model.config)
-    found = layer_fisher(model, architecture, sequences, device, settings.seed)
+    found = layer_fisher(model, architecture, sequences, device, settings.seed, int(settings.dense_first_token))
     return [
         UnitFisher(layer, architecture, partial(found.__getitem__, index), heads, device)
         for index, layer in enumerate(architecture.layers(model))
@@ -315,7 +321,7 @@ def _bases(
     group_ends = {group[-1] for group in settings.rotation.groups(len(layers), settings.layers_per_rotation)}
     total: list[torch.Tensor] = []
     values: list[torch.Tensor | None] = []
-    statistics = layer_statistics(model, architecture, sequences, device)
+    statistics = layer_statistics(model, architecture, sequences, device, int(settings.dense_first_token))
     for index, (layer, found) in enumerate(zip(layers, statistics, strict=True)):
         of_layer = fisher[index] if settings.rotation_objective is RotationObjective.FISHER else None
         values.append(_value_basis(found.values, of_layer) if settings.value_rotation else None)

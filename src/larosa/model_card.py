@@ -83,6 +83,7 @@ def model_card(
         "search": block.search,
         "compensation": block.compensation,
         "prompts": block.prefill,
+        "first token": "dense" if block.dense_first_token else "sparse",
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     if block.calibration is not None:

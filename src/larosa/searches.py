@@ -63,8 +63,9 @@ def _fisher_search(
 ) -> None:
     """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
     sizes = SiteSizes.of(model.config)
+    few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sensitivity.fisher_costs(model, architecture, lambda: evaluate_windows(model, sequences, None))
+    costs = sensitivity.fisher_costs(model, architecture, lambda: evaluate_windows(model, few, None))
     _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
 
 

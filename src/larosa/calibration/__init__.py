@@ -3,7 +3,8 @@
 from larosa.calibration.fisher import LayerFisher, layer_fisher
 from larosa.calibration.layers import LayerVisit, visit_layers
 from larosa.calibration.moments import LayerMoments, LayerStatistics, layer_second_moments, layer_statistics
-from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached
+from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached, behind
+from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import TextSplit, calibration_sequences, read_text
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "SortedMagnitudes",
     "TextSplit",
     "attached",
+    "behind",
     "calibration_sequences",
+    "float32_arithmetic",
     "layer_fisher",
     "layer_second_moments",
     "layer_statistics",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from larosa.architectures import Architecture, Heads
 from larosa.calibration.layers import visit_layers_backwards
-from larosa.calibration.observers import HeadMoments, MeanSquare, SecondMoment, attached
+from larosa.calibration.observers import HeadMoments, MeanSquare, SecondMoment, attached, behind
+from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.shelf import Shelf
+from larosa.progress import track
 
 #: Positions whose logits are held at a time, to bound memory on large vocabularies.
 _POSITIONS = 512
@@ -48,11 +50,12 @@ class Fisher:
 
 
 def layer_fisher(
-    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, seed: int
+    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, seed: int, first: int = 0
 ) -> Fisher:
     """Every layer's Fisher information, first layer first, from one pass forwards and one backwards.
 
-    Arguments are as for `visit_layers`; `seed` is of the tokens drawn.
+    Arguments are as for `visit_layers`; `seed` is of the tokens drawn, `first` how many tokens of each sequence are
+    left out, because they stay dense.
 
     Raises:
         LarosaError: a gradient is NaN or Inf, and the message names layer and site; or the disk is full.
@@ -61,9 +64,10 @@ def layer_fisher(
     heads = Heads.of(model.config)
     queries = Heads(keys=heads.keys * heads.group, group=1, size=heads.size)
     backwards = Shelf()
-    for visit in visit_layers_backwards(
+    visits = visit_layers_backwards(
         model, architecture, sequences, device, lambda hidden: loss_gradient(model, architecture, hidden, generator)
-    ):
+    )
+    for visit in track(visits, "Gradients", total=len(architecture.layers(model))):
         where = {site: f"layer {visit.index}, site {site}, gradients" for site in LayerFisher._fields}
         observers: dict[str, SecondMoment | HeadMoments | MeanSquare] = {
             "h1": SecondMoment(where["h1"]),
@@ -71,15 +75,16 @@ def layer_fisher(
             "h3": SecondMoment(where["h3"]),
             "h4": MeanSquare(where["h4"]),
         }
-        with attached(*(_tap_gradient(architecture, visit.layer, site, o) for site, o in observers.items())):
+        taps = {site: behind(first, observer.see) for site, observer in observers.items()}
+        with attached(*(_tap_gradient(architecture, visit.layer, site, see) for site, see in taps.items())):
             visit.outputs()
         backwards.append({site: observer.finish() for site, observer in observers.items()})
     return Fisher(backwards)
 
 
-def _tap_gradient(architecture: Architecture, layer: Any, site: str, observer: Any) -> Any:
+def _tap_gradient(architecture: Architecture, layer: Any, site: str, see: Callable[[torch.Tensor], None]) -> Any:
     def tap(x: torch.Tensor) -> None:
-        x.register_hook(observer.see)
+        x.register_hook(see)
 
     return architecture.tap(layer, site, tap)
 
@@ -91,7 +96,7 @@ def loss_gradient(
     norm, head = architecture.final_norm(model), architecture.head(model)
     parts = []
     for part in hidden.split(_POSITIONS, dim=1):
-        with torch.enable_grad():
+        with torch.enable_grad(), float32_arithmetic(head, part.device):
             part = part.detach().to(norm.weight.device).requires_grad_()
             logits = head(norm(part).to(head.weight.device))
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -10,7 +10,9 @@ from torch import nn
 
 from larosa.architectures import Architecture
 from larosa.calibration.observers import not_finite
+from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.shelf import Shelf
+from larosa.progress import track
 
 
 class LayerVisit:
@@ -26,7 +28,8 @@ class LayerVisit:
 
     def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer as it is now, over one sequence [1, length, hidden]."""
-        output: torch.Tensor = self.layer(hidden, **self.kwargs)
+        with float32_arithmetic(self.layer, hidden.device):
+            output: torch.Tensor = self.layer(hidden, **self.kwargs)
         return output
 
     def outputs(self) -> list[torch.Tensor]:
@@ -52,8 +55,9 @@ def visit_layers(
         device: where the layers run.
     """
     embedding = architecture.embedding(model)
-    hidden = [embedding(ids[None].to(embedding.weight.device)).to(device) for ids in sequences]
-    arguments = _layer_arguments(model, architecture, sequences[:1])
+    with float32_arithmetic(embedding, device):
+        hidden = [embedding(ids[None].to(embedding.weight.device)).to(device) for ids in sequences]
+    arguments = _layer_arguments(model, architecture, sequences[:1], device)
     for index, (layer, kwargs) in enumerate(zip(architecture.layers(model), arguments, strict=True)):
         home = next(layer.parameters()).device
         layer.to(device)
@@ -108,7 +112,8 @@ def visit_layers_backwards(
     passed: list[tuple[int, nn.Module, dict[str, Any]]] = []
     streams = Shelf()
     gradients: list[torch.Tensor] = []
-    for visit in visit_layers(model, architecture, sequences, device):
+    visits = visit_layers(model, architecture, sequences, device)
+    for visit in track(visits, "Activations", total=len(architecture.layers(model))):
         passed.append((visit.index, visit.layer, visit.kwargs))
         streams.append({str(number): hidden for number, hidden in enumerate(visit.inputs)})
         if not all(bool(hidden.isfinite().all()) for hidden in visit.outputs()):
@@ -139,7 +144,9 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def _layer_arguments(model: nn.Module, architecture: Architecture, sequence: torch.Tensor) -> list[dict[str, Any]]:
+def _layer_arguments(
+    model: nn.Module, architecture: Architecture, sequence: torch.Tensor, device: torch.device
+) -> list[dict[str, Any]]:
     """What the model passes each of its layers beside the hidden state: masks, positions.
 
     Asking the model keeps sliding windows, position embeddings and the like its own business.
@@ -149,7 +156,8 @@ def _layer_arguments(model: nn.Module, architecture: Architecture, sequence: tor
     recorders = [_Recorder() for _ in layers]
     base.layers = nn.ModuleList(recorders)
     try:
-        base(sequence.to(architecture.embedding(model).weight.device), use_cache=False)
+        with float32_arithmetic(architecture.embedding(model), device):
+            base(sequence.to(architecture.embedding(model).weight.device), use_cache=False)
     finally:
         base.layers = layers
     return [recorder.arguments for recorder in recorders]

@@ -9,7 +9,7 @@ import torch
 
 from larosa.architectures import Architecture, Heads
 from larosa.calibration.layers import visit_layers
-from larosa.calibration.observers import HeadMoments, SecondMoment, attached
+from larosa.calibration.observers import HeadMoments, SecondMoment, attached, behind
 
 
 class LayerMoments(NamedTuple):
@@ -36,9 +36,11 @@ class LayerStatistics(NamedTuple):
 
 @torch.no_grad()
 def layer_statistics(
-    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device
+    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, first: int = 0
 ) -> Iterator[LayerStatistics]:
     """Yield each layer's statistics as soon as it has run; arguments as for `visit_layers`.
+
+    The first `first` tokens of each sequence are left out, because they stay dense.
 
     A layer may be changed by the caller once its moments have been yielded.
 
@@ -50,8 +52,8 @@ def layer_statistics(
         moments = {site: SecondMoment(f"layer {visit.index}, site {site}") for site in LayerMoments._fields}
         values = HeadMoments(f"layer {visit.index}, site h2", heads)
         with attached(
-            *(architecture.tap_unit_norm(visit.layer, site, m.see) for site, m in moments.items()),
-            architecture.tap(visit.layer, "h2", values.see),
+            *(architecture.tap_unit_norm(visit.layer, site, behind(first, m.see)) for site, m in moments.items()),
+            architecture.tap(visit.layer, "h2", behind(first, values.see)),
         ):
             visit.outputs()
         finished = LayerMoments(**{site: moment.finish() for site, moment in moments.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,16 @@ def attached(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
+def behind(first: int, see: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """`see` for all tokens of x [..., positions, D] but the first so many, which stay dense."""
+    return lambda x: see(x[..., first:, :])
+
+
 class SecondMoment:
-    """mean(x^T x) of the activations seen, not centred, in float64 (paper, equation 7)."""
+    """mean(x^T x) of the activations seen, not centred (paper, equation 7).
+
+    Products within one x are taken in float32 or wider, sums over them in float64.
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -34,10 +42,10 @@ class SecondMoment:
 
     def see(self, x: torch.Tensor) -> None:
         """Add the tokens of x [..., D]."""
-        x = x.flatten(0, -2).double()
-        if self._sum is None:
-            self._sum = x.new_zeros(x.shape[1], x.shape[1])
-        self._sum.addmm_(x.T, x)
+        x = x.flatten(0, -2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        product = (x.T @ x).double()
+        self._sum = product if self._sum is None else self._sum.add_(product)
         self._tokens += len(x)
 
     def finish(self) -> torch.Tensor:

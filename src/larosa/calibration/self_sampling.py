@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from larosa.calibration.precision import float32_arithmetic
 from larosa.errors import LarosaError
 from larosa.progress import advance
 
@@ -39,7 +40,7 @@ def sample_sequences(model: Any, num_sequences: int, sequence_length: int, seed:
         steps = sequence_length - 1
         if steps == 0:
             return start
-        with advance("Sampling tokens", total=steps) as tick:
+        with advance("Sampling tokens", total=steps) as tick, float32_arithmetic(model, device):
             ids = _generate(model, start.to(device), steps, tick)
     return ids.cpu()
 

@@ -68,6 +68,10 @@ def convert(
         Compensation, typer.Option(help="Refit the weights to the entries that are kept.")
     ] = Compensation.NONE,
     prefill: Annotated[Prefill, typer.Option(help="Sparsify prompts too, or run them dense.")] = Prefill.SPARSE,
+    dense_first_token: Annotated[
+        bool | None,
+        typer.Option("--dense-first-token/--sparse-first-token", help="Leave a text's first token, the sink, dense."),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Compare with the dense model on the bundled text.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
     dtype: options.DtypeOption = options.Dtype.AUTO,
@@ -108,6 +112,7 @@ def convert(
         search=search,
         compensation=compensation,
         prefill=prefill,
+        dense_first_token=dense_first_token,
     )
     _print(report)
     options.write_json(json, report.to_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
+from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
@@ -149,6 +151,10 @@ def evaluate_windows(
     )
 
 
+def _device_arithmetic(model: Any) -> AbstractContextManager[None]:
+    return float32_arithmetic(model, model.get_input_embeddings().weight.device)
+
+
 class _Logits:
     """A model as a function from token ids [1, T] to logits [1, T, vocabulary]."""
 
@@ -159,7 +165,10 @@ class _Logits:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         cache = RoundedCache() if self._rounds else None
-        logits: torch.Tensor = self._model(ids.to(self._device), past_key_values=cache, use_cache=self._rounds).logits
+        with _device_arithmetic(self._model):
+            logits: torch.Tensor = self._model(
+                ids.to(self._device), past_key_values=cache, use_cache=self._rounds
+            ).logits
         return logits
 
 
@@ -169,7 +178,8 @@ class RecordedLogits:
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         logits_of = _Logits(model)
-        self._rows = cycle([logits_of(window[None]).cpu() for window in windows])
+        dtype = model.get_input_embeddings().weight.dtype
+        self._rows = cycle([logits_of(window[None]).to("cpu", dtype) for window in windows])
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """The next window's logits; windows come in the order they were recorded in, over and over."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from larosa.architectures import find_architecture
 from larosa.config import SITES
-from larosa.models import Selector, selectors
+from larosa.models import DenseTokens, Selector, selectors
 from larosa.sparsity import SiteSizes
 
 
@@ -39,8 +38,8 @@ class Spread:
 class ZeroCounter:
     """Watches a converted model while it is open; for a dense model it counts nothing.
 
-    Zeros are counted at every site: behind the selector where the method has one, else as the linears
-    find them.
+    Zeros are counted at every site: behind the selector where the method has one, of the tokens that are not left
+    dense, else as the linears find them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -107,26 +106,30 @@ class _Count:
         self._counts.append((x == 0).sum(-1).flatten())
 
 
-def _behind(selector: nn.Module, counts: list[torch.Tensor]) -> Any:
+def _behind(selector: Selector, counts: list[torch.Tensor]) -> Any:
     count = _Count(counts)
-    return selector.register_forward_hook(lambda _module, _inputs, output: count(output))
+    return selector.register_forward_hook(lambda _module, _inputs, output: count(selector.dense.sparse_tokens(output)))
 
 
 @contextmanager
-def sparse_prompts(model: Any) -> Iterator[None]:
-    """Sparsify prompts for the time being, also where the model's `prefill` is dense."""
-    everything = [selector for site in _selectors(model).values() for selector in site]
-    before = [selector.dense_prefill for selector in everything]
-    for selector in everything:
-        selector.dense_prefill = False
+def sparse_prompts(model: Any, dense_before: int = 0) -> Iterator[None]:
+    """Sparsify prompts for the time being, also where the model's `prefill` is dense.
+
+    Args:
+        dense_before: leave the tokens before this position dense, as if they were a prompt that runs dense.
+    """
+    layers = _dense_tokens(model)
+    saved = [(tokens.prompts, tokens.before) for tokens in layers]
+    for tokens in layers:
+        tokens.prompts, tokens.before = False, dense_before
     try:
         yield
     finally:
-        for selector, value in zip(everything, before, strict=True):
-            selector.dense_prefill = value
+        for tokens, (prompts, before) in zip(layers, saved, strict=True):
+            tokens.prompts, tokens.before = prompts, before
 
 
-def _selectors(model: Any) -> dict[str, list[Selector]]:
+def _dense_tokens(model: Any) -> list[DenseTokens]:
     if getattr(model.config, "larosa", None) is None:
-        return {}
-    return selectors(model, find_architecture(model.config.model_type))
+        return []
+    return [layer.dense for layer in find_architecture(model.config.model_type).layers(model)]  # type: ignore[misc]

@@ -12,11 +12,12 @@ from larosa.models.modules import (
     set_scores,
     sparsify_layers,
 )
-from larosa.models.selectors import Selector, Threshold, TopK
+from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
 
 register_families()
 
 __all__ = [
+    "DenseTokens",
     "Family",
     "Int8Adapter",
     "Selector",

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Rotation
+from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation
 from larosa.errors import LarosaError
-from larosa.models.selectors import Selector, TopK, make_selector
+from larosa.models.selectors import DenseTokens, Selector, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
 from larosa.rotation.adapters import Adapter
 
@@ -65,6 +65,7 @@ class SparseDecoderLayer(nn.Module):
     """
 
     architecture: Architecture
+    dense: DenseTokens
     h1: nn.Module
     h3: nn.Module
     attention_adapter: nn.Linear | Int8Adapter | None
@@ -73,6 +74,9 @@ class SparseDecoderLayer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One layer over hidden_states [batch, positions, D]; other arguments go to the attention."""
         names = self.architecture
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers 5.24 has renamed it
+        cached = None if cache is None else cache.get_seq_length(names.attention(self).layer_idx)
+        self.dense.see(kwargs.get("position_ids"), cached)
         attention_input = self.h1(names.norm(self, "h1")(hidden_states))
         attention_output, _ = names.attention(self)(attention_input, *args, **kwargs)
         hidden_states = _carried(hidden_states, self.attention_adapter) + attention_output
@@ -118,11 +122,12 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
     for index, layer in enumerate(layers):
         layer.__class__ = _sparse_layer_class(type(layer))
         layer.architecture = architecture
+        layer.dense = DenseTokens(first=config.dense_first_token, prompts=config.prefill is Prefill.DENSE)
         layer.h1 = layer.h3 = nn.Identity()
         for site in config.method.sites:
             # What the gate lets through, down reads.
             weight = architecture.linears(layer, "h4" if site == GATE else site)[0].weight
-            selector = make_selector(config, site, index, weight)
+            selector = make_selector(config, site, index, weight, layer.dense)
             if isinstance(selector, TopK):
                 _check_count(selector.k, weight.shape[1], site, index)
             _PLACES[site].put(architecture, layer, site, selector)

@@ -2,28 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from larosa.config import LarosaConfig, Prefill
+from larosa.config import LarosaConfig
 from larosa.ops import drop_up_to, keep_top_k
 
 
-class Selector(nn.Module):
-    """Zeros some entries of each token's activation.
+class DenseTokens:
+    """Which tokens of a running forward pass are left dense, the same at all sites of a layer.
 
-    With `dense_prefill`, inputs of more than one position, that is prompts, pass unchanged.
+    The first token of a text carries the attention sink, on which every head leans: `first` leaves it dense. With
+    `prompts` so is whatever comes before a cache holds anything. Without a cache nothing tells a prompt from what
+    follows it, and then everything counts as what follows.
     """
 
-    def __init__(self, dense_prefill: bool = False) -> None:
+    def __init__(self, first: bool = False, prompts: bool = False) -> None:
+        self.first = first
+        self.prompts = prompts
+        #: Tokens before this position are dense; for measurements, which stand for a prompt of that length.
+        self.before = 0
+        self._mask: torch.Tensor | bool = False
+
+    def see(self, position_ids: torch.Tensor | None, cached: int | None) -> None:
+        """Take note of what runs next.
+
+        Args:
+            position_ids: [batch or 1, positions], None where the caller has none.
+            cached: tokens in the layer's cache, None without a cache.
+        """
+        before = max(self.before, int(self.first))
+        if self.prompts and cached == 0:
+            self._mask = True
+        elif before == 0 or (cached or 0) >= before:
+            self._mask = False
+        else:
+            assert position_ids is not None, "transformers gives its layers positions"
+            self._mask = (position_ids < before)[..., None]
+
+    def keep(self, x: torch.Tensor, sparse: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x [batch, positions, D] where tokens are dense, else `sparse(x)`."""
+        if isinstance(self._mask, bool):
+            return x if self._mask else sparse(x)
+        return torch.where(self._mask.to(x.device), x, sparse(x))
+
+    def sparse_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of x [batch, positions, D] that are not left dense, [tokens, D]."""
+        if isinstance(self._mask, bool):
+            return x.flatten(0, -2)[: 0 if self._mask else None]
+        return x[~self._mask[..., 0].to(x.device).expand(x.shape[:-1])]
+
+
+class Selector(nn.Module):
+    """Zeros some entries of each token's activation, but for the tokens that are left dense."""
+
+    def __init__(self, dense: DenseTokens | None = None) -> None:
         super().__init__()
-        self.dense_prefill = dense_prefill
+        self.dense = dense or DenseTokens()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., positions, D]."""
-        if self.dense_prefill and x.shape[-2] > 1:
-            return x
-        return self.select(x)
+        return self.dense.keep(x, self.select)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., D] unconditionally."""
@@ -38,8 +79,8 @@ class TopK(Selector):
 
     score: nn.Parameter | None
 
-    def __init__(self, k: int, dense_prefill: bool = False, score: torch.Tensor | None = None) -> None:
-        super().__init__(dense_prefill)
+    def __init__(self, k: int, dense: DenseTokens | None = None, score: torch.Tensor | None = None) -> None:
+        super().__init__(dense)
         self.k = k
         self.score = None if score is None else nn.Parameter(score, requires_grad=False)
 
@@ -55,8 +96,8 @@ class TopK(Selector):
 class Threshold(Selector):
     """Keeps the entries whose magnitude is above `threshold` (paper, equation 5): how many, varies."""
 
-    def __init__(self, threshold: float, dense_prefill: bool = False) -> None:
-        super().__init__(dense_prefill)
+    def __init__(self, threshold: float, dense: DenseTokens | None = None) -> None:
+        super().__init__(dense)
         self.threshold = threshold
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,16 +109,16 @@ class Threshold(Selector):
         return f"threshold={self.threshold:g}"
 
 
-def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Tensor) -> Selector:
+def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Tensor, dense: DenseTokens) -> Selector:
     """The selector of one site of one layer.
 
     Args:
         weight: of a linear that reads the site, [out, D]. A score has its device and dtype and comes
             uninitialised, for the caller or a checkpoint to fill.
+        dense: shared by the layer's selectors.
     """
-    dense_prefill = config.prefill is Prefill.DENSE
     if config.thresholds is not None:
-        return Threshold(config.thresholds[site][layer], dense_prefill)
+        return Threshold(config.thresholds[site][layer], dense)
     assert config.keep is not None, "validated"
     score = weight.new_empty(weight.shape[1]) if config.score.has_vectors else None
-    return TopK(config.keep[site][layer], dense_prefill, score)
+    return TopK(config.keep[site][layer], dense, score)

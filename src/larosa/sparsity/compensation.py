@@ -64,7 +64,7 @@ class _KeptAndDropped:
         self._tokens = 0
 
     def __call__(self, selector: TopK, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2)
+        x = selector.dense.sparse_tokens(inputs[0])
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         kept = keep_top_k(x, self._k, selector.score)
         self._kept = self._kept + (kept.T @ kept).double()

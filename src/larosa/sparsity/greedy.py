@@ -62,10 +62,11 @@ class GreedyAllocation:
     fed what the dense layers before it give.
     """
 
-    def __init__(self, architecture: Architecture, target: float, weights: Mapping[str, int]) -> None:
+    def __init__(self, architecture: Architecture, target: float, weights: Mapping[str, int], first: int = 0) -> None:
         self._architecture = architecture
         self._target = target
         self._weights = weights
+        self._first = first  # tokens that stay dense
 
     def __call__(self, visit: LayerVisit, magnitudes: dict[str, SortedMagnitudes]) -> dict[str, float]:
         """The share that each site of the visited layer drops."""
@@ -81,7 +82,11 @@ class GreedyAllocation:
         return greedy_shares(self._target, self._weights, error)
 
     def _sparsify(self, visit: LayerVisit, site: str, threshold: float) -> RemovableHandle:
-        return self._architecture.tap(visit.layer, site, lambda x: drop_up_to(x, threshold))
+        def drop(x: torch.Tensor) -> torch.Tensor:
+            dense, sparse = x[..., : self._first, :], x[..., self._first :, :]
+            return torch.cat([dense, drop_up_to(sparse, threshold)], -2)
+
+        return self._architecture.tap(visit.layer, site, drop)
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

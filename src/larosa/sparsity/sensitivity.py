@@ -135,11 +135,11 @@ class _Coherence:
         self._together = self._apart = 0.0
 
     def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2)
+        x = self._selector.dense.sparse_tokens(inputs[0])
         dropped = x - keep_top_k(x, x.shape[-1] - round(PROBE * x.shape[-1]), self._selector.score)
         self._apart += float((dropped.float() * self._norms).square().sum(dtype=torch.float64))
         for weight in self._weights:
-            self._together += float((dropped @ weight.T).float().square().sum(dtype=torch.float64))
+            self._together += float((dropped @ weight.T.to(dropped)).float().square().sum(dtype=torch.float64))
 
     def ratio(self) -> float:
         return self._together / self._apart if self._apart > 0 else 1.0
@@ -172,7 +172,7 @@ class _SortedSquares:
         self._tokens = 0
 
     def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).float()
+        x = self._selector.dense.sparse_tokens(inputs[0]).float()
         if self._selector.score is not None:
             x = x * self._selector.score.float()
         self._sum = self._sum + x.square().sort(-1).values.double().sum(0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture
-from larosa.calibration import LayerVisit, Magnitudes, SortedMagnitudes, attached, visit_layers
+from larosa.calibration import LayerVisit, Magnitudes, SortedMagnitudes, attached, behind, visit_layers
 from larosa.config import Method, Thresholds
 from larosa.errors import LarosaError
 from larosa.progress import track
@@ -41,6 +41,7 @@ def calibrate_thresholds(
     device: torch.device,
     sites: tuple[str, ...],
     allocate: Allocation,
+    first: int = 0,
 ) -> Thresholds:
     """Each layer's thresholds: quantiles of the dense model's magnitudes over all calibration tokens.
 
@@ -49,6 +50,7 @@ def calibrate_thresholds(
     Args:
         sites: where to take them.
         allocate: the share of entries that each site is to drop, layer by layer.
+        first: how many tokens of each sequence are left out, because they stay dense.
 
     Raises:
         LarosaError: an activation is NaN or Inf.
@@ -58,7 +60,7 @@ def calibrate_thresholds(
     visits = visit_layers(model, architecture, sequences, device)
     for visit in track(visits, "Calibrating thresholds", total=len(architecture.layers(model))):
         seen = {site: Magnitudes(f"layer {visit.index}, site {site}") for site in sites}
-        with attached(*(architecture.tap(visit.layer, site, m.see) for site, m in seen.items())):
+        with attached(*(architecture.tap(visit.layer, site, behind(first, m.see)) for site, m in seen.items())):
             visit.outputs()
         magnitudes = {site: m.finish() for site, m in seen.items()}
         for site, share in allocate(visit, magnitudes).items():

@@ -1,0 +1,48 @@
+"""float32 arithmetic with weights of 16 bits: on a CPU several times as fast, and nearer to what the engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
+
+
+@contextmanager
+def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a model or a part of it compute in float32 for the time being, where it runs on a CPU in 16 bits.
+
+    Weights stay as they are: each linear widens its own for as long as it runs, so that only one is held twice.
+
+    Args:
+        module: whose linears and embedding of 16 bits are meant; with others, or off the CPU, nothing changes.
+        device: where it runs.
+    """
+    changed: list[nn.Linear] = []
+    hooks = []
+    try:
+        for part in module.modules() if device.type == "cpu" else ():
+            weight = getattr(part, "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
+                continue
+            # A forward of its own (someone's wrapper, or this one further out) stays.
+            if isinstance(part, nn.Linear) and "forward" not in vars(part):
+                part.forward = partial(_wide_linear, part)  # type: ignore[method-assign]
+                changed.append(part)
+            elif isinstance(part, nn.Embedding):
+                hooks.append(part.register_forward_hook(lambda _module, _inputs, output: output.float()))
+        yield
+    finally:
+        for linear in changed:
+            del linear.forward  # the instance's; the class has its own
+        for hook in hooks:
+            hook.remove()
+
+
+def _wide_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    selector = getattr(linear, "selector", None)  # of a `SparseLinear`
+    bias = None if linear.bias is None else linear.bias.float()
+    return F.linear(x if selector is None else selector(x), linear.weight.float(), bias)
