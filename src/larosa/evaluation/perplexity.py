@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
+from larosa.architectures import cache_argument
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
@@ -159,7 +160,8 @@ class _Logits:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         cache = RoundedCache() if self._rounds else None
-        logits: torch.Tensor = self._model(ids.to(self._device), past_key_values=cache, use_cache=self._rounds).logits
+        kept = cache_argument(self._model, cache)
+        logits: torch.Tensor = self._model(ids.to(self._device), use_cache=self._rounds, **kept).logits
         return logits
 
 
