@@ -256,7 +256,9 @@ def test_convert(make, tmp_path):
     file, text = write(tmp_path / "model.gguf", make()), tmp_path / "text.txt"
     text.write_text("the " * 300, "utf-8")
     out = tmp_path / "out"
-    convert_checkpoint(str(file), out, calibration=str(text), num_sequences=2, sequence_length=32, measure=False)
+    convert_checkpoint(
+        str(file), out, sparsity=0.5, calibration=str(text), num_sequences=2, sequence_length=32, measure=False
+    )
     converted, tokenizer = larosa.load(str(out))
     assert converted.config.larosa is not None
     assert converted.dtype == torch.bfloat16

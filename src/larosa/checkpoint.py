@@ -88,7 +88,8 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
         LarosaError: there is none, it is malformed, or the family is not supported.
     """
     if (gguf := find_gguf(path)) is not None:
-        return load_gguf_config(gguf)
+        with _quiet_transformers(), _loading(path):
+            return load_gguf_config(gguf)
     folder = Path(path)
     if folder.is_dir():
         file = folder / "config.json"

@@ -78,7 +78,7 @@ class GgufFile:
         self.name = str(self.metadata.get("general.architecture"))
         if self.name not in _ARCHITECTURES:
             supported = ", ".join(_ARCHITECTURES)
-            raise LarosaError(f"{path}: GGUF architecture '{self.name}' is not supported; supported: {supported}")
+            raise LarosaError(f"{path}: GGUF architecture {self.name!r} is not supported; supported: {supported}")
         if self.metadata.get("split.count", 0) > 1:
             raise LarosaError(f"{path}: one of several parts; join them first (llama-gguf-split --merge)")
 
@@ -164,10 +164,13 @@ def _opened(path: Path, modified: int, size: int) -> GgufFile:
 def _malformed(path: Path) -> Iterator[None]:
     try:
         yield
+    except (LarosaError, RuntimeError):
+        raise
     except KeyError as error:
-        raise LarosaError(f"{path}: the metadata lack {error}") from None
-    except (TypeError, ValueError, IndexError) as error:
-        raise LarosaError(f"{path}: malformed metadata ({str(error).partition(chr(10))[0]})") from None
+        raise LarosaError(f"{path}: the metadata lack {error}") from error
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = str(error).strip().partition("\n")[0]
+        raise LarosaError(f"{path}: malformed metadata ({reason})") from error
 
 
 def _config(file: GgufFile) -> Any:
@@ -214,16 +217,14 @@ def _check_keys(file: GgufFile) -> None:
         if key == "attention.sliding_window" and (not value or value >= file.get("context_length", 0)):
             continue
         if key not in _HARMLESS or (harmless is not None and value != harmless):
-            raise LarosaError(
-                f"{file.path}: '{full}' = {str(value)[:40]} is not supported; leaving it out would be wrong"
-            )
+            raise LarosaError(f"{file.path}: {full!r} = {value!r:.40} is not supported; leaving it out would be wrong")
 
 
 def _rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     base = float(file.get("rope.freq_base", 10000.0))
     kind, factor = file.get("rope.scaling.type", "none"), file.get("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear"):
-        raise LarosaError(f"{file.path}: rope scaling '{kind}' is not supported; supported: none, linear")
+        raise LarosaError(f"{file.path}: rope scaling {kind!r} is not supported; supported: none, linear")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if kind == "linear" and factor not in (0.0, 1.0):
         rope |= {"rope_type": "linear", "factor": factor}
@@ -261,16 +262,16 @@ def _weight_names(file: GgufFile, config: Any) -> dict[str, str]:
     names = {name: _model_name(file.architecture, name) for name in file.tensors if name != _ROPE_FACTORS}
     for name, target in names.items():
         if target not in shapes:
-            raise LarosaError(f"{file.path}: tensor '{name}' has no place in a {file.name} model; not supported")
+            raise LarosaError(f"{file.path}: tensor {name!r} has no place in a {file.name} model; not supported")
     if missing := sorted(shapes.keys() - names.values()):
         raise LarosaError(f"{file.path}: {len(missing)} weights are missing, the first is '{missing[0]}'")
     for name, target in names.items():
         tensor = file.tensors[name]
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if shape != shapes[target]:
-            raise LarosaError(f"{file.path}: tensor '{name}' is {shape}, the metadata say {shapes[target]}")
+            raise LarosaError(f"{file.path}: tensor {name!r} is {shape}, the metadata say {shapes[target]}")
         if not _is_supported(tensor.tensor_type):
-            raise LarosaError(f"{file.path}: tensor '{name}' is of type {tensor.tensor_type.name}; not supported")
+            raise LarosaError(f"{file.path}: tensor {name!r} is of type {tensor.tensor_type.name}; not supported")
     return {name: target for name, target in names.items() if target is not None}
 
 

@@ -56,13 +56,13 @@ def read_tokenizer(path: Path, metadata: dict[str, Any], vocabulary: int, max_le
     """
     kind, words = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.tokens"]
     if kind not in ("gpt2", "llama"):
-        raise LarosaError(f"{path}: tokenizer '{kind}' is not supported; supported: gpt2, llama")
+        raise LarosaError(f"{path}: tokenizer {kind!r} is not supported; supported: gpt2, llama")
     if len(words) > vocabulary:
         raise LarosaError(f"{path}: {len(words)} tokens in the metadata, {vocabulary} rows in the embedding")
     kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(words)
     split = str(metadata.get("tokenizer.ggml.pre"))
     if kind == "gpt2" and split not in _SPLITS:
-        raise LarosaError(f"{path}: 'tokenizer.ggml.pre' = '{split}' is not supported; supported: {', '.join(_SPLITS)}")
+        raise LarosaError(f"{path}: 'tokenizer.ggml.pre' = {split!r} is not supported; supported: {', '.join(_SPLITS)}")
     special = {
         name: words[index]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
