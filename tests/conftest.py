@@ -30,6 +30,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 import larosa
+from larosa.architectures import cache_argument
 
 # Handing a tiny model's work to a second thread costs far more than the work.
 torch.set_num_threads(1)
@@ -177,11 +178,11 @@ def rounded_logits() -> Callable[..., torch.Tensor]:
     @torch.inference_mode()
     def run(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
         past, cache = DynamicCache(), _RoundedCache()
-        rows = [model(ids[:, :prompt], past_key_values=past).logits[:, -1]]
+        rows = [model(ids[:, :prompt], **cache_argument(model, past)).logits[:, -1]]
         for index, layer in enumerate(past.layers):
             cache.update(layer.keys, layer.values, index)
         for at in range(prompt, ids.shape[1]):
-            rows.append(model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1])
+            rows.append(model(ids[:, at : at + 1], **cache_argument(model, cache)).logits[:, -1])
         return torch.cat(rows)
 
     return run

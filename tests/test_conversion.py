@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import larosa
 from larosa import LarosaError, PerSite
-from larosa.architectures import find_architecture
+from larosa.architectures import cache_argument, find_architecture
 from larosa.config import SITES
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import selectors
@@ -332,11 +333,10 @@ def test_decoding_after_a_prompt_equals_the_papers_equations(
     expected = reference(ids, keep, dense_tokens=12 if prefill == "dense" else 0)
 
     converted = quick_convert(model, sparsity=0.5, prefill=prefill, **PLAIN)
-    output = converted(ids[None, :12], use_cache=True)
-    logits = [output.logits[0]]
+    kept = cache_argument(converted, DynamicCache())
+    logits = [converted(ids[None, :12], use_cache=True, **kept).logits[0]]
     for i in range(12, 20):
-        output = converted(ids[None, i : i + 1], past_key_values=output.past_key_values, use_cache=True)
-        logits.append(output.logits[0])
+        logits.append(converted(ids[None, i : i + 1], use_cache=True, **kept).logits[0])
     assert relative_error(torch.cat(logits), expected) < 1e-8
 
 

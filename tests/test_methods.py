@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import larosa
 from larosa import LarosaError
-from larosa.architectures import find_architecture
+from larosa.architectures import cache_argument, find_architecture
 from larosa.config import SITES
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import selectors
@@ -189,8 +189,9 @@ def test_decoding_after_a_dense_prompt(make_model, quick_convert, token_ids, nam
     model = quick_convert(make_model("llama", torch.float64), prefill="dense", **options_of(name))
     dense = make_model("llama", torch.float64)(ids).logits
     assert torch.equal(model(ids).logits, dense)
-    output = model(ids[:, :12], use_cache=True)
-    step = model(ids[:, 12:13], past_key_values=output.past_key_values, use_cache=True).logits
+    kept = cache_argument(model, DynamicCache())
+    model(ids[:, :12], use_cache=True, **kept)
+    step = model(ids[:, 12:13], use_cache=True, **kept).logits
     assert relative_error(step, dense[:, 12:13]) > 1e-4  # sparse
     assert relative_error(step, sparse(ids).logits[:, 12:13]) > 1e-4  # behind a dense prompt
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import larosa.models  # noqa: F401 - registers the sparsified families
 from larosa.architectures import find_architecture
 from larosa.errors import LarosaError
+from larosa.gguf import find_gguf, load_gguf, load_gguf_config
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
@@ -31,13 +32,13 @@ class LoadedModel(NamedTuple):
 
 
 def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
-    """Load a dense or converted model from a local folder or the Hugging Face hub.
+    """Load a dense or converted model from a local folder, a GGUF file or the Hugging Face hub.
 
-    Only safetensors are read.
+    Only safetensors and GGUF are read.
 
     Args:
-        path: folder or hub name.
-        dtype: `auto` (the checkpoint's own), `float16`, `bfloat16`, `float32` or `float64`.
+        path: folder or hub name, or a GGUF file.
+        dtype: `auto` (the checkpoint's own; bfloat16 for GGUF), `float16`, `bfloat16`, `float32` or `float64`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
@@ -47,6 +48,10 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
     target = find_device(device)
     if dtype not in _DTYPES:
         raise LarosaError(f"unknown dtype '{dtype}': one of {', '.join(_DTYPES)}")
+    if (file := find_gguf(path)) is not None:
+        with _quiet_transformers(), _loading(path):
+            loaded = load_gguf(file, config, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+        return _placed(path, LoadedModel(*loaded), target)
     if Path(path).is_dir():
         _check_weight_files(Path(path))
     with _quiet_transformers(), _loading(path):
@@ -63,6 +68,11 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise LarosaError(f"{path}: {len(info['missing_keys'])} weights are missing, the first is '{first}'")
+    return _placed(path, LoadedModel(model, tokenizer), target)
+
+
+def _placed(path: str, loaded: LoadedModel, target: torch.device) -> LoadedModel:
+    model, tokenizer = loaded
     try:
         model.to(target)
     except torch.OutOfMemoryError:
@@ -77,6 +87,9 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         LarosaError: there is none, it is malformed, or the family is not supported.
     """
+    if (gguf := find_gguf(path)) is not None:
+        with _quiet_transformers(), _loading(path):
+            return load_gguf_config(gguf)
     folder = Path(path)
     if folder.is_dir():
         file = folder / "config.json"
@@ -90,7 +103,9 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
             raise LarosaError(f"{file}: no key 'model_type'")
         find_architecture(content["model_type"])
     elif folder.exists():
-        raise LarosaError(f"{path}: a file, but a model is a folder with config.json and *.safetensors")
+        raise LarosaError(
+            f"{path}: a file, but a model is a *.gguf file or a folder with config.json and *.safetensors"
+        )
     with _quiet_transformers(), _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     find_architecture(config.model_type)

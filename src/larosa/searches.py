@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from larosa.architectures import Architecture
+from larosa.calibration import float32_arithmetic
 from larosa.config import KeepCounts, LarosaConfig, PerSite
 from larosa.config import Search as SearchKind
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
 from larosa.models import set_keep_counts
+from larosa.progress import track
 from larosa.sparsity import SiteSizes, keep_counts, sensitivity
 from larosa.sparsity.search import SearchLog, grid_search
 
@@ -63,9 +65,16 @@ def _fisher_search(
 ) -> None:
     """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
     sizes = SiteSizes.of(model.config)
-    few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
+    few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
+    decoder, device = architecture.decoder(model), architecture.embedding(model).weight.device
+
+    def run() -> None:
+        with float32_arithmetic(decoder, device):
+            for sequence in track(few, "Costs of entries"):
+                decoder(sequence[None].to(device), use_cache=False)
+
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sensitivity.fisher_costs(model, architecture, lambda: evaluate_windows(model, few, None))
+    costs = sensitivity.fisher_costs(model, architecture, run)
     _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
 
 

@@ -5,6 +5,7 @@ import torch
 
 import larosa
 from larosa import LarosaError
+from larosa.architectures import cache_argument
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows, evaluation_windows
 
 
@@ -76,7 +77,8 @@ def test_keys_and_values_of_8_bits(make_model, quick_convert, tokenizer, text, r
     model, data = quick_convert(make_model("llama")), text(70)
     found = larosa.evaluate(model, tokenizer, data, sequence_length=16, reference=model, kv_cache_dtype="int8")
     windows = evaluation_windows(model, tokenizer, data, 16, None)
-    rounded = [model(ids[None], past_key_values=rounded_cache()).logits[0, :-1].log_softmax(-1) for ids in windows]
+    caches = [cache_argument(model, rounded_cache()) for _ in windows]
+    rounded = [model(w[None], **c).logits[0, :-1].log_softmax(-1) for w, c in zip(windows, caches, strict=True)]
     losses = [-log_p[torch.arange(15), ids[1:]].mean() for log_p, ids in zip(rounded, windows, strict=True)]
     assert found.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-4)
     as_it_is = larosa.evaluate(model, tokenizer, data, sequence_length=16, reference=model)

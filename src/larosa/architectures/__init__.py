@@ -1,6 +1,6 @@
 """Model families: the only place that knows what a family calls its parts."""
 
-from larosa.architectures.base import Architecture, Heads
+from larosa.architectures.base import Architecture, Heads, cache_argument
 from larosa.architectures.llama import LLAMA
 from larosa.architectures.mistral import MISTRAL
 from larosa.architectures.qwen2 import QWEN2
@@ -45,4 +45,4 @@ def find_architecture(model_type: str) -> Architecture:
     raise LarosaError(f"model type '{model_type}' {reason}; supported: {supported}")
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Heads", "find_architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "Heads", "cache_argument", "find_architecture"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -182,6 +183,13 @@ class Architecture:
         """RMSNorm of `hidden` [..., D] without its gain, in float32 or wider."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument of a model's forward, whose name transformers 5.24 changed."""
+    # Whoever wraps forward (accelerate's hooks) does it on the instance: the class still says the name.
+    names = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def window_by_layer_type(config: Any, layer: int) -> int | None:

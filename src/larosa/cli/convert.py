@@ -27,7 +27,7 @@ from larosa.convert_checkpoint import ConversionReport, convert_checkpoint
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of a dense model.")],
+    model: Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face name of a dense model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the converted model.")],
     sparsity: Annotated[float, typer.Option(help="Fraction of weights to skip per token, in [0, 1).")] = 0.5,
     method: Annotated[

@@ -33,9 +33,11 @@ class Dtype(StrEnum):
     FLOAT64 = "float64"
 
 
-Model = Annotated[str, typer.Argument(help="Folder or Hugging Face name of a dense or converted model.")]
+Model = Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face name of a dense or converted model.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Number format; auto: the checkpoint's own, bfloat16 for GGUF.")
+]
 KvCacheDtype = Annotated[
     CacheDtype,
     typer.Option("--kv-cache-dtype", help="How larosa's engine keeps keys and values; auto is as the weights."),

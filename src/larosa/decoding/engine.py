@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from larosa.architectures import Architecture, find_architecture
+from larosa.architectures import Architecture, cache_argument, find_architecture
 from larosa.config import LarosaConfig, Method
 from larosa.decoding.cache import CacheDtype, KeyValueCache
 from larosa.decoding.layers import norm, own, read_layers
@@ -82,7 +82,9 @@ class Engine:
         if not 0 < length <= self.max_length:
             raise LarosaError(f"a prompt of {length} tokens does not fit a cache of {self.max_length}")
         past = DynamicCache()
-        hidden = self._decoder(prompt.to(self.device), past_key_values=past, use_cache=True).last_hidden_state
+        hidden = self._decoder(
+            prompt.to(self.device), **cache_argument(self._decoder, past), use_cache=True
+        ).last_hidden_state
         self._cache.fill(past)
         # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
         return self._logits(hidden[:, -1].float())

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from larosa.architectures import cache_argument
+
 
 class ForwardEngine:
     """The same interface as `Engine` over transformers' forward and cache, for any number of sequences at once."""
@@ -28,6 +30,6 @@ class ForwardEngine:
         return self._logits(token[:, None], position_ids=position[None])
 
     def _logits(self, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        output = self._model(ids, past_key_values=self._past, use_cache=True, logits_to_keep=1, **kwargs)
+        output = self._model(ids, use_cache=True, logits_to_keep=1, **cache_argument(self._model, self._past), **kwargs)
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits

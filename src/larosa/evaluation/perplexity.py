@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
+from larosa.architectures import cache_argument
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.cache import CacheDtype, RoundedCache
@@ -166,9 +167,8 @@ class _Logits:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         cache = RoundedCache() if self._rounds else None
         with _device_arithmetic(self._model):
-            logits: torch.Tensor = self._model(
-                ids.to(self._device), past_key_values=cache, use_cache=self._rounds
-            ).logits
+            kept = cache_argument(self._model, cache)
+            logits: torch.Tensor = self._model(ids.to(self._device), use_cache=self._rounds, **kept).logits
         return logits
 
 

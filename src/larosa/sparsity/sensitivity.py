@@ -31,6 +31,9 @@ PROBE = 0.5
 #: The effects are measured on the first sequences with together at least so many tokens.
 TOKENS = 8192
 
+#: What each rank of a site's entries weighs is a mean over so many tokens at least: means settle early.
+RANKED_TOKENS = 4096
+
 #: At least this share of a site's entries stays, whatever it costs: the estimate knows nothing of an empty site.
 LEAST_KEPT = 1 / 64
 
