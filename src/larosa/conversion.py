@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from larosa.rotation import (
     reader_gram,
     usual_format,
 )
-from larosa.searches import SEARCHES
+from larosa.searches import SEARCHES, Counts, settle
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
@@ -147,6 +148,45 @@ def convert(
         dense_first_token=dense_first_token,
         alphas=alphas,
     )
+    return sparsify(model, tokenizer, settings, device=device, search_log=search_log).model
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """A converted model, and how its sparsity can still be changed.
+
+    `counts` gives the counts of any sparsity; None where the weights, thresholds or coefficients are of one alone.
+    """
+
+    model: Any
+    architecture: Architecture
+    counts: Counts | None
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Let the model skip another fraction of its weights: its counts change, nothing else.
+
+        Raises:
+            LarosaError: what was converted holds at one sparsity alone.
+        """
+        block = LarosaConfig.parse(self.model.config.larosa)
+        if self.counts is None:
+            raise LarosaError(
+                f"method {block.method}, search {block.search} and compensation {block.compensation} are of one "
+                "sparsity: convert for each anew, or choose --search fisher or none"
+            )
+        changed = block.model_copy(update={"sparsity": sparsity})
+        settle(self.model, self.architecture, changed, block.alphas, self.counts(sparsity))
+
+
+def sparsify(
+    model: Any,
+    tokenizer: Any,
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    search_log: Path | None = None,
+) -> Sparsified:
+    """`convert` with complete settings, for whoever wants several sparsities of one calibration."""
     if str(model.config.model_type).startswith("larosa_"):
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
@@ -173,15 +213,19 @@ def convert(
     layers = len(architecture.layers(model))
     stored = merge_bases(model, architecture, track(frames, "Merging bases", total=layers))
     _adopt(model, family_of(architecture), block, stored, scores)
+    counts: Counts | None = None
     if settings.search in SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
-        SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+        counts = SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+    elif not settings.method.uses_thresholds:
+        counts = partial(keep_counts, alphas=settings.alphas or PerSite(), sizes=sizes)
     if settings.compensation is Compensation.LINEAR:
         assert sequences is not None, "compensation has calibration sequences"
         keep = LarosaConfig.parse(model.config.larosa).keep
         assert keep is not None, "the method counts"
         compensate(model, architecture, keep, sequences, where)
-    return model
+        counts = None
+    return Sparsified(model, architecture, counts)
 
 
 def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes) -> None:

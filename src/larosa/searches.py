@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from larosa.progress import track
 from larosa.sparsity import SiteSizes, keep_counts, sensitivity
 from larosa.sparsity.search import SearchLog, grid_search
 
+#: From a sparsity to counts, where one search serves every sparsity; else None.
+Counts = Callable[[float], KeepCounts]
+
 
 def _grid_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
-    """Set the counts and coefficients that Algorithm 1 finds."""
+) -> Counts | None:
+    """Set the counts and coefficients that Algorithm 1 finds, for one sparsity."""
 
     def perplexity(keep: KeepCounts) -> float:
         set_keep_counts(model, architecture, keep)
@@ -33,12 +38,13 @@ def _grid_search(
     log = SearchLog(log_path, _identity(model, architecture, block, sequences))
     alphas = grid_search(block.sparsity, block.budget, sizes, perplexity, log)
     keep = keep_counts(block.sparsity, alphas, sizes)
-    _settle(model, architecture, block, alphas, keep)
+    settle(model, architecture, block, alphas, keep)
+    return None
 
 
 def _sensitivity_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
+) -> Counts | None:
     """Set the counts of each layer and site that cost the least divergence by estimate."""
     sizes = SiteSizes.of(model.config)
     few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
@@ -57,12 +63,13 @@ def _sensitivity_search(
         return measured
 
     keep = sensitivity.allocate(block.sparsity, sizes, entries, divergence, log)
-    _settle(model, architecture, block, None, keep)
+    settle(model, architecture, block, None, keep)
+    return None
 
 
 def _fisher_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> None:
+) -> Counts | None:
     """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
     sizes = SiteSizes.of(model.config)
     few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
@@ -75,7 +82,9 @@ def _fisher_search(
 
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
     costs = sensitivity.fisher_costs(model, architecture, run)
-    _settle(model, architecture, block, None, sensitivity.cheapest(block.sparsity, sizes, costs))
+    counts = partial(sensitivity.cheapest, sizes=sizes, costs=costs)
+    settle(model, architecture, block, None, counts(block.sparsity))
+    return counts
 
 
 def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:
@@ -87,16 +96,16 @@ def _identity(model: Any, architecture: Architecture, block: LarosaConfig, seque
     return settings
 
 
-def _settle(
+def settle(
     model: Any, architecture: Architecture, block: LarosaConfig, alphas: PerSite | None, keep: KeepCounts
 ) -> None:
-    """Make what a search found the model's own."""
+    """Make coefficients and counts the model's own."""
     set_keep_counts(model, architecture, keep)
     found = block.model_copy(update={"alphas": alphas, "keep": keep})
     model.config.larosa = found.model_dump(mode="json")
 
 
-#: What finds a model's counts, where the settings ask for a search.
+#: What finds a model's counts, where the settings ask for a search; see `Counts` for what it returns.
 SEARCHES = {
     SearchKind.GRID: _grid_search,
     SearchKind.SENSITIVITY: _sensitivity_search,
