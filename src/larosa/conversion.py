@@ -28,6 +28,7 @@ from larosa.config import (
 from larosa.config import Search as SearchKind
 from larosa.errors import LarosaError
 from larosa.models import Family, family_of, set_adapter, set_scores
+from larosa.plain import check_changeable, check_plain
 from larosa.progress import track
 from larosa.rotation import (
     Adapters,
@@ -144,6 +145,8 @@ def convert(
         prefill=prefill,
         alphas=alphas,
     )
+    check_plain(model)
+    check_changeable(model)
     if str(model.config.model_type).startswith("larosa_"):
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
