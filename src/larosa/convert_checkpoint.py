@@ -12,7 +12,7 @@ import torch
 
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
-from larosa.checkpoint import check_output, find_device, load, load_config, save
+from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
 from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
@@ -76,7 +76,7 @@ def convert_checkpoint(
         LarosaError: anything a user can mend; nothing has been written then but the search log.
     """
     started = time.perf_counter()
-    check_output(output)
+    check_output(output, max_shard_size)
     # Refuse bad options before a long load.
     completed = Settings.complete(**settings)
     if search_log is not None and not completed.search.keeps_log:
@@ -90,7 +90,7 @@ def convert_checkpoint(
     check_weights(model)
     source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     _check_disk(output, model, completed)
-    log = search_log or output.with_name(output.name + ".search.jsonl")
+    log = search_log or output.with_name(output.name + LOG_SUFFIX)
     dense = sparse = windows = recorded = None
     if measure:
         length = min(_MEASURED_LENGTH, model.config.max_position_embeddings)
@@ -102,9 +102,16 @@ def convert_checkpoint(
         sparse = evaluate_windows(model, windows, recorded)
     block = LarosaConfig.parse(model.config.larosa)
     inspection = inspect_config(model.config)
-    save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if completed.search.keeps_log:
-        shutil.move(log, output / "search.jsonl")
+    save(
+        model,
+        tokenizer,
+        output,
+        model_card(output.name, source, block, inspection, dense, sparse),
+        max_shard_size,
+        source=source,
+        trust_remote_code=trust_remote_code,
+        log=log if completed.search.keeps_log else None,
+    )
     return ConversionReport(
         output=str(output),
         larosa=model.config.larosa,
