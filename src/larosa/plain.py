@@ -71,7 +71,7 @@ def _check_modules(model: Any, model_type: str) -> None:
 
 
 def _check_storage(model: Any) -> None:
-    """Every weight must be in memory, a tensor of PyTorch's own, and nobody else's, but the head may be the embedding's."""
+    """Every weight must be in memory, a plain tensor, and nobody else's, but the head may be the embedding's."""
     seen: dict[tuple[torch.device, int], str] = {}
     tied = {f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings()}
     for name, weight in model.named_parameters(remove_duplicate=False):
