@@ -93,7 +93,7 @@ def convert(
             `cats` (a threshold at the MLP's gate). Options that do not apply to it are refused.
         recipe: `best`, or `paper` for the paper's own settings.
         budget: `weights` (the fraction of weight elements skipped is `sparsity`) or `paper`.
-        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.jsonl file or folder.
+        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.json/.jsonl file or folder.
         num_sequences: calibration sequences.
         sequence_length: tokens in each.
         seed: of the calibration sample and of random rotations.

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

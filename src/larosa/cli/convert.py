@@ -37,7 +37,7 @@ def convert(
     budget: Annotated[Budget | None, typer.Option(help="What the sparsity is a fraction of.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.jsonl file or folder."),
+        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder."),
     ] = None,
     num_sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: options.SequenceLength = None,

@@ -66,7 +66,7 @@ def evaluate(
     `prefill` setting, since it stands for decoding.
 
     Args:
-        data: `bundled`, `wikitext2`, `c4`, or a .txt/.jsonl file or folder.
+        data: `bundled`, `wikitext2`, `c4`, or a .txt/.json/.jsonl file or folder.
         sequence_length: window length in tokens; None is 2048 or the model's context if that is shorter.
         max_sequences: score only the first so many windows.
         reference: the dense model; may be on another device.
