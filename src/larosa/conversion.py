@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from larosa.config import (
     Score,
 )
 from larosa.config import Search as SearchKind
+from larosa.context import context_length
 from larosa.errors import LarosaError
 from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.plain import check_changeable, check_plain
@@ -155,6 +157,8 @@ def convert(
     model.eval().requires_grad_(False)
     check_weights(model)
     sequences = None
+    if settings.calibration is not None and sequence_length is None:
+        settings = replace(settings, calibration=_within(settings.calibration, context_length(model.config)))
     if settings.calibration is not None:
         sequences = _calibration_sequences(model, tokenizer, settings.calibration)
     where = torch.device(device) if device else architecture.embedding(model).weight.device
@@ -251,8 +255,13 @@ def check_weights(model: nn.Module) -> None:
             raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")
 
 
+def _within(record: CalibrationRecord, context: int) -> CalibrationRecord:
+    """The same with sequences that the model's context has room for."""
+    return record.model_copy(update={"sequence_length": min(record.sequence_length, context)})
+
+
 def _calibration_sequences(model: Any, tokenizer: Any, record: CalibrationRecord) -> torch.Tensor:
-    longest = model.config.max_position_embeddings
+    longest = context_length(model.config)
     if record.sequence_length > longest:
         raise LarosaError(f"--sequence-length {record.sequence_length} is over the model's context of {longest}")
     if tokenizer is None and record.source != "self":

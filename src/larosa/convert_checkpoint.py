@@ -14,6 +14,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
+from larosa.context import context_length
 from larosa.conversion import check_reach, check_weights, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
@@ -93,7 +94,7 @@ def convert_checkpoint(
     log = search_log or output.with_name(output.name + LOG_SUFFIX)
     dense = sparse = windows = recorded = None
     if measure:
-        length = min(_MEASURED_LENGTH, model.config.max_position_embeddings)
+        length = min(_MEASURED_LENGTH, context_length(model.config))
         windows = evaluation_windows(model, tokenizer, BUNDLED, length, _MEASURED_WINDOWS)
         dense = evaluate_windows(model, windows, None)
         recorded = RecordedLogits(model, windows)

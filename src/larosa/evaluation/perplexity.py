@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
+from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
@@ -97,7 +98,7 @@ def evaluation_windows(
     Raises:
         LarosaError: the text does not fill one window, or the length does not suit the model.
     """
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     length = min(DEFAULT_SEQUENCE_LENGTH, context) if sequence_length is None else sequence_length
     if not 2 <= length <= context:
         raise LarosaError(f"--sequence-length {length} is outside the model's context of 2 to {context}")
