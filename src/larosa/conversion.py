@@ -29,6 +29,7 @@ from larosa.config import (
 from larosa.config import Search as SearchKind
 from larosa.context import context_length
 from larosa.errors import LarosaError
+from larosa.finite import check_converted, check_weights
 from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.plain import check_changeable, check_plain
 from larosa.progress import track
@@ -185,6 +186,7 @@ def convert(
         keep = LarosaConfig.parse(model.config.larosa).keep
         assert keep is not None, "the method counts"
         compensate(model, architecture, keep, sequences, where)
+    check_converted(model, sequences)
     return model
 
 
@@ -242,17 +244,6 @@ def _block(settings: Settings, **others: Any) -> LarosaConfig:
         calibration=settings.calibration,
         **others,
     )
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuse a model with a weight that is NaN or Inf.
-
-    Raises:
-        LarosaError: there is one; the message names the parameter.
-    """
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")
 
 
 def _within(record: CalibrationRecord, context: int) -> CalibrationRecord:

@@ -15,9 +15,10 @@ from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
 from larosa.context import context_length
-from larosa.conversion import check_reach, check_weights, convert
+from larosa.conversion import check_reach, convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.finite import check_weights
 from larosa.memory import peak_memory
 from larosa.model_card import model_card
 from larosa.rotation import usual_format

@@ -15,6 +15,7 @@ from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
+from larosa.finite import not_finite
 from larosa.progress import track
 from larosa.sparsity.report import Sparsity, sparsity_of
 
@@ -136,7 +137,7 @@ def evaluate_windows(
                     agreement += float((log_p.argmax(-1) == log_dense.argmax(-1)).sum())
             tokens += len(logits)
     if loss != loss or divergence != divergence:
-        raise LarosaError("the model's logits are NaN; is the checkpoint sound?")
+        raise not_finite("the model's logits are", model.get_input_embeddings().weight.dtype)
     return Evaluation(
         perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
         tokens=tokens,
