@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-import larosa.models  # noqa: F401 - registers the sparsified families
 from larosa.architectures import find_architecture
+from larosa.config_checks import check_config, dry_run
 from larosa.errors import LarosaError
 from larosa.gguf import find_gguf, load_gguf, load_gguf_config
+from larosa.models import family_of
+from larosa.plain import check_plain
+from larosa.tokenizer_files import check_tokenizer_files, save_tokenizer
+from larosa.weight_files import check_loaded, check_no_adapter, check_no_pointer, check_weight_files
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
@@ -53,7 +59,8 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
             loaded = load_gguf(file, config, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
         return _placed(path, LoadedModel(*loaded), target)
     if Path(path).is_dir():
-        _check_weight_files(Path(path))
+        check_weight_files(Path(path))
+        check_tokenizer_files(Path(path))
     with _quiet_transformers(), _loading(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -62,17 +69,16 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # transformers fills missing weights with random numbers and only warns.
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise LarosaError(f"{path}: {len(info['missing_keys'])} weights are missing, the first is '{first}'")
+    check_loaded(path, info)
     return _placed(path, LoadedModel(model, tokenizer), target)
 
 
 def _placed(path: str, loaded: LoadedModel, target: torch.device) -> LoadedModel:
     model, tokenizer = loaded
+    check_plain(model)
     try:
         model.to(target)
     except torch.OutOfMemoryError:
@@ -92,25 +98,22 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
             return load_gguf_config(gguf)
     folder = Path(path)
     if folder.is_dir():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise LarosaError(f"{path}: no config.json in this folder")
-        try:
-            content = json.loads(file.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise LarosaError(f"{file}: not valid JSON ({error})") from None
-        if not isinstance(content, dict) or "model_type" not in content:
-            raise LarosaError(f"{file}: no key 'model_type'")
-        find_architecture(content["model_type"])
+        check_no_adapter(folder)
+        _check_type(folder / "config.json")
     elif folder.exists():
         raise LarosaError(
             f"{path}: a file, but a model is a *.gguf file or a folder with config.json and *.safetensors"
         )
+    elif _means_a_folder(path):
+        raise LarosaError(f"{path}: no such folder")
     with _quiet_transformers(), _loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     find_architecture(config.model_type)
     if getattr(config, "quantization_config", None):
         raise LarosaError(f"{path}: the checkpoint is quantized; convert the original weights instead")
+    check_config(path, config)
+    with _quiet_transformers(), _loading(path):
+        dry_run(_model_class(config), config)
     return config
 
 
@@ -131,36 +134,60 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check_weight_files(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise LarosaError(f"{index}: not a valid safetensors index") from None
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        file = folder / name
-        if not file.is_file():
-            raise LarosaError(f"{file}: missing; larosa reads safetensors only, never pickled weights")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise LarosaError(f"{file}: corrupt or incomplete ({error})") from None
+def _check_type(file: Path) -> None:
+    """Make sure that a config.json is of a supported family, before transformers reads it."""
+    if not file.is_file():
+        raise LarosaError(f"{file.parent}: no config.json in this folder")
+    check_no_pointer(file)
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LarosaError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise LarosaError(f"{file}: no key 'model_type'")
+    find_architecture(content["model_type"])
+
+
+def _model_class(config: Any) -> type[Any]:
+    architecture = find_architecture(config.model_type)
+    converted = config.model_type == architecture.converted_model_type
+    return family_of(architecture).causal_lm_class if converted else architecture.causal_lm_class
+
+
+def _means_a_folder(path: str) -> bool:
+    """Whether a name that is no folder cannot be one of the hub's either, which are NAME or OWNER/NAME."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/") or "\\" in path
 
 
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
-    """Turn the many exceptions of a failed load into one line that names the model."""
+    """Turn any exception of a failed load into one line that names the model.
+
+    Of any type: transformers raises what it likes at what it did not foresee, and a list of types always lacks one.
+    """
     try:
         yield
     except LarosaError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise LarosaError(f"{path}: cannot be loaded ({lines[0] if lines else type(error).__name__})") from error
+    except Exception as error:
+        raise LarosaError(f"{path}: cannot be loaded ({_one_line(error)})") from error
+
+
+#: Longer messages of others end with advice on their own options.
+_LONGEST = 300
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception says, whole sentences of it, in one line."""
+    text = " ".join(str(error).split())
+    if " " not in text:  # no more than a key, or nothing
+        text = f"{type(error).__name__} {text}".strip()
+    if "is not a local folder and is not a valid model identifier" in text:
+        return "no such folder, and no such model on the Hugging Face hub; a private one needs `hf auth login`"
+    if len(text) <= _LONGEST:
+        return text
+    end = text.rfind(". ", 0, _LONGEST)
+    return text[: end + 1] if end > 0 else text[:_LONGEST] + "..."
 
 
 @contextmanager
@@ -177,37 +204,89 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_output(folder: Path) -> None:
-    """Make sure that a checkpoint can be written to `folder`.
+def check_output(folder: Path, max_shard_size: str = "5GB") -> None:
+    """Make sure that a checkpoint can be written to `folder`, by making and removing a folder beside it.
 
     Raises:
-        LarosaError: it exists, or its parent folder does not.
+        LarosaError: it exists, its name is too long, its parent folder does not exist or cannot be written to, or
+            `max_shard_size` is no size.
     """
-    if folder.exists():
-        raise LarosaError(f"{folder}: exists already; name a new folder or remove it")
-    if not folder.absolute().parent.is_dir():
-        raise LarosaError(f"{folder.absolute().parent}: no such folder")
-
-
-def save(model: Any, tokenizer: Any, folder: Path, card: str, max_shard_size: str = "5GB") -> None:
-    """Write a converted model, its tokenizer and its card to a new folder, whole or not at all.
-
-    Raises:
-        LarosaError: the folder exists or the disk is full.
-    """
-    check_output(folder)
-    folder = folder.absolute()
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        with _quiet_transformers():
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
-            tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, "utf-8")
-        partial.chmod(0o755)  # mkdtemp makes it private, a checkpoint is not
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
-            raise
-        raise LarosaError(f"{folder}: no space left on the disk; nothing was written") from None
+        if os.path.lexists(folder):
+            raise LarosaError(f"{folder}: exists already; name a new folder or remove it")
+        os.lstat(folder.absolute().parent)
+        if not folder.absolute().parent.is_dir():
+            raise LarosaError(f"{folder.absolute().parent}: no such folder")
+        folder.parent.joinpath(folder.name + LOG_SUFFIX).exists()  # a search's log has a longer name still
+    except FileNotFoundError:
+        raise LarosaError(f"{folder.absolute().parent}: no such folder") from None
+    except (OSError, ValueError) as error:
+        raise LarosaError(f"{folder}: {getattr(error, 'strerror', None) or error}") from None
+    if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", max_shard_size.upper()):
+        raise LarosaError(f"--max-shard-size '{max_shard_size}': give a number and KB, MB, GB or TB, as in 5GB")
+    with _partial(folder):
+        pass
+
+
+#: Where a search keeps its points is named after the output.
+LOG_SUFFIX = ".search.jsonl"
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, gone afterwards unless it has been renamed."""
+    # Its name is known before it is made: an interrupt at any moment finds it.
+    partial = folder.absolute().parent / f".larosa-{secrets.token_hex(8)}.partial"
+    try:
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise LarosaError(f"{partial.parent}: cannot be written to ({error.strerror})") from None
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    card: str,
+    max_shard_size: str = "5GB",
+    *,
+    source: str | None = None,
+    trust_remote_code: bool = False,
+    log: Path | None = None,
+) -> None:
+    """Write a converted model, its tokenizer and its card to a new folder, whole or not at all.
+
+    Args:
+        card: what README.md says.
+        max_shard_size: largest weight file to write.
+        source: folder or hub name that the tokenizer was loaded from: its files are copied as they are.
+        trust_remote_code: as it was loaded with.
+        log: of a search, to be kept as search.jsonl; it is removed from where it was.
+
+    Raises:
+        LarosaError: the folder exists or cannot be written, the disk is full, or the tokenizer would give other
+            tokens when loaded again.
+    """
+    folder = Path(folder).absolute()
+    check_output(folder, max_shard_size)
+    try:
+        with _partial(folder) as partial:
+            with _quiet_transformers():
+                model.save_pretrained(partial, max_shard_size=max_shard_size)
+                save_tokenizer(tokenizer, partial, source, trust_remote_code)
+            (partial / "README.md").write_text(card, "utf-8")
+            if log is not None:
+                shutil.copyfile(log, partial / "search.jsonl")
+            partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+            raise LarosaError(f"{folder}: no space left on the disk; nothing was written") from None
+        if isinstance(error, OSError):
+            raise LarosaError(f"{folder}: {error.strerror or error}; nothing was written") from None
+        raise
+    if log is not None:
+        log.unlink()

@@ -27,8 +27,11 @@ from larosa.config import (
     Score,
 )
 from larosa.config import Search as SearchKind
+from larosa.context import context_length
 from larosa.errors import LarosaError
+from larosa.finite import check_converted, check_weights
 from larosa.models import Family, family_of, set_adapter, set_scores
+from larosa.plain import check_changeable, check_plain
 from larosa.progress import track
 from larosa.rotation import (
     Adapters,
@@ -94,7 +97,7 @@ def convert(
             `cats` (a threshold at the MLP's gate). Options that do not apply to it are refused.
         recipe: `best`, or `paper` for the paper's own settings.
         budget: `weights` (the fraction of weight elements skipped is `sparsity`) or `paper`.
-        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.jsonl file or folder.
+        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.json/.jsonl file or folder.
         num_sequences: calibration sequences.
         sequence_length: tokens in each.
         seed: of the calibration sample and of random rotations.
@@ -147,6 +150,7 @@ def convert(
         prefill=prefill,
         dense_first_token=dense_first_token,
         alphas=alphas,
+        context=context_length(model.config),
     )
     return sparsify(model, tokenizer, settings, device=device, search_log=search_log).model
 
@@ -187,6 +191,8 @@ def sparsify(
     search_log: Path | None = None,
 ) -> Sparsified:
     """`convert` with complete settings, for whoever wants several sparsities of one calibration."""
+    check_plain(model)
+    check_changeable(model)
     if str(model.config.model_type).startswith("larosa_"):
         raise LarosaError("the model is converted already; convert the dense one")
     architecture = find_architecture(model.config.model_type)
@@ -225,6 +231,7 @@ def sparsify(
         assert keep is not None, "the method counts"
         compensate(model, architecture, keep, sequences, where)
         counts = None
+    check_converted(model, sequences)
     return Sparsified(model, architecture, counts)
 
 
@@ -287,19 +294,8 @@ def _block(settings: Settings, **others: Any) -> LarosaConfig:
     )
 
 
-def check_weights(model: nn.Module) -> None:
-    """Refuse a model with a weight that is NaN or Inf.
-
-    Raises:
-        LarosaError: there is one; the message names the parameter.
-    """
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")
-
-
 def _calibration_sequences(model: Any, tokenizer: Any, record: CalibrationRecord) -> torch.Tensor:
-    longest = model.config.max_position_embeddings
+    longest = context_length(model.config)
     if record.sequence_length > longest:
         raise LarosaError(f"--sequence-length {record.sequence_length} is over the model's context of {longest}")
     if tokenizer is None and record.source != "self":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,35 @@ import torch
 
 from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED
-from larosa.checkpoint import check_output, find_device, load, load_config, save
+from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
-from larosa.conversion import check_reach, check_weights, convert
+from larosa.context import context_length
+from larosa.conversion import check_reach, sparsify
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.finite import check_weights
 from larosa.memory import peak_memory
 from larosa.model_card import model_card
+from larosa.progress import advance, stage_seconds
 from larosa.rotation import usual_format
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
 
 #: What the card's measurement reads: small, so that the dense logits fit in memory beside the model.
-_MEASURED_WINDOWS = 4
+_MEASURED_WINDOWS = 8
 _MEASURED_LENGTH = 512
+
+#: Beyond this there is nothing left of a model, and at every site an entry has to stay.
+_HIGHEST_PERCENT = 90
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did and what it cost; `dense` and `sparse` are None where nothing was measured."""
+    """What a conversion did and what it cost; `dense` and `sparse` are None where nothing was measured.
+
+    `stages` are seconds by what the progress bars say.
+    """
 
     output: str
     larosa: dict[str, Any]
@@ -41,6 +52,21 @@ class ConversionReport:
     source_bytes: int
     peak_memory_bytes: dict[str, int]
     seconds: float
+    stages: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What a sparsity loses, and the bytes of weights, adapters and scores that it reads per token."""
+
+    sparsity: float
+    evaluation: Evaluation
+    bytes_per_token: int
+    bytes_dense: int
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -51,73 +77,192 @@ def convert_checkpoint(
     source: str,
     output: Path,
     *,
-    dtype: str = "auto",
-    device: str = "auto",
-    offload: bool = False,
-    trust_remote_code: bool = False,
-    measure: bool = True,
+    max_kl: float | None = None,
     max_shard_size: str = "5GB",
     search_log: Path | None = None,
-    **settings: Any,
+    measure: bool = True,
+    **options: Any,
 ) -> ConversionReport:
     """Convert a checkpoint into a new folder, which appears only when it is complete.
 
     Args:
-        source: folder or hub name of a dense model.
+        source: folder or hub name of a dense model, or a GGUF file.
         output: a folder that does not exist yet.
-        offload: keep the model in CPU memory and move one layer at a time to `device`, for models that
-            do not fit there; sampling, searches and measurement then run on the CPU.
-        measure: compare with the dense model on the bundled text, for the report and the card.
+        max_kl: instead of a sparsity: take the highest whose divergence from the dense model, measured on the bundled
+            text, is not above this (nats per token).
         search_log: where a search keeps its points, so that it can be resumed; by default beside
             `output`. It ends up in `output` as search.jsonl.
-        settings: as for `larosa.convert`.
+        measure: compare with the dense model on the bundled text, for the report and the card.
+        options: as for `Conversion`.
 
     Raises:
         LarosaError: anything a user can mend; nothing has been written then but the search log.
     """
-    started = time.perf_counter()
-    check_output(output)
-    # Refuse bad options before a long load.
-    completed = Settings.complete(**settings)
-    if search_log is not None and not completed.search.keeps_log:
-        raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    check_reach(completed, find_architecture(config.model_type), SiteSizes.of(config))
-    target = find_device(device)
-    model, tokenizer = load(
-        source, dtype=dtype, device="cpu" if offload else str(target), trust_remote_code=trust_remote_code
+    check_output(output, max_shard_size)
+    if max_kl is not None and not (max_kl > 0 and measure):
+        raise LarosaError("--max-kl needs a number above 0, and the measurement: leave --no-measure out")
+    log = search_log or output.with_name(output.name + LOG_SUFFIX)
+    conversion = Conversion(
+        source, [output], measure=measure, search_log=log, log_named=search_log is not None, **options
     )
-    check_weights(model)
-    source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    _check_disk(output, model, completed)
-    log = search_log or output.with_name(output.name + ".search.jsonl")
-    dense = sparse = windows = recorded = None
-    if measure:
-        length = min(_MEASURED_LENGTH, model.config.max_position_embeddings)
-        windows = evaluation_windows(model, tokenizer, BUNDLED, length, _MEASURED_WINDOWS)
-        dense = evaluate_windows(model, windows, None)
-        recorded = RecordedLogits(model, windows)
-    convert(model, tokenizer, device=target, search_log=log, **settings)
-    if windows is not None:
-        sparse = evaluate_windows(model, windows, recorded)
-    block = LarosaConfig.parse(model.config.larosa)
-    inspection = inspect_config(model.config)
-    save(model, tokenizer, output, model_card(output.name, source, block, inspection, dense, sparse), max_shard_size)
-    if completed.search.keeps_log:
-        shutil.move(log, output / "search.jsonl")
-    return ConversionReport(
-        output=str(output),
-        larosa=model.config.larosa,
-        sparsity=inspection.sparsity,
-        dense=dense,
-        sparse=sparse,
-        source_bytes=source_bytes,
-        peak_memory_bytes=peak_memory(),
-        seconds=time.perf_counter() - started,
-    )
+    if max_kl is not None:
+        conversion.sparsity_within(max_kl)
+    return conversion.save(output, max_shard_size)
 
 
-def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> None:
+def convert_at(
+    source: str, outputs: Mapping[float, Path], *, max_shard_size: str = "5GB", **options: Any
+) -> Iterator[ConversionReport]:
+    """Convert a checkpoint at several sparsities, calibrated once, into a new folder each.
+
+    Each is a checkpoint like any other, which every tool can load as it is; only their counts differ.
+
+    Args:
+        outputs: the folders by sparsity. Other arguments are as for `convert_checkpoint`.
+    """
+    for output in outputs.values():
+        check_output(output, max_shard_size)
+    conversion = Conversion(source, list(outputs.values()), sparsity=next(iter(outputs)), **options)
+    for sparsity, output in outputs.items():
+        conversion.set_sparsity(sparsity)
+        yield conversion.save(output, max_shard_size)
+
+
+def sweep(source: str, sparsities: Sequence[float], **options: Any) -> list[SweepPoint]:
+    """What a model loses at each of some sparsities, calibrated once; nothing is written.
+
+    Options are as for `Conversion`.
+    """
+    conversion = Conversion(source, [], sparsity=sparsities[0], **options)
+    return [conversion.sweep_point(sparsity) for sparsity in sparsities]
+
+
+class Conversion:
+    """A checkpoint loaded, measured and converted, to be saved or looked at with other sparsities.
+
+    Args:
+        source, outputs: where from and where to.
+        dtype, device, trust_remote_code: as for `load`.
+        offload: keep the model in CPU memory and move one layer at a time to `device`, for models that
+            do not fit there; sampling, searches and measurement then run on the CPU.
+        measure: compare with the dense model on the bundled text.
+        search_log: where a search keeps its points; `log_named` says whether that is the user's own choice.
+        settings: as for `larosa.convert`.
+
+    Raises:
+        LarosaError: anything a user can mend.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        outputs: list[Path],
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        offload: bool = False,
+        trust_remote_code: bool = False,
+        measure: bool = True,
+        search_log: Path | None = None,
+        log_named: bool = False,
+        **settings: Any,
+    ) -> None:
+        self._started = time.perf_counter()
+        # Refuse bad options before a long load.
+        chosen = Settings.complete(**settings)
+        if log_named and not chosen.search.keeps_log:
+            raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
+        config = load_config(source, trust_remote_code=trust_remote_code)
+        check_reach(chosen, find_architecture(config.model_type), SiteSizes.of(config))
+        chosen = Settings.complete(**settings, context=context_length(config))
+        target = find_device(device)
+        self._source, self._trust_remote_code = source, trust_remote_code
+        where = "cpu" if offload else str(target)
+        model, self._tokenizer = load(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        check_weights(model)
+        self._source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        if outputs:
+            _check_disk(outputs[0], model, chosen, len(outputs))
+        self._log = search_log if chosen.search.keeps_log else None
+        self._windows = self._recorded = self._dense = None
+        with stage_seconds() as self._stages:
+            if measure:
+                length = min(_MEASURED_LENGTH, context_length(model.config))
+                self._windows = evaluation_windows(model, self._tokenizer, BUNDLED, length, _MEASURED_WINDOWS)
+                self._recorded = RecordedLogits(model, self._windows)
+                self._dense = evaluate_windows(model, self._windows, None)
+            self._converted = sparsify(model, self._tokenizer, chosen, device=target, search_log=self._log)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """See `Sparsified.set_sparsity`."""
+        if sparsity != self._converted.model.config.larosa["sparsity"]:
+            self._converted.set_sparsity(sparsity)
+
+    def measured(self) -> Evaluation | None:
+        """The model as it is now against the dense one; None where nothing is to be measured."""
+        if self._windows is None:
+            return None
+        return evaluate_windows(self._converted.model, self._windows, self._recorded)
+
+    def sweep_point(self, sparsity: float) -> SweepPoint:
+        """What the model loses and reads at a sparsity."""
+        self.set_sparsity(sparsity)
+        evaluation = self.measured()
+        assert evaluation is not None, "a sweep measures"
+        found = inspect_config(self._converted.model.config)
+        return SweepPoint(sparsity, evaluation, found.bytes_sparse_total, found.bytes_dense_total)
+
+    def sparsity_within(self, max_kl: float) -> None:
+        """Set the highest whole percentage whose measured divergence is not above `max_kl`.
+
+        Raises:
+            LarosaError: none is; the message says the least there is.
+        """
+        least = self.sweep_point(0.0).evaluation.kl_divergence
+        assert least is not None
+        if least > max_kl:
+            raise LarosaError(
+                f"--max-kl {max_kl:g}: even at 0% sparsity the divergence is {least:.4f}, by rounding alone"
+            )
+        low, high = 0, _HIGHEST_PERCENT + 1  # what meets the bar, what does not
+        with advance("Finding the sparsity", total=math.ceil(math.log2(high))) as tick:
+            while high - low > 1:
+                middle = (low + high) // 2
+                found = self.sweep_point(middle / 100).evaluation.kl_divergence
+                assert found is not None
+                low, high = (middle, high) if found <= max_kl else (low, middle)
+                tick()
+        self.set_sparsity(low / 100)
+
+    def save(self, output: Path, max_shard_size: str) -> ConversionReport:
+        """Write the model as it is now, and report on it."""
+        model, sparse = self._converted.model, self.measured()
+        block = LarosaConfig.parse(model.config.larosa)
+        inspection = inspect_config(model.config)
+        save(
+            model,
+            self._tokenizer,
+            output,
+            model_card(output.name, self._source, block, inspection, self._dense, sparse),
+            max_shard_size,
+            source=self._source,
+            trust_remote_code=self._trust_remote_code,
+            log=self._log,
+        )
+        return ConversionReport(
+            output=str(output),
+            larosa=model.config.larosa,
+            sparsity=inspection.sparsity,
+            dense=self._dense,
+            sparse=sparse,
+            source_bytes=self._source_bytes,
+            peak_memory_bytes=peak_memory(),
+            seconds=time.perf_counter() - self._started,
+            stages=self._stages,
+        )
+
+
+def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies: int) -> None:
     """Find out that the disk is too full before the work rather than after it."""
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
@@ -129,6 +274,7 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings) -> Non
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item
+    needed *= copies
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise LarosaError(

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

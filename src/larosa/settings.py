@@ -150,8 +150,13 @@ class Settings:
         prefill: str = Prefill.SPARSE,
         dense_first_token: bool | None = None,
         alphas: PerSite | None = None,
+        context: int | None = None,
     ) -> Self:
         """Check the user's options and take the rest from the recipe.
+
+        Args:
+            context: tokens that the model has room for, which bounds the recipe's own sequence length; None where
+                that is not known yet.
 
         Raises:
             LarosaError: an unknown choice, a number out of range, options that exclude each other, or one
@@ -213,10 +218,15 @@ class Settings:
         record = None
         calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
         if calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
+            min(defaults.sequence_length, context or defaults.sequence_length)
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
                 num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
-                sequence_length=_positive(sequence_length, defaults.sequence_length, "sequence-length"),
+                sequence_length=_positive(
+                    sequence_length,
+                    min(defaults.sequence_length, context or defaults.sequence_length),
+                    "sequence-length",
+                ),
                 seed=seed,
             )
             if chosen_search in (Search.GRID, Search.SENSITIVITY, Search.FISHER) and record.sequence_length < 2:

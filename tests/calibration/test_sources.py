@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from larosa import LarosaError
 from larosa.calibration import TextSplit, calibration_sequences, read_text
+from larosa.calibration.sources import tokenize
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_folder_is_read_in_the_order_of_names(write, tmp_path):
 
 def test_folder_without_text_files(write, tmp_path):
     write("folder/c.md", "not this")
-    with pytest.raises(LarosaError, match=r"no \.txt or \.jsonl file"):
+    with pytest.raises(LarosaError, match=r"no .txt, .json or .jsonl file"):
         read(str(tmp_path / "folder"))
 
 
@@ -163,3 +165,52 @@ def test_tokens_that_the_model_lacks(sequences):
 
 def test_a_model_may_have_spare_tokens(sequences):
     assert len(sequences(EVERY_WORD, 1, 10, vocab_size=200)) == 1
+
+
+class TestEndings:
+    """What a file holds is known by its ending; nothing else is taken for text."""
+
+    @pytest.mark.parametrize("name", ["a.json", "a.JSON"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            [{"text": "one"}, {"text": "two"}],
+            {"train": [{"text": "one"}, {"text": "two"}]},
+            {"text": "one\n\ntwo"},
+            [{"instruction": "one", "output": ""}, {"instruction": "two", "input": "", "output": ""}],
+        ],
+    )
+    def test_records_of_json(self, write, name, content):
+        assert read(write(name, json.dumps(content, indent=1))) == "one\n\ntwo"
+
+    @pytest.mark.parametrize(
+        "content", ["[1, 2]", '[["text"]]', '{"a": 1, "b": 2}', "null", '[{"text": 1}]', '{"text": ']
+    )
+    def test_other_json(self, write, content):
+        with pytest.raises(LarosaError, match=r"a\.json"):
+            read(write("a.json", content))
+
+    def test_capital_letters(self, write):
+        assert read(write("a.JSONL", '{"text": "one"}\n{"text": "two"}\n')) == "one\n\ntwo"
+        assert read(write("a.TXT", '{"text": "one"}')) == '{"text": "one"}'
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl.gz", "a.zip", "a.html"])
+    def test_unknown_ones(self, write, name):
+        with pytest.raises(LarosaError, match=r"of an unknown format '.+'; give \.txt, \.json or \.jsonl"):
+            read(write(name, "text"))
+
+    @pytest.mark.parametrize("name", ["corpus", "wiki.train.tokens", "wiki.raw", "notes.md"])
+    def test_texts(self, write, name):
+        assert read(write(name, "as it is")) == "as it is"
+
+    def test_a_folder(self, write):
+        path = Path(write("folder/a.json", '[{"text": "one"}]'))
+        write("folder/b.TXT", "two")
+        write("folder/c.csv", "three")
+        assert read(path.parent) == "one\n\ntwo"
+
+
+def test_text_that_is_no_unicode(write, tokenizer):
+    source = str(write("a.jsonl", '{"text": "w5 \\ud800"}'))
+    with pytest.raises(LarosaError, match=r"not UTF-8 text \(character 4\)"):
+        tokenize(read(source), tokenizer, 128)

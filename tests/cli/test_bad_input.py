@@ -133,6 +133,7 @@ def test_truncated_weights(convert_refused, checkpoint):
 def test_missing_shard(convert_refused, checkpoint):
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    (checkpoint / "model.safetensors").unlink()
     assert "model-00002-of-00002.safetensors: missing" in convert_refused()
 
 
@@ -149,7 +150,7 @@ def test_weight_of_another_shape(convert_refused, checkpoint):
     weights = load_file(file)
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(weights, file, metadata={"format": "pt"})
-    assert str(checkpoint) in convert_refused()
+    assert "'model.layers.1.mlp.up_proj.weight' is stored as [3, 3]" in convert_refused()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

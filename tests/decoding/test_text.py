@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from larosa.decoding.text import TextStream
 from larosa.demo import bundled_model
@@ -74,3 +76,48 @@ def test_speed_is_of_the_tokens_after_the_first(tokenizer, monkeypatch):
     for token in (6, 7, 8):
         output.put(token)
     assert output.tokens_per_second == 2.0
+
+
+class TestByteFallback:
+    """Llama 2's way: what has no token of its own is spelt in bytes, a run of which is decoded as a whole."""
+
+    @pytest.fixture(scope="class")
+    def fallback(self):
+        vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+        for token in ["▁", *"abcdefgh"]:
+            vocabulary[token] = len(vocabulary)
+        backend = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+    @pytest.mark.parametrize("text", ["ភាសាខ្មែរ ខ្មែរ", "a ភាសា b", "日本語日本語日本語 abc", "abc 🙂🙂🙂🙂"])
+    def test_every_cut_between_characters(self, fallback, text):
+        ids = fallback(text)["input_ids"]
+        for cut in range(len(ids)):
+            before = fallback.decode(ids[:cut])
+            if "\ufffd" in before:
+                continue
+            found, pieces = stream(fallback, ids[:cut], ids[cut:])
+            assert before + found == text
+            assert max(map(len, pieces), default=0) <= 2  # as it comes, not all at the end
+
+    def test_a_long_word_that_the_prompt_ends_in(self, fallback):
+        ids = fallback("ភាសាខ្មែរ" * 20)["input_ids"]
+        more = fallback("ខ្មែរ")["input_ids"][1:]
+        found, pieces = stream(fallback, ids, more)
+        assert (found, len(pieces)) == ("ខ្មែរ", 5)
+
+    def test_an_invalid_byte_holds_nothing_up(self, fallback):
+        ids = fallback("ab")["input_ids"]
+        letters = fallback("c d e f")["input_ids"][1:]
+        found, pieces = stream(fallback, ids, [1 + 0xE1, *letters, 1 + 0x9F])
+        assert found == "\ufffdc d e f\ufffd"
+        assert len(pieces) == 1 + len(letters)
+
+    def test_nothing_but_invalid_bytes(self, fallback):
+        found, pieces = stream(fallback, fallback("ab")["input_ids"], [1 + 0xFF] * 40)
+        assert found == "\ufffd" * 40
+        assert len(pieces) >= 8

@@ -66,6 +66,12 @@ class Architecture:
     #: Of (config, layer): how many positions it attends to, the own one included; None for all.
     window: Callable[[Any, int], int | None] = lambda config, layer: None
 
+    def __reduce__(self) -> tuple[Callable[[str], Architecture], tuple[str]]:
+        # By name: functions of configurations cannot be pickled, and there is only one of each family.
+        from larosa.architectures import find_architecture
+
+        return find_architecture, (self.model_type,)
+
     @property
     def converted_model_type(self) -> str:
         """`model_type` of the family's sparsified checkpoints."""

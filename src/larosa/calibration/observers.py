@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from larosa import finite
 from larosa.architectures.base import Heads
 from larosa.errors import LarosaError
 
@@ -162,4 +163,4 @@ class SortedMagnitudes:
 
 def not_finite(where: str) -> LarosaError:
     """The error of a calibration that meets NaN or Inf somewhere."""
-    return LarosaError(f"{where}: calibration activations are NaN or Inf; is the checkpoint sound?")
+    return finite.not_finite(f"{where}: calibration activations are")

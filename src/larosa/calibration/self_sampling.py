@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from larosa.calibration.precision import float32_arithmetic
-from larosa.errors import LarosaError
+from larosa.finite import not_finite
 from larosa.progress import advance
 
 
@@ -67,7 +67,7 @@ def _generate(model: Any, start: torch.Tensor, steps: int, tick: Callable[[], No
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise LarosaError("the model's logits are NaN or Inf; is the checkpoint sound?") from None
+        raise not_finite("the model's logits are", model.dtype) from None
     finally:
         model.generation_config = own_config
     return ids

@@ -20,6 +20,13 @@ BUNDLED = "bundled"
 _STREAMED_DOCUMENTS = 4096
 
 
+#: Endings of files that are text themselves (those of WikiText among them), and of JSON objects, one a line. Others
+#: are refused: what a table or an archive holds is not what a model should read.
+_TEXT = ("", ".txt", ".text", ".md", ".raw", ".tokens")
+_LINES = (".jsonl", ".ndjson")
+_IN_FOLDERS = (".txt", ".json", ".jsonl")
+
+
 class TextSplit(StrEnum):
     """Which part of a data set: what calibration reads must not be what evaluation reads."""
 
@@ -34,7 +41,7 @@ def calibration_sequences(
 
     Args:
         source: `self` (sampled from the model), `wikitext2`, `alpaca`, `c4`, `bundled`, or the path
-            of a .txt or .jsonl file or of a folder of them.
+            of a .txt, .json or .jsonl file or of a folder of them.
         num_sequences: how many.
         sequence_length: tokens in each.
         seed: of the sampling, or of the choice of windows.
@@ -63,12 +70,25 @@ def calibration_sequences(
     return ids[: windows * sequence_length].view(windows, sequence_length)[chosen]
 
 
+def check_text(text: str, name: str) -> None:
+    """Refuse what is no Unicode text: Python passes on what it could not decode as lone surrogates.
+
+    Raises:
+        LarosaError: the message gives `name` and the place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LarosaError(f"{name}: not UTF-8 text (character {error.start + 1})") from None
+
+
 def tokenize(text: str, tokenizer: Any, vocab_size: int) -> torch.Tensor:
     """All of `text` as one row of token ids, int64, with the tokenizer's usual special tokens.
 
     Raises:
-        LarosaError: an id is outside the model's vocabulary.
+        LarosaError: it is no Unicode text, or an id is outside the model's vocabulary.
     """
+    check_text(text, "the text")
     # verbose=False: a text longer than the model's context is meant, it is cut into windows.
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= vocab_size:
@@ -91,9 +111,9 @@ def read_text(source: str, split: TextSplit) -> str:
         return "\n\n".join(_DATASETS[source](split))
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl"))
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _IN_FOLDERS and p.is_file())
         if not files:
-            raise LarosaError(f"{path}: no .txt or .jsonl file in this folder")
+            raise LarosaError(f"{path}: no .txt, .json or .jsonl file in this folder")
     elif path.is_file():
         files = [path]
     else:
@@ -106,26 +126,50 @@ def read_text(source: str, split: TextSplit) -> str:
 
 
 def _read_file(path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind not in (*_TEXT, *_LINES, ".json"):
+        raise LarosaError(f"{path}: of an unknown format '{kind}'; give .txt, .json or .jsonl")
     try:
         text = path.read_text("utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise LarosaError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
         raise LarosaError(f"{path}: {error.strerror}") from None
-    if path.suffix != ".jsonl":
+    if kind in _TEXT:
         return text
+    if kind == ".json":
+        return "\n\n".join(_records(path, text))
     documents = []
     # Not splitlines(), which also splits at separators that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 documents.append(_document(json.loads(line)))
-            except (json.JSONDecodeError, TypeError, KeyError):
-                raise LarosaError(
-                    f"{path}, line {number}: not a JSON object with a 'text' key (or Alpaca's "
-                    "'instruction' and 'output')"
-                ) from None
+            except _NO_DOCUMENT:
+                raise LarosaError(f"{path}, line {number}: not {_DOCUMENT}") from None
     return "\n\n".join(documents)
+
+
+def _records(path: Path, text: str) -> list[str]:
+    """The documents of a JSON file: a list of records, or one that stands under one key, as data sets are exported."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LarosaError(f"{path}: not valid JSON ({error}); one record a line is .jsonl") from None
+    if isinstance(content, dict) and "text" not in content and len(content) == 1:
+        (content,) = content.values()
+    rows = content if isinstance(content, list) else [content]
+    documents = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            documents.append(_document(row))
+        except _NO_DOCUMENT:
+            raise LarosaError(f"{path}, record {number}: not {_DOCUMENT}") from None
+    return documents
+
+
+_NO_DOCUMENT = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+_DOCUMENT = "a JSON object with a 'text' key (or Alpaca's 'instruction' and 'output')"
 
 
 def _document(row: dict[str, str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from larosa.cli import options
 from larosa.cli.options import console
+from larosa.cli.sweep import SWEEP, SWEEP_PICTURE, plot_sweep, print_sweep
 from larosa.config import (
     AdapterFormat,
     Budget,
@@ -22,14 +23,35 @@ from larosa.config import (
     RotationObjective,
     Score,
     Search,
+    check_sparsity,
 )
-from larosa.convert_checkpoint import ConversionReport, convert_checkpoint
+from larosa.convert_checkpoint import ConversionReport, convert_at, convert_checkpoint
+from larosa.convert_checkpoint import sweep as sweep_checkpoint
+from larosa.errors import LarosaError
+from larosa.evaluation.verdict import verdict
+
+DEFAULT_SPARSITY = 0.5
 
 
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face name of a dense model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the converted model.")],
-    sparsity: Annotated[float, typer.Option(help="Fraction of weights to skip per token, in [0, 1).")] = 0.5,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="New folder for the converted model; not with --sweep.")
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P[,P...]",
+            help="Fraction of weights to skip per token, in [0, 1), default 0.5; several give OUT-P each.",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Instead: the highest sparsity whose divergence from the dense model is not above this."),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Show what each sparsity loses, as a table and sweep.png; write no model.")
+    ] = False,
     method: Annotated[
         Method, typer.Option(help="larosa, or what it is compared with: topk (no rotation), teal, cats.")
     ] = Method.LAROSA,
@@ -37,7 +59,7 @@ def convert(
     budget: Annotated[Budget | None, typer.Option(help="What the sparsity is a fraction of.")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.jsonl file or folder."),
+        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder."),
     ] = None,
     num_sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: options.SequenceLength = None,
@@ -84,38 +106,74 @@ def convert(
 ) -> None:
     """Sparsify a model: calibrate, rotate, merge, save. The source is not touched."""
     options.check_json_file(json)
-    report = convert_checkpoint(
-        model,
-        output,
-        dtype=dtype,
-        device=device,
-        offload=offload,
-        trust_remote_code=trust_remote_code,
-        measure=measure,
-        max_shard_size=max_shard_size,
-        search_log=search_log,
-        sparsity=sparsity,
-        method=method,
-        recipe=recipe,
-        budget=budget,
-        calibration=calibration,
-        num_sequences=num_sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        rotation=rotation,
-        layers_per_rotation=layers_per_rotation,
-        adapters=adapters,
-        covariance=covariance,
-        rotation_objective=rotation_objective,
-        value_rotation=value_rotation,
-        score=score,
-        search=search,
-        compensation=compensation,
-        prefill=prefill,
-        dense_first_token=dense_first_token,
-    )
-    _print(report)
-    options.write_json(json, report.to_dict())
+    sparsities = _sparsities(sparsity, max_kl, sweep, output)
+    shared: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "offload": offload,
+        "trust_remote_code": trust_remote_code,
+        "method": method,
+        "recipe": recipe,
+        "budget": budget,
+        "calibration": calibration,
+        "num_sequences": num_sequences,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "rotation": rotation,
+        "layers_per_rotation": layers_per_rotation,
+        "adapters": adapters,
+        "covariance": covariance,
+        "rotation_objective": rotation_objective,
+        "value_rotation": value_rotation,
+        "score": score,
+        "search": search,
+        "compensation": compensation,
+        "prefill": prefill,
+        "dense_first_token": dense_first_token,
+    }
+    if sweep:
+        points = sweep_checkpoint(model, sparsities, **shared)
+        print_sweep(model, points)
+        plot_sweep(model, points, SWEEP_PICTURE)
+        console.print(f"Picture: {SWEEP_PICTURE}")
+        options.write_json(json, {"model": model, "points": [point.to_dict() for point in points]})
+        return
+    assert output is not None, "checked"
+    writing: dict[str, Any] = {"measure": measure, "max_shard_size": max_shard_size, **shared}
+    if len(sparsities) == 1:
+        (only,) = sparsities
+        report = convert_checkpoint(model, output, sparsity=only, max_kl=max_kl, search_log=search_log, **writing)
+        _print(report)
+        options.write_json(json, report.to_dict())
+        return
+    if search_log is not None:
+        raise LarosaError("--search-log is of one sparsity: give one, or leave it out")
+    folders = {each: output.with_name(f"{output.name}-{each:g}") for each in sparsities}
+    reports = []
+    for report in convert_at(model, folders, **writing):
+        _print(report)
+        reports.append(report.to_dict())
+    options.write_json(json, {"model": model, "reports": reports})
+
+
+def _sparsities(sparsity: str | None, max_kl: float | None, sweep: bool, output: Path | None) -> tuple[float, ...]:
+    """The sparsities asked for.
+
+    Raises:
+        LarosaError: options that exclude each other, or no number.
+    """
+    if output is None and not sweep:
+        raise LarosaError("no OUT: name a new folder for the converted model, or give --sweep to write none")
+    if sweep and (output is not None or max_kl is not None):
+        raise LarosaError("--sweep writes no model: leave OUT and --max-kl out")
+    if max_kl is not None and sparsity is not None:
+        raise LarosaError("give either --sparsity or --max-kl, not both")
+    if sparsity is None:
+        return SWEEP if sweep else (DEFAULT_SPARSITY,)
+    found = options.numbers("--sparsity", sparsity, float, "a fraction such as 0.5, or several: 0.25,0.4,0.5")
+    if not found or len(set(found)) < len(found):
+        raise LarosaError(f"--sparsity '{sparsity}': give one number or several different ones")
+    return tuple(check_sparsity(each) for each in found)
 
 
 def _print(report: ConversionReport) -> None:
@@ -132,7 +190,8 @@ def _print(report: ConversionReport) -> None:
     for device, peak in report.peak_memory_bytes.items():
         table.add_row(f"peak memory, {device}", f"{peak / 2**30:.2f} GiB")
     console.print(table)
-    if report.sparse is not None:
+    if report.sparse is not None and report.sparse.kl_divergence is not None:
+        console.print(verdict(report.sparse.kl_divergence))
         console.print(
             f"Measured on {report.sparse.tokens:,} tokens of the bundled text; `larosa eval` measures on yours."
         )

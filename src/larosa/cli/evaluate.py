@@ -18,7 +18,7 @@ from larosa.evaluation.perplexity import evaluate as evaluate_model
 def evaluate(
     model: options.Model,
     data: Annotated[
-        str, typer.Option(metavar="SOURCE", help="bundled, wikitext2, c4, or a .txt/.jsonl file or folder.")
+        str, typer.Option(metavar="SOURCE", help="bundled, wikitext2, c4, or a .txt/.json/.jsonl file or folder.")
     ] = "bundled",
     reference: Annotated[
         str | None, typer.Option(metavar="DENSE", help="The dense model, for KL divergence and top-1 agreement.")

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from larosa.calibration.sources import check_text
 from larosa.checkpoint import load
 from larosa.cli import options
-from larosa.cli.options import console
 from larosa.decoding import CacheDtype, EngineName
 from larosa.decoding import generate as generate_text
 from larosa.progress import stderr
@@ -33,8 +33,9 @@ def generate(
 ) -> None:
     """Generate text, streamed; the speed follows on standard error."""
     options.check_json_file(json)
+    check_text(prompt, "--prompt")
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    console.print(prompt, end="", markup=False, highlight=False, soft_wrap=True)
+    options.write_text(prompt)
     result = generate_text(
         loaded,
         tokenizer,
@@ -45,9 +46,9 @@ def generate(
         seed=seed,
         engine=engine,
         kv_cache_dtype=kv_cache_dtype,
-        on_text=lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True),
+        on_text=options.write_text,
     )
-    console.print()
+    options.write_text("\n")
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     stderr.print(f"{result.tokens} tokens{speed}, {result.engine} engine", highlight=False)
     options.write_json(json, {"model": model, "prompt": prompt, **result.to_dict()})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+import threading
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -49,8 +52,23 @@ def larosa(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 1."""
+    _prepare()
     try:
         app(standalone_mode=True)
     except LarosaError as error:
         print(f"larosa: error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _prepare() -> None:
+    # What a terminal cannot show is escaped: it is no reason to lose the results of the work.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    # As an interrupt does, so that what is half-written is removed.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)

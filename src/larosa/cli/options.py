@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,8 @@ from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 from larosa.sparsity.report import Sparsity
 
-console = Console()
+#: Names, paths and text are printed as they are: what looks like markup in them is none.
+console = Console(markup=False, emoji=False, highlight=False)
 _WIDEST_TABLE = 140
 
 NumberT = TypeVar("NumberT", int, float)
@@ -58,19 +60,39 @@ def decode_title(row: DecodeRow) -> str:
 
 def print_whole(table: Table) -> None:
     """Print a table as wide as it is: in a narrower terminal lines wrap, where rich would cut cells to nothing."""
-    Console(width=max(console.width, _WIDEST_TABLE)).print(table)
+    width = max(console.width, _WIDEST_TABLE)
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+
+
+def write_text(text: str) -> None:
+    """Write a model's text to standard output, untouched: rich would expand tabs and drop carriage returns."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def check_json_file(path: Path | None) -> None:
     """Refuse a result file that cannot be written before the work rather than after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise LarosaError(f"{path}: not a file in an existing folder (--json)")
+    if path is None:
+        return
+    try:
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise LarosaError(f"{path}: not a file in an existing folder (--json)")
+        there = path.exists()
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise LarosaError(f"{path}: {error.strerror} (--json)") from None
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write the results where `--json` asked for them."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        try:
+            path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise LarosaError(f"{path}: {error.strerror} (--json)") from None
 
 
 def numbers(option: str, text: str, kind: Callable[[str], NumberT], form: str) -> tuple[NumberT, ...]:

@@ -27,10 +27,11 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results; may exist.")] = None,
     names: Annotated[bool, typer.Option("--list", help="Show the names with a line each and exit.")] = False,
     data: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Evaluated: bundled, wikitext2, c4, or a .txt/.jsonl file or folder.")
+        str,
+        typer.Option(metavar="SOURCE", help="Scored: bundled, wikitext2, c4, or a .txt/.json/.jsonl file or folder."),
     ] = "bundled",
     calibration: Annotated[
-        str, typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.jsonl file or folder.")
+        str, typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder.")
     ] = "self",
     other_calibration: Annotated[
         list[str] | None,

@@ -16,6 +16,7 @@ from larosa.errors import LarosaError
 from larosa.ops.cpu.graph import Graph
 from larosa.ops.cpu.library import load
 from larosa.ops.schema import has_kernels
+from larosa.plain import check_plain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SILU = ("silu", "swish")
@@ -40,6 +41,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
+        check_plain(model)
         architecture = find_architecture(model.config.model_type)
         weight = architecture.embedding(model).weight
         _check(model, architecture)
@@ -55,7 +57,7 @@ class Engine:
         head = architecture.head(model)
         self._head = [head.weight.data], [own(head.bias)]
         # What a step starts from, at places that a CPU's graph can read again.
-        self._hidden = torch.zeros(1, weight.shape[1], device=weight.device)
+        self._hidden = torch.zeros(1, weight.shape[1], dtype=torch.float32, device=weight.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self._graph: Graph | None = None
         self._replays = weight.device.type == "cpu" and self.fixed_shapes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from larosa.calibration.sources import tokenize
+from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
@@ -88,7 +89,7 @@ def generate(
     kernels = chosen is EngineName.LAROSA and device.type != "cpu"
     sampler = Sampler(temperature, top_p, seed, device=device, kernels=kernels)
     ids = _prompt_ids(model, tokenizer, prompt)
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     if len(ids) + max_new_tokens > context:
         raise LarosaError(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of {context}"

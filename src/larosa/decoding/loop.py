@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from larosa.decoding.sampling import Sampler
-from larosa.errors import LarosaError
+from larosa.finite import not_finite
 from larosa.ops.greedy import NO_TOKEN
 
 
@@ -60,7 +60,7 @@ def checked(tokens: torch.Tensor) -> list[int]:
     """
     ids: list[int] = tokens.tolist()
     if NO_TOKEN in ids:
-        raise LarosaError("the model's logits are NaN or Inf; is the checkpoint sound?")
+        raise not_finite("the model's logits are")
     return ids
 
 

@@ -9,8 +9,11 @@ from typing import Any
 #: What a tokenizer shows for the bytes of an incomplete character.
 _INCOMPLETE = "\ufffd"
 
-#: Tokens of the prompt to decode the first new ones with.
+#: Tokens of the prompt to decode the first new ones with, and more where these begin within a character.
 _OVERLAP = 8
+
+#: Most tokens that one character takes: it has as many bytes in UTF-8.
+_CHARACTER = 4
 
 
 class TextStream:
@@ -29,7 +32,7 @@ class TextStream:
         self._on_text = on_text
         self._pieces: list[str] = []
         self._times: list[float] = []
-        self._last = prompt[-_OVERLAP:]
+        self._last = self._context(prompt)
         self._pending: list[int] = []
 
     @property
@@ -54,7 +57,8 @@ class TextStream:
         self._times.append(time.perf_counter())
         self._pending.append(token)
         piece = self._pending_text()
-        if piece and not piece.endswith(_INCOMPLETE):
+        # What no further byte completes never will be, and text behind it must not wait.
+        if piece and (not piece.endswith(_INCOMPLETE) or len(self._pending) > _CHARACTER):
             self._hand_on(piece)
 
     def end(self) -> None:
@@ -63,8 +67,20 @@ class TextStream:
         if piece:
             self._hand_on(piece)
 
+    def _context(self, prompt: list[int]) -> list[int]:
+        """The prompt's last tokens, from the beginning of a character on.
+
+        Tokenizers with byte fallback show every byte of a run that begins within a character as incomplete.
+        """
+        length = _OVERLAP
+        while length < len(prompt) and _INCOMPLETE in self._decode(prompt[-length:]):
+            length *= 2
+        return prompt[-length:]
+
     def _pending_text(self) -> str:
-        return self._decode(self._last + self._pending)[len(self._decode(self._last)) :]
+        before, whole = self._decode(self._last), self._decode(self._last + self._pending)
+        # With byte fallback an invalid byte spoils the bytes before it too, which have been handed on.
+        return whole[len(before) :] if whole.startswith(before) else self._decode(self._pending)
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)

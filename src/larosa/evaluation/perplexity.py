@@ -14,9 +14,11 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 from larosa.architectures import cache_argument
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
+from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
+from larosa.finite import not_finite
 from larosa.progress import track
 from larosa.sparsity.report import Sparsity, sparsity_of
 
@@ -69,7 +71,7 @@ def evaluate(
     `prefill` setting, since it stands for decoding.
 
     Args:
-        data: `bundled`, `wikitext2`, `c4`, or a .txt/.jsonl file or folder.
+        data: `bundled`, `wikitext2`, `c4`, or a .txt/.json/.jsonl file or folder.
         sequence_length: window length in tokens; None is 2048 or the model's context if that is shorter.
         max_sequences: score only the first so many windows.
         reference: the dense model; may be on another device.
@@ -100,7 +102,7 @@ def evaluation_windows(
     Raises:
         LarosaError: the text does not fill one window, or the length does not suit the model.
     """
-    context = model.config.max_position_embeddings
+    context = context_length(model.config)
     length = min(DEFAULT_SEQUENCE_LENGTH, context) if sequence_length is None else sequence_length
     if not 2 <= length <= context:
         raise LarosaError(f"--sequence-length {length} is outside the model's context of 2 to {context}")
@@ -138,7 +140,7 @@ def evaluate_windows(
                     agreement += float((log_p.argmax(-1) == log_dense.argmax(-1)).sum())
             tokens += len(logits)
     if loss != loss or divergence != divergence:
-        raise LarosaError("the model's logits are NaN; is the checkpoint sound?")
+        raise not_finite("the model's logits are", model.get_input_embeddings().weight.dtype)
     return Evaluation(
         perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
         tokens=tokens,

@@ -71,6 +71,10 @@ class SparseDecoderLayer(nn.Module):
     attention_adapter: nn.Linear | Int8Adapter | None
     residual_adapter: nn.Linear | Int8Adapter | None
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made as it is needed, so nobody finds it by name; that of the family is found.
+        return _empty_layer, (type(self).__mro__[2],), self.__getstate__()
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One layer over hidden_states [batch, positions, D]; other arguments go to the attention."""
         names = self.architecture
@@ -101,6 +105,13 @@ def _sparse_layer_class(dense: type) -> type:
         namespace = {"__module__": __name__, "__qualname__": dense.__qualname__}
         _sparse_layer_classes[dense] = type(dense.__name__, (SparseDecoderLayer, dense), namespace)
     return _sparse_layer_classes[dense]
+
+
+def _empty_layer(dense: type) -> nn.Module:
+    """A sparsified layer without anything in it, for pickle to fill."""
+    cls = _sparse_layer_class(dense)
+    layer: nn.Module = cls.__new__(cls)
+    return layer
 
 
 def sparsify_layers(model: nn.Module, architecture: Architecture, config: LarosaConfig) -> None:

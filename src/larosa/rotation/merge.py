@@ -141,7 +141,9 @@ def _merge(weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor 
             wide = wide @ right
         piece.copy_(wide)
         if not piece.isfinite().all():
-            raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {weight.dtype} once rotated")
+            dtype = str(weight.dtype).removeprefix("torch.")
+            mend = ": use --dtype bfloat16" if weight.dtype is torch.float16 else ""
+            raise LarosaError(f"{where}: a weight is NaN or Inf, or overflows {dtype} once rotated{mend}")
 
 
 @torch.no_grad()

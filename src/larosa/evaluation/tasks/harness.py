@@ -29,6 +29,7 @@ from larosa.errors import LarosaError
 from larosa.evaluation.tasks.catalogue import TaskSpec
 from larosa.evaluation.tasks.local import Splits
 from larosa.evaluation.tasks.results import TaskResult
+from larosa.finite import not_finite
 
 VERSION: str = lm_eval.__version__
 
@@ -134,7 +135,7 @@ def run(model: InMemoryModel, task: LoadedTask, limit: int | None, seed: int) ->
     samples = [sample for name in sorted(task.tasks) for sample in report["samples"][name]]
     for sample in samples:
         if any(math.isnan(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]):
-            raise LarosaError("the model's logits are NaN; is the checkpoint sound?")
+            raise not_finite("the model's logits are")
     measured = report["results"][spec.name]
     stderr = measured[f"{spec.metric}_stderr,none"]
     return TaskResult(

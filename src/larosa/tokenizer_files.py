@@ -1,0 +1,125 @@
+"""A converted model's tokenizer: its source's own files, and the proof that they give the same tokens."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from larosa.errors import LarosaError
+from larosa.weight_files import check_no_pointer
+
+_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*",
+    "tekken.json",
+    "chat_template*",
+)
+#: What tokenizers have been seen to differ in: spaces, line ends, other scripts, bytes, special tokens in the text.
+_PROBES = (
+    "",
+    " ",
+    "Hello world, it's 3.14!",
+    "  two leading, two trailing  ",
+    "\n\ttabs\r\n and   spaces\n\n\n",
+    "ភាសាខ្មែរ 日本語 Ünïcödé 👩‍👩‍👧 \u0000\u200b",
+    "def f(x):\n    return x ** 2  # ▁",
+    "w5 w6 w7",
+    "<s>a</s> b<unk>c <|endoftext|> d<|im_end|>\n",
+)
+
+
+#: One of them a tokenizer is read from.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken", "spiece.model", "tekken.json")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a vocabulary: transformers makes an empty tokenizer then.
+
+    Raises:
+        LarosaError: there is none, or a pointer of git-lfs in its place.
+    """
+    found = [file for pattern in _VOCABULARIES for file in sorted(folder.glob(pattern))]
+    for file in found:
+        check_no_pointer(file)
+    config = folder / "tokenizer_config.json"
+    if not found and not (config.is_file() and "auto_map" in config.read_text("utf-8", errors="replace")):
+        raise LarosaError(
+            f"{folder}: no tokenizer in this folder; put tokenizer.json and its companions beside the model"
+        )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, source: str | None = None, trust_remote_code: bool = False) -> None:
+    """Put a tokenizer into the folder of a saved model, so that what is loaded from there gives the same tokens.
+
+    Args:
+        tokenizer: in memory.
+        folder: of the saved model, its configuration included: the model's type has a say in what is loaded.
+        source: folder or hub name that the tokenizer was loaded from, whose files are copied as they are; None
+            writes them anew.
+        trust_remote_code: as it was loaded with.
+
+    Raises:
+        LarosaError: neither way gives the same tokens.
+    """
+    found = None if source is None else _source_folder(source)
+    if found is not None:
+        for pattern in _FILES:
+            for path in found.glob(pattern):
+                _copy(path, folder / path.name)
+        if _alike(tokenizer, folder, trust_remote_code):
+            return
+    written = {str(Path(name).relative_to(folder)) for name in tokenizer.save_pretrained(folder)}
+    if not _alike(tokenizer, folder, trust_remote_code):
+        raise LarosaError(
+            f"{tokenizer.__class__.__name__}: saved and loaded again it gives other tokens; give one that was loaded "
+            f"with AutoTokenizer and not changed since (wrote {', '.join(sorted(written))})"
+        )
+
+
+def _source_folder(source: str) -> Path | None:
+    """Where the files of a tokenizer are; of a hub model, in the cache, where loading has put them."""
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None  # a GGUF file holds its tokenizer
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            return Path(file).parent
+    return None
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(path, target)  # not its mode: a file of the hub's cache may be read-only
+
+
+def _alike(tokenizer: Any, folder: Path, trust_remote_code: bool) -> bool:
+    """Whether what is loaded from a folder does as a tokenizer does."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # of many types; each means that this way does not do
+        return False
+    return all(_behaviour(loaded, text) == _behaviour(tokenizer, text) for text in _PROBES) and _kept(loaded) == _kept(
+        tokenizer
+    )
+
+
+def _behaviour(tokenizer: Any, text: str) -> tuple[list[int], str, str]:
+    ids = tokenizer(text)["input_ids"]
+    return ids, tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _kept(tokenizer: Any) -> tuple[Any, ...]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template", "padding_side")
+    return len(tokenizer), *(getattr(tokenizer, name, None) for name in names)

@@ -1,0 +1,48 @@
+"""What a user sees on standard error: larosa's own lines and nothing of the libraries below."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import larosa
+
+TINY = Path(larosa.__file__).parent / "assets" / "larosa-tiny"
+SHORT = ("--max-sequences", "1", "--sequence-length", "64")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run("eval", ...): a command in a process of its own, where no warning was shown before; its standard error."""
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-c", "from larosa.cli.main import main; main()", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def converting(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quiet") / "out"
+    return folder, run("convert", TINY, folder, "--num-sequences", "2", "--sequence-length", "32")
+
+
+def test_convert_warns_of_nothing(converting):
+    assert converting[1] == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--kv-cache-dtype", "int8")])
+def test_eval_warns_of_nothing(run, converting, options):
+    assert run("eval", converting[0], *SHORT, "--reference", TINY, *options) == ""
+
+
+@pytest.mark.parametrize("engine", ["larosa", "transformers"])
+def test_generate_prints_its_speed_alone(run, converting, engine):
+    for model in (TINY, converting[0]):
+        lines = run("generate", model, "--prompt", "The", "--max-new-tokens", "8", "--engine", engine).splitlines()
+        assert len(lines) == 1
+        assert lines[0].endswith(f"{engine} engine")
