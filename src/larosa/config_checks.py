@@ -25,6 +25,22 @@ _FORM = {"return_dict": True, "output_attentions": False, "output_hidden_states"
 _PROBE_TOKENS = 2
 
 
+def check_counts(path: str, content: dict[str, Any]) -> None:
+    """Refuse counts for each of which transformers would make an entry before anybody can look at them.
+
+    Args:
+        path: of the model, for the message.
+        content: of config.json, as it is.
+
+    Raises:
+        LarosaError: the message names the key.
+    """
+    for key in ("num_hidden_layers", "num_labels", "max_window_layers"):
+        value = content.get(key)
+        if isinstance(value, (int, float)) and not abs(value) <= _MOST_LAYERS:
+            raise _wrong(path, key, value, f"must be at most {_MOST_LAYERS}")
+
+
 def check_config(path: str, config: Any) -> None:
     """Refuse a configuration that no model can be made of, and reset what only changes the form of its output.
 
