@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from larosa.architectures import find_architecture
-from larosa.config_checks import check_config, dry_run
+from larosa.config_checks import check_config, check_counts, dry_run
 from larosa.errors import LarosaError
 from larosa.gguf import find_gguf, load_gguf, load_gguf_config
 from larosa.models import family_of
@@ -145,6 +145,7 @@ def _check_type(file: Path) -> None:
         raise LarosaError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise LarosaError(f"{file}: no key 'model_type'")
+    check_counts(str(file.parent), content)
     find_architecture(content["model_type"])
 
 

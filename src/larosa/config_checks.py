@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -18,9 +18,27 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+#: Beyond these even shapes alone fill the memory.
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 #: What makes a model answer in another form than larosa reads, whatever else it says.
 _FORM = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "use_cache": True}
 _PROBE_TOKENS = 2
+
+
+def check_counts(path: str, content: dict[str, Any]) -> None:
+    """Refuse counts for each of which transformers would make an entry before anybody can look at them.
+
+    Args:
+        path: of the model, for the message.
+        content: of config.json, as it is.
+
+    Raises:
+        LarosaError: the message names the key.
+    """
+    for key in ("num_hidden_layers", "num_labels", "max_window_layers"):
+        value = content.get(key)
+        if isinstance(value, (int, float)) and not abs(value) <= _MOST_LAYERS:
+            raise _wrong(path, key, value, f"must be at most {_MOST_LAYERS}")
 
 
 def check_config(path: str, config: Any) -> None:
@@ -35,8 +53,9 @@ def check_config(path: str, config: Any) -> None:
     """
     for key in _SIZES:
         value = getattr(config, key, None)
-        if not _is_whole(value) or value < 1:
-            raise _wrong(path, key, value, "must be a whole number of at least 1")
+        most = _MOST_LAYERS if key == "num_hidden_layers" else _MOST
+        if not _is_whole(value) or not 1 <= value <= most:
+            raise _wrong(path, key, value, f"must be a whole number of 1 to {most}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise _wrong(
             path, "num_key_value_heads", config.num_key_value_heads, f"must divide {config.num_attention_heads} heads"
@@ -74,7 +93,7 @@ def dry_run(model_class: type[Any], config: Any) -> None:
         model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta"))
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -1,7 +1,6 @@
 """How much memory the process has needed, and how much there is."""
 
 import gc
-import resource
 import sys
 
 import psutil
@@ -10,12 +9,19 @@ import torch
 
 def peak_memory() -> dict[str, int]:
     """Highest resident memory of the process and highest CUDA allocation so far, in bytes."""
-    # Linux counts in KiB, macOS in bytes. Mapped checkpoint files count while they are resident.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"cpu": _peak_resident()}
     if torch.cuda.is_available():
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def _peak_resident() -> int:
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
+    # Linux counts in KiB, macOS in bytes. Mapped checkpoint files count while they are resident.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory(device: torch.device) -> int:

@@ -40,11 +40,12 @@ def check_plain(model: Any) -> None:
 
 
 def _check_modules(model: Any, model_type: str) -> None:
+    kind: Any = type(model)
     architecture = find_architecture(model_type)
     allowed = (architecture.causal_lm_class, family_of(architecture).causal_lm_class)
     if type(model) not in allowed:
         raise LarosaError(f"a {_name(type(model))}: larosa needs a {allowed[0].__name__} itself")
-    expected = _expected(type(model), model.config.to_json_string(use_diff=False))
+    expected = _expected(kind, model.config.to_json_string(use_diff=False))
     found = dict(model.named_modules(remove_duplicate=False))
     for name, module in found.items():
         wanted = expected.get(name)
@@ -104,7 +105,7 @@ class _Module:
 
 
 @lru_cache(maxsize=4)
-def _expected(model_class: type[Any], config: str) -> dict[str, _Module]:
+def _expected(model_class: Any, config: str) -> dict[str, _Module]:
     """The modules that a class makes of a configuration."""
     with torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(json.loads(config)))

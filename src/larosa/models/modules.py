@@ -109,7 +109,7 @@ def _sparse_layer_class(dense: type) -> type:
 
 def _empty_layer(dense: type) -> nn.Module:
     """A sparsified layer without anything in it, for pickle to fill."""
-    cls = _sparse_layer_class(dense)
+    cls: Any = _sparse_layer_class(dense)
     layer: nn.Module = cls.__new__(cls)
     return layer
 

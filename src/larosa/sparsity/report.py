@@ -94,7 +94,9 @@ def sparsity_of(config: Any) -> Sparsity:
 
 
 def _element_size(config: Any) -> int:
-    size: int = (config.dtype or torch.float32).itemsize
+    dtype = config.dtype or torch.float32
+    # transformers leaves a name there once the model has been saved.
+    size: int = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     return size
 
 
