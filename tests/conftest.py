@@ -136,6 +136,8 @@ def quick_convert(tokenizer: Any, text_file: Path) -> Callable[..., Any]:
         short = {"calibration": str(text_file), "num_sequences": 4, "sequence_length": 32}
         # Every token is sparse, so that tests can count; those of the first token ask for it.
         options = {**short, "dense_first_token": False, **options}
+        if options.get("method", "larosa") == "larosa":
+            options.setdefault("rotation", "layer")  # with every part that a converted model can have
         return larosa.convert(model, tokenizer, **options)
 
     return convert

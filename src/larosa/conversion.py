@@ -129,6 +129,7 @@ def convert(
         LarosaError: unsupported model, bad option, a sparsity beyond the method's reach, unusable
             calibration text, NaN or Inf.
     """
+    check_plain(model)
     settings = Settings.complete(
         sparsity=sparsity,
         method=method,
@@ -189,8 +190,13 @@ def sparsify(
     *,
     device: torch.device | str | None = None,
     search_log: Path | None = None,
+    sequences: torch.Tensor | None = None,
 ) -> Sparsified:
-    """`convert` with complete settings, for whoever wants several sparsities of one calibration."""
+    """`convert` with complete settings, for whoever wants several sparsities of one calibration.
+
+    Args:
+        sequences: calibration tokens [number, length] that were drawn before as the settings say; None draws them.
+    """
     check_plain(model)
     check_changeable(model)
     if str(model.config.model_type).startswith("larosa_"):
@@ -200,8 +206,9 @@ def sparsify(
     check_reach(settings, architecture, sizes)
     model.eval().requires_grad_(False)
     check_weights(model)
-    sequences = None
-    if settings.calibration is not None:
+    if settings.calibration is None:
+        sequences = None
+    elif sequences is None:
         sequences = _calibration_sequences(model, tokenizer, settings.calibration)
     where = torch.device(device) if device else architecture.embedding(model).weight.device
     dtype = architecture.embedding(model).weight.dtype

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from larosa.architectures import find_architecture
 from larosa.calibration.sources import BUNDLED, SELF, calibration_sequences
 from larosa.checkpoint import load
-from larosa.config import PerSite, Rotation, RotationObjective, Score, Search
-from larosa.conversion import convert
+from larosa.config import Rotation, RotationObjective, Score, Search
+from larosa.conversion import sparsify
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
-from larosa.models import set_keep_counts
-from larosa.sparsity import SiteSizes, keep_counts
-from larosa.sparsity.sensitivity import cheapest, fisher_costs
+from larosa.settings import Settings
 
 SPARSITIES = (0.25, 0.40, 0.50, 0.60)
 
@@ -32,8 +28,9 @@ _PLAIN: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "Top-K, no rotation": {**_PLAIN, "rotation": Rotation.NONE},
     "Top-K, random rotation": {**_PLAIN, "rotation": Rotation.RANDOM},
-    "LaRoSA": _PLAIN,
-    "LaRoSA, recipe best": {"search": Search.FISHER},
+    "LaRoSA": {**_PLAIN, "rotation": Rotation.LAYER},
+    "Recipe best": {},
+    "Recipe best, rotated": {"rotation": Rotation.LAYER},
 }
 
 _SAMPLE: dict[str, Any] = {"num_sequences": 16, "sequence_length": 512}
@@ -64,7 +61,7 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
     """Evaluate dense, Top-K without and with a random rotation, and LaRoSA without and with
     the parts of recipe `best`, at `SPARSITIES`.
 
-    Each method is calibrated once, on sequences sampled from the model itself, and run at all
+    All methods are calibrated on the same sequences, sampled once from the model itself, and run at all
     sparsities.
     """
     folder = bundled_model()
@@ -80,18 +77,13 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
         rows.append(row)
 
     add("Dense", 0.0, evaluate_windows(reference, windows, dense))
+    sequences = calibration_sequences(SELF, reference, tokenizer, **_SAMPLE, seed=seed)
     for method, parts in METHODS.items():
         model, _ = load(folder, dtype="float32", device=device)
-        convert(model, tokenizer, **parts, calibration=SELF, **_SAMPLE, seed=seed)
-        architecture, sizes = find_architecture(model.config.model_type), SiteSizes.of(model.config)
-        costs = None
-        if parts["search"] is Search.FISHER:
-            set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-            sequences = calibration_sequences(SELF, reference, tokenizer, **_SAMPLE, seed=seed)
-            costs = fisher_costs(model, architecture, partial(evaluate_windows, model, sequences, None))
+        settings = Settings.complete(sparsity=SPARSITIES[0], **parts, calibration=SELF, **_SAMPLE, seed=seed)
+        converted = sparsify(model, tokenizer, settings, sequences=sequences)
         for sparsity in SPARSITIES:
-            even = keep_counts(sparsity, PerSite(), sizes)
-            set_keep_counts(model, architecture, even if costs is None else cheapest(sparsity, sizes, costs))
+            converted.set_sparsity(sparsity)
             add(method, sparsity, evaluate_windows(model, windows, dense))
     return rows
 
@@ -104,7 +96,7 @@ def plot_demo(rows: list[DemoRow], picture: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, marker in zip(METHODS, "sXo*", strict=True):
+    for method, marker in zip(METHODS, "sXo*D", strict=True):
         curve = [row for row in rows if row.method == method]
         axes.plot(
             [100 * row.sparsity for row in curve],

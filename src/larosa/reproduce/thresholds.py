@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from larosa.calibration import Magnitudes, attached, visit_layers
-from larosa.config import SITES
+from larosa.calibration import Magnitudes, attached, behind, visit_layers
+from larosa.config import SITES, Recipe
 from larosa.progress import track
 from larosa.reproduce.context import Context
+from larosa.settings import RECIPES
 
 
 def calibrated_thresholds(context: Context, sparsities: Sequence[float]) -> dict[str, list[list[float]]]:
@@ -18,11 +19,12 @@ def calibrated_thresholds(context: Context, sparsities: Sequence[float]) -> dict
     def measure() -> dict[str, list[list[float]]]:
         found: dict[str, list[list[float]]] = {site: [] for site in SITES}
         sequences, architecture = context.calibration(), context.architecture
+        first = int(RECIPES[Recipe.BEST].dense_first_token)  # as in the conversions that are compared
         with torch.inference_mode():
             visits = visit_layers(context.dense(), architecture, sequences, torch.device(context.device))
             for visit in track(visits, "Thresholds", total=context.sizes.layers):
                 seen = {site: Magnitudes(f"layer {visit.index}, site {site}") for site in SITES}
-                with attached(*(architecture.tap(visit.layer, site, m.see) for site, m in seen.items())):
+                with attached(*(architecture.tap(visit.layer, site, behind(first, m.see)) for site, m in seen.items())):
                     visit.outputs()
                 for site, magnitudes in seen.items():
                     ordered = magnitudes.finish()
