@@ -187,10 +187,13 @@ def test_options_override_the_recipe():
     assert settings.calibration.num_sequences == 3
 
 
-@pytest.mark.parametrize("rotation", ["none", "random"])
-def test_no_calibration_where_nothing_reads_it(rotation):
-    assert Settings.complete(sparsity=0.5, rotation=rotation).calibration is None
-    assert Settings.complete(sparsity=0.5, rotation=rotation, search="grid").calibration is not None
+PLAIN = {"value_rotation": False, "score": "magnitude"}
+
+
+@pytest.mark.parametrize("options", [{"rotation": "random"}, {"rotation": "none", **PLAIN}], ids=["random", "none"])
+def test_no_calibration_where_nothing_reads_it(options):
+    assert Settings.complete(sparsity=0.5, **options).calibration is None
+    assert Settings.complete(sparsity=0.5, **options, search="grid").calibration is not None
 
 
 @pytest.mark.parametrize("method", ["topk", "teal", "cats"])

@@ -70,7 +70,7 @@ def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
 
 
 def test_layers_that_share_a_rotation(cli, checkpoint, tmp_path):
-    outcome = cli("convert", checkpoint, tmp_path / "out", *QUICK, "--layers-per-rotation", 2)
+    outcome = cli("convert", checkpoint, tmp_path / "out", *QUICK, "--rotation", "layer", "--layers-per-rotation", 2)
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "out" / "config.json")["larosa"]["layers_per_rotation"] == 2
     assert "| layers per rotation | 2 |" in (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -140,8 +140,10 @@ def test_eval_of_a_dense_model_against_itself_finds_no_difference(cli, checkpoin
     assert report["top1_agreement"] == 1
 
 
-def test_inspect_adds_up(cli, converted, tmp_path):
-    outcome = cli("inspect", converted, "--json", tmp_path / "i.json")
+def test_inspect_adds_up(cli, checkpoint, tmp_path):
+    folder = tmp_path / "rotated"
+    assert cli("convert", checkpoint, folder, *QUICK, "--rotation", "layer", "--no-measure").code == 0
+    outcome = cli("inspect", folder, "--json", tmp_path / "i.json")
     assert outcome.code == 0, outcome.err
     report = read(tmp_path / "i.json")
     assert len(report["sites"]) == 3 * 4
@@ -234,8 +236,9 @@ def test_version(cli):
         ("teal", ("--search", "greedy")),
         ("cats", ("--sparsity", 0.3)),
         ("larosa", ()),
+        ("larosa", ("--rotation", "layer")),
     ],
-    ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa"],
+    ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa", "larosa-rotated"],
 )
 def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, method, options):
     output, sparsity = tmp_path / "out", 0.3 if method == "cats" else 0.5
@@ -252,7 +255,7 @@ def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, meth
     assert (output / "search.jsonl").exists() == ("grid" in options)
     card = (output / "README.md").read_text("utf-8")
     assert f"| method | {method} |" in card
-    assert ("rotated basis" in card) == (method == "larosa")
+    assert ("rotated basis" in card) == ("layer" in options)
     assert ("on average over the calibration text" in card) == (method in ("teal", "cats"))
     assert "None" not in card
 
