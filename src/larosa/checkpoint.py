@@ -219,6 +219,8 @@ def check_output(folder: Path, max_shard_size: str = "5GB") -> None:
         if not folder.absolute().parent.is_dir():
             raise LarosaError(f"{folder.absolute().parent}: no such folder")
         folder.parent.joinpath(folder.name + LOG_SUFFIX).exists()  # a search's log has a longer name still
+    except LarosaError:
+        raise
     except FileNotFoundError:
         raise LarosaError(f"{folder.absolute().parent}: no such folder") from None
     except (OSError, ValueError) as error:

@@ -197,7 +197,9 @@ def test_converting_twice(refused, converted, tmp_path):
 
 def test_output_that_exists(refused, checkpoint, tmp_path):
     (tmp_path / "there").mkdir()
-    assert "exists already" in refused("convert", checkpoint, tmp_path / "there")
+    message = refused("convert", checkpoint, tmp_path / "there")
+    assert f"{tmp_path / 'there'}: exists already" in message
+    assert message.count(str(tmp_path)) == 1
     assert list((tmp_path / "there").iterdir()) == []
 
 
