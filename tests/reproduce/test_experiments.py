@@ -118,8 +118,8 @@ def test_changing_counts_is_the_same_as_converting_anew(shared_context):
     model, tokenizer = larosa.load(context.path, device="cpu")
     larosa.convert(
         *(model, tokenizer),
-        **{"sparsity": 0.25, "alphas": alphas, "covariance": "h1", "calibration": context.settings.calibration},
-        **{"num_sequences": 4, "sequence_length": 16},
+        **{"sparsity": 0.25, "alphas": alphas, "rotation": "layer", "covariance": "h1"},
+        **{"num_sequences": 4, "sequence_length": 16, "calibration": context.settings.calibration},
         **{"rotation_objective": "inputs", "value_rotation": False, "score": "magnitude"},
     )
     assert model.config.larosa["keep"]["h1"] == keep_counts(0.25, alphas, context.sizes).h1
