@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import larosa
-from larosa.architectures import cache_argument
+from larosa.architectures import cache_argument, find_architecture
+from larosa.calibration import attached, layer_statistics
 from larosa.config import SITES
 from larosa.decoding.engine import Engine
 from larosa.evaluation.zeros import sparse_prompts
@@ -16,8 +17,6 @@ from larosa.models import selectors
 
 def dense_rows(model, run):
     """For each position of what `run` does, whether every entry passes every selector."""
-    from larosa.architectures import find_architecture
-
     seen, handles = [], []
     for found in selectors(model, find_architecture(model.config.model_type)).values():
         for selector in found:
@@ -94,15 +93,18 @@ def test_a_measurement_can_take_a_prefix_for_a_dense_prompt(make_model, quick_co
     assert not dense_rows(model, lambda: model(ids)).any()
 
 
-def test_statistics_leave_the_first_token_out(make_model, quick_convert, text_file):
-    # A huge embedding of one token must not reach the statistics where only first tokens are that one.
-    def converted(dense_first_token):
-        return quick_convert(make_model("llama"), dense_first_token=dense_first_token).model.layers[0].h1.score
+def test_statistics_leave_the_first_token_out(make_model, token_ids):
+    model, ids, cpu = make_model("llama"), token_ids(3, 9), torch.device("cpu")
+    architecture = find_architecture("llama")
+    seen = []
+    with attached(architecture.tap_unit_norm(model.model.layers[0], "h1", seen.append)):
+        model(ids)
+    (found, *_) = layer_statistics(model, architecture, ids, cpu, first=1)
+    x = seen[0][:, 1:].flatten(0, 1).double()
+    torch.testing.assert_close(found.moments.h1, x.T @ x / len(x), atol=1e-5, rtol=1e-5)
 
-    assert not torch.equal(converted(True), converted(False))
 
-
-def test_the_choice_is_recorded(make_model, quick_convert, tokenizer, tmp_path):
-    model = quick_convert(make_model("llama"), dense_first_token=True)
-    assert model.config.larosa["dense_first_token"] is True
-    assert larosa.config.LarosaConfig.parse({**model.config.larosa, "dense_first_token": False})
+def test_the_choice_is_recorded(make_model, quick_convert):
+    for choice in (True, False):
+        model = quick_convert(make_model("llama"), dense_first_token=choice)
+        assert larosa.config.LarosaConfig.parse(model.config.larosa).dense_first_token is choice
