@@ -82,6 +82,25 @@ def test_one_that_cannot_be_saved_is_refused(tokenizer, tmp_path, make_model, mo
         save_tokenizer(mine, tmp_path)
 
 
+@pytest.mark.parametrize("use", ["sides", "batch"])
+def test_a_tokenizer_in_use_can_be_saved(use, legacy, tmp_path, make_model):
+    """What lm-eval and batches set on a tokenizer says how it is used, not which tokens it gives."""
+    tokenizer = larosa.load(str(legacy)).tokenizer
+    if use == "sides":
+        tokenizer.padding_side = tokenizer.truncation_side = "left"
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer(["Hello", "Hello world"], padding=True, truncation=True, max_length=3)
+    for source in (str(legacy), None):
+        out = tmp_path / f"out-{source is None}"
+        out.mkdir()
+        make_model("llama").config.save_pretrained(out)
+        save_tokenizer(tokenizer, out, source)
+        assert AutoTokenizer.from_pretrained(out)(_TEXTS[1])["input_ids"] == tokenizer(_TEXTS[1])["input_ids"]
+    with pytest.raises(larosa.LarosaError, match="other tokens"):  # its files are gone, and it does not save itself
+        save_tokenizer(tokenizer, out, str(tmp_path / "moved"))
+
+
 def test_save_takes_a_path_as_text(make_model, tokenizer, quick_convert, tmp_path):
     model = quick_convert(make_model("llama"))
     larosa.save(model, tokenizer, str(tmp_path / "out"), "# a card")
