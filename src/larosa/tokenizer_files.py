@@ -74,7 +74,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: str | None = None, trus
     Raises:
         LarosaError: neither way gives the same tokens.
     """
-    found = _source_folder(source or getattr(tokenizer, "name_or_path", ""))
+    found = _source_folder(source or str(getattr(tokenizer, "name_or_path", "")))
     if found is not None:
         _copy_files(found, folder)
         if _alike(tokenizer, folder, trust_remote_code):
