@@ -200,7 +200,7 @@ def test_no_weight_is_copied_or_kept_twice(make):
     own = {weight.data_ptr() for weight in model.parameters()}
     read = [
         weight
-        for layer in engine._layers
+        for layer in engine.weights.layers
         for site in (layer.h1, layer.h2, layer.h3, layer.h4)
         for weight in site.weights
     ]
@@ -217,7 +217,7 @@ def test_weights_are_laid_out_anew_when_the_counts_change(make, clear_ids, step_
         ids = clear_ids(model, LENGTH)
         expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
         engine = Engine(model, LENGTH)
-        assert engine._layers[0].h3.weights[0].is_contiguous() == (sparsity == 0)
+        assert engine.weights.layers[0].h3.weights[0].is_contiguous() == (sparsity == 0)
         assert_same_logits(step_logits(engine, ids, PROMPT), expected)
 
 

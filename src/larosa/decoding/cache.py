@@ -87,13 +87,35 @@ class KeyValueCache:
         if dtype == torch.int8:
             self.scales = torch.empty(*shape[:3], 2, dtype=_SCALE, device=device).unbind()
 
-    def fill(self, past: Any) -> None:
-        """Copy the first positions from a transformers cache that holds all of them, of batch size 1."""
+    def fill(self, past: Any, start: int = 0) -> None:
+        """Copy the positions from `start` on from a transformers cache that holds all of them, of batch size 1."""
         for keys, values, scales, layer in zip(self.keys, self.values, self.scales, past.layers, strict=True):
-            positions = slice(layer.keys.shape[-2])
+            positions = slice(start, layer.keys.shape[-2])
+            new_keys, new_values = layer.keys[0, :, start:], layer.values[0, :, start:]
             if scales is None:
-                keys[:, positions] = layer.keys[0]
-                values[:, positions] = layer.values[0]
+                keys[:, positions] = new_keys
+                values[:, positions] = new_values
             else:
-                keys[:, positions], scales[:, positions, 0] = digits(layer.keys[0].float())
-                values[:, positions], scales[:, positions, 1] = digits(layer.values[0].float())
+                keys[:, positions], scales[:, positions, 0] = digits(new_keys.float())
+                values[:, positions], scales[:, positions, 1] = digits(new_values.float())
+
+    def past(self, length: int, dtype: torch.dtype) -> DynamicCache:
+        """The first positions as a transformers cache of batch size 1, in a model's number format."""
+        past = DynamicCache()
+        for index, (keys, values, scales) in enumerate(zip(self.keys, self.values, self.scales, strict=True)):
+            # Of length 0 it is to be empty: a model tells a prompt by that.
+            if length:
+                read = [entries[None, :, :length].to(dtype) for entries in (keys, values)]
+                if scales is not None:
+                    read = [entries * scales[None, :, :length, i, None].to(dtype) for i, entries in enumerate(read)]
+                past.update(*read, index)
+        return past
+
+    def copy(self, other: KeyValueCache, length: int) -> None:
+        """Take the first positions from a cache of the same model and format."""
+        for mine, theirs in zip(
+            (self.keys, self.values, self.scales), (other.keys, other.values, other.scales), strict=True
+        ):
+            for to, entries in zip(mine, theirs, strict=True):
+                if to is not None and entries is not None:
+                    to[:, :length] = entries[:, :length]

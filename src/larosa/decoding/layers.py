@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from larosa.architectures import Architecture
-from larosa.decoding.cache import KeyValueCache
 from larosa.models import Int8Adapter, Selector, Threshold, TopK, selectors
 from larosa.ops import column_major
 from larosa.ops.select import Selection
@@ -148,36 +147,42 @@ class Site:
         return by_columns
 
 
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention and its part of the cache; the fields are the arguments of `torch.ops.larosa.attend`."""
+class Past(NamedTuple):
+    """What a layer's attention reads of one text: its part of the cache, and the rotary tables of its positions."""
 
     keys: torch.Tensor
     values: torch.Tensor
     scales: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: what `torch.ops.larosa.attend` is told beside the `Past` of a text."""
+
+    rotary: bool
     q_gain: torch.Tensor | None
     k_gain: torch.Tensor | None
     eps: float
     scale: float
     window: int
 
-    def __call__(self, qkv: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def __call__(self, qkv: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """Store one position's keys and values, and attend from it: [1, (H + 2 K) d] to [1, H d]."""
         output: torch.Tensor = _ops.attend(
             qkv,
-            self.keys,
-            self.values,
+            past.keys,
+            past.values,
             position,
-            self.cos,
-            self.sin,
+            past.cos if self.rotary else None,
+            past.sin if self.rotary else None,
             self.q_gain,
             self.k_gain,
             self.eps,
             self.scale,
             self.window,
-            self.scales,
+            past.scales,
         )
         return output
 
@@ -221,10 +226,10 @@ class DecodeLayer:
         """Whether a site compares with a threshold, so that what it reads varies from token to token."""
         return any(site.threshold is not None for site in (self.h1, self.h2, self.h3, self.h4))
 
-    def __call__(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
         carried = _carried(x, self.attention_adapter)
-        middle = self.h2(self.attention(self.h1(x), position), *carried)
+        middle = self.h2(self.attention(self.h1(x), position, past), *carried)
         carried = _carried(middle, self.residual_adapter)
         return self.h4(self.h3(middle), *carried)
 
@@ -236,9 +241,7 @@ def _carried(x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor, Ad
     return (x, adapter) if adapter.along else (adapter(x), None)
 
 
-def read_layers(
-    model: Any, architecture: Architecture, cache: KeyValueCache, tables: tuple[torch.Tensor, torch.Tensor]
-) -> list[DecodeLayer]:
+def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
     """The layers of a dense or sparsified model, over its own weights.
 
     Linears that are read sparsely are laid out by columns in place, on a GPU all of them, which its kernels
@@ -251,7 +254,7 @@ def read_layers(
         chosen = selectors(model, architecture)
 
     # Sites run one after the other, so that one does for all.
-    board = torch.zeros(1, dtype=torch.int64, device=cache.keys[0].device)
+    board = torch.zeros(1, dtype=torch.int64, device=architecture.embedding(model).weight.device)
 
     def site(name: str, index: int, source: Norm | _AsItIs | _Gated) -> Site:
         return _site(architecture.linears(layers[index], name), chosen[name][index] if name in chosen else None, source)
@@ -264,7 +267,7 @@ def read_layers(
             h3, h4 = replace(h3, swiglu=True), site("h4", index, _Long(board))
         return DecodeLayer(
             h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
-            attention=_attention(model, architecture, layer, index, cache, tables),
+            attention=_attention(model, architecture, layer, index),
             h2=site("h2", index, _AsItIs()),
             attention_adapter=_adapter(layer, "attention_adapter"),
             h3=h3,
@@ -319,22 +322,10 @@ def _kept(selector: Selector, width: int) -> dict[str, Any]:
     return {} if selector.threshold == 0 else {"threshold": selector.threshold}
 
 
-def _attention(
-    model: Any,
-    architecture: Architecture,
-    layer: nn.Module,
-    index: int,
-    cache: KeyValueCache,
-    tables: tuple[torch.Tensor, torch.Tensor],
-) -> Attention:
-    cos, sin = tables if architecture.uses_rotary(layer) else (None, None)
+def _attention(model: Any, architecture: Architecture, layer: nn.Module, index: int) -> Attention:
     norms = architecture.query_key_norms(layer)
     return Attention(
-        keys=cache.keys[index],
-        values=cache.values[index],
-        scales=cache.scales[index],
-        cos=cos,
-        sin=sin,
+        rotary=architecture.uses_rotary(layer),
         q_gain=None if norms is None else norms[0].weight.data,
         k_gain=None if norms is None else norms[1].weight.data,
         eps=0.0 if norms is None else norms[0].variance_epsilon,

@@ -1,0 +1,132 @@
+"""A model's weights as the decode engine reads them, laid out once and shared by every text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from larosa.architectures import Architecture, cache_argument, find_architecture
+from larosa.config import LarosaConfig, Method
+from larosa.decoding.layers import norm, own, read_layers
+from larosa.decoding.rope import rotary_tables
+from larosa.errors import LarosaError
+from larosa.ops.cpu.library import load
+from larosa.ops.schema import has_kernels
+from larosa.plain import check_plain
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SILU = ("silu", "swish")
+
+
+class DecoderWeights:
+    """The weights of a dense or converted model, for any number of `Engine`s.
+
+    No weight is copied: the linears that are read sparsely, on a GPU all of them, are laid out by columns in place. The
+    model goes on working as before.
+
+    Args:
+        model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
+
+    Raises:
+        LarosaError: a model that the engine cannot run.
+    """
+
+    def __init__(self, model: Any) -> None:
+        check_plain(model)
+        architecture = find_architecture(model.config.model_type)
+        _check(model, architecture)
+        self.config = model.config
+        self.embedding = architecture.embedding(model).weight.data
+        self.device, self.dtype = self.embedding.device, self.embedding.dtype
+        self.layers = read_layers(model, architecture)
+        self.final_norm = norm(architecture.final_norm(model))
+        head = architecture.head(model)
+        self._head = [head.weight.data], [own(head.bias)]
+        self._model, self._architecture = model, architecture
+        self._decoder = architecture.decoder(model)
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
+        return not any(layer.compares for layer in self.layers)
+
+    def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions 0 to `length` - 1, each [length, d] float32.
+
+        Raises:
+            LarosaError: the model's rotary embedding depends on how long the text is, and changes before `length`.
+        """
+        if self._tables is None or len(self._tables[0]) < length:
+            self._tables = rotary_tables(self._model, self._architecture, length)
+        cos, sin = self._tables
+        return cos[:length], sin[:length]
+
+    def forward(self, tokens: torch.Tensor, past: Any) -> torch.Tensor:
+        """Run tokens [1, length] of a prompt through the model's own forward, behind a transformers cache.
+
+        Returns:
+            [1, length, D], what the final norm gives; `past` then holds their keys and values.
+        """
+        cache = cache_argument(self._decoder, past)
+        with self._dense_up_to(past.get_seq_length() + tokens.shape[1]):
+            hidden: torch.Tensor = self._decoder(tokens.to(self.device), **cache, use_cache=True).last_hidden_state
+        return hidden
+
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """[N, vocabulary] float32 for [N, D] float32 behind the final norm."""
+        # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
+        logits: torch.Tensor = torch.ops.larosa.linear(normed, *self._head)
+        return logits
+
+    @contextmanager
+    def _dense_up_to(self, position: int) -> Iterator[None]:
+        """Leave what comes before a position dense where prompts are: of a cache that holds something a model cannot
+
+        know whether a prompt is still going on.
+        """
+        layers = [] if getattr(self.config, "larosa", None) is None else self._architecture.layers(self._model)
+        dense: list[Any] = [layer.dense for layer in layers if layer.dense.prompts]
+        for tokens in dense:
+            tokens.before = position
+        try:
+            yield
+        finally:
+            for tokens in dense:
+                tokens.before = 0
+
+
+def _check(model: Any, architecture: Architecture) -> None:
+    """Refuse what the engine cannot run.
+
+    Raises:
+        LarosaError: the message says what it is.
+    """
+    config = model.config
+    block = None if getattr(config, "larosa", None) is None else LarosaConfig.parse(config.larosa)
+    weight = architecture.embedding(model).weight
+    devices, dtype = {str(parameter.device) for parameter in model.parameters()}, weight.dtype
+    reason, mend = None, ""
+    if block is not None and block.method is Method.CATS:
+        reason = "method cats"
+    elif config.hidden_act not in _SILU or architecture.gate_activation_name is None:
+        reason = f"an MLP with activation '{config.hidden_act}'"
+    elif len(devices) > 1 or "meta" in devices:
+        reason = f"a model spread over {', '.join(sorted(devices))}"
+    elif dtype not in _DTYPES:
+        reason = f"weights in {dtype}"
+    elif not has_kernels(weight.device.type):
+        reason = f"on {weight.device}, for which it has no kernels"
+    elif block is not None and dtype is torch.float16 and weight.device.type == "cpu":
+        # PyTorch takes a hundred times as long for a prompt with such weights laid out by columns.
+        reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
+    if reason is not None:
+        raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
+    if weight.device.type == "cpu":
+        try:
+            load()
+        except LarosaError as error:
+            raise LarosaError(f"{error}, or use --engine transformers") from None
