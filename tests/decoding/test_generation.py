@@ -186,15 +186,16 @@ def test_a_stopped_generation_leaves_nothing_broken(make_model, quick_convert, t
     expected = list(continue_prompt(engine, ids, 20, Sampler()))
 
     for after in (0, 3):
-        draw, calls = Sampler(), iter(range(20))
+        calls = iter(range(20))
 
-        def interrupted(logits, draw=draw, calls=calls, after=after):
-            if next(calls) == after:
-                raise KeyboardInterrupt
-            return draw(logits)
+        class Interrupted(Sampler):
+            def __call__(self, logits, calls=calls, after=after):
+                if next(calls) == after:
+                    raise KeyboardInterrupt
+                return super().__call__(logits)
 
         with pytest.raises(KeyboardInterrupt):
-            list(continue_prompt(engine, ids, 20, interrupted))
+            list(continue_prompt(engine, ids, 20, Interrupted()))
         assert list(continue_prompt(engine, ids, 20, Sampler())) == expected
 
 

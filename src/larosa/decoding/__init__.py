@@ -4,5 +4,6 @@ from larosa.decoding.cache import CacheDtype
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.generation import EngineName, Generation, generate
+from larosa.decoding.sampling import Sampling
 
-__all__ = ["CacheDtype", "Engine", "EngineName", "ForwardEngine", "Generation", "generate"]
+__all__ = ["CacheDtype", "Engine", "EngineName", "ForwardEngine", "Generation", "Sampling", "generate"]

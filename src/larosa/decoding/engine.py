@@ -51,6 +51,11 @@ class Engine:
         """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
         return self.weights.fixed_shapes
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return len(self._embedding)
+
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         """Run a prompt and keep its keys and values, in place of all that was kept before.

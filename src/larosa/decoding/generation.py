@@ -17,7 +17,7 @@ from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
-from larosa.decoding.sampling import Sampler
+from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
 from larosa.errors import LarosaError
 from larosa.ops.schema import has_kernels
@@ -58,7 +58,10 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     engine: str | None = None,
     kv_cache_dtype: str = CacheDtype.AUTO,
@@ -70,9 +73,8 @@ def generate(
 
     Args:
         max_new_tokens: stop after so many tokens, or earlier at an end-of-sequence token.
-        temperature: 0 is greedy.
-        top_p: sample from the smallest set of tokens with this much probability.
-        seed: of the sampling; the same seed gives the same text on the same device and engine.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`; temperature 0 is greedy, and the
+            same seed gives the same text on the same device and engine.
         engine: `larosa`, `transformers`, or None for larosa's where the device has its kernels.
         kv_cache_dtype: how larosa's engine keeps keys and values: `auto` as the model's weights, or `int8`.
         on_text: called with each piece of text as soon as it is complete.
@@ -83,11 +85,12 @@ def generate(
     """
     if max_new_tokens < 1:
         raise LarosaError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     device = model.get_input_embeddings().weight.device
     chosen = _engine(engine, device)
     cache_dtype = _cache_dtype(kv_cache_dtype, chosen)
     kernels = chosen is EngineName.LAROSA and device.type != "cpu"
-    sampler = Sampler(temperature, top_p, seed, device=device, kernels=kernels)
+    sampler = Sampler(sampling, device=device, kernels=kernels)
     ids = _prompt_ids(model, tokenizer, prompt)
     context = context_length(model.config)
     if len(ids) + max_new_tokens > context:
