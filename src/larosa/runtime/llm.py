@@ -1,0 +1,95 @@
+"""A model made ready to run once, for many texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from larosa.calibration.sources import tokenize
+from larosa.context import context_length
+from larosa.decoding import CacheDtype
+from larosa.decoding.loop import stop_tokens
+from larosa.decoding.weights import DecoderWeights
+from larosa.errors import LarosaError
+from larosa.runtime.continuation import Continuation, Event, Request
+from larosa.runtime.session import Session
+
+
+class LLM:
+    """A dense or converted model with its tokenizer, its weights laid out for the decode engine.
+
+    Args:
+        model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
+        tokenizer: the model's.
+        max_length: tokens of a session, prompt included; None for the model's context.
+        kv_cache_dtype: how sessions keep keys and values; see `Engine`.
+
+    Raises:
+        LarosaError: a model that the engine cannot run, or a length beyond its context.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, max_length: int | None = None, kv_cache_dtype: str = CacheDtype.AUTO
+    ) -> None:
+        context = context_length(model.config)
+        if max_length is not None and not 0 < max_length <= context:
+            raise LarosaError(f"a length of {max_length} tokens: the model's context is 1 to {context}")
+        self.weights = DecoderWeights(model)
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.max_length = max_length or context
+        self.kv_cache_dtype = CacheDtype.parse(kv_cache_dtype)
+        self.end_tokens = stop_tokens(model)
+        self.weights.tables(self.max_length)  # refuses a length that the rotary embedding does not bear
+
+    def session(self) -> Session:
+        """A new text.
+
+        Raises:
+            LarosaError: there is too little memory for its cache.
+        """
+        return Session(self.weights, self.max_length, self.kv_cache_dtype)
+
+    def encode(self, text: str) -> list[int]:
+        """A text's tokens as a prompt; for an empty one the beginning-of-sequence token.
+
+        Raises:
+            LarosaError: the tokenizer is not the model's, or the text is empty and there is no such token.
+        """
+        ids: list[int] = tokenize(text, self.tokenizer, self.config.vocab_size).tolist()
+        if not ids and self.config.bos_token_id is None:
+            raise LarosaError("the prompt is empty and the model has no beginning-of-sequence token")
+        return ids or [self.config.bos_token_id]
+
+    def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
+        """Run one drawn token of each session, one session after the other.
+
+        Returns:
+            [sessions, vocabulary] float32, the logits of the tokens that follow.
+        """
+        return torch.cat([session.step(token) for session, token in zip(sessions, tokens, strict=True)])
+
+    def stream(self, request: Request, session: Session | None = None) -> Iterator[Event]:
+        """Continue a prompt, token by token.
+
+        Args:
+            session: to run in, of this model; what it holds of the prompt does not run again. None makes one.
+
+        Raises:
+            LarosaError: the prompt does not fit, or logits are NaN or Inf.
+        """
+        session = session or self.session()
+        if len(request.prompt) + request.max_tokens > self.max_length:
+            raise LarosaError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} new ones do not fit a session "
+                f"of {self.max_length}"
+            )
+        continuation = Continuation(self, request)
+        session.start(request.prompt, reuse=request.prompt_logprobs is None)
+        while session.left:
+            continuation.prompt_piece(session.advance())
+        yield continuation.first()
+        while not continuation.finished:
+            yield continuation.put(self.step([session], [continuation.token]))

@@ -1,0 +1,132 @@
+"""One text's keys and values over weights that many texts share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from larosa.decoding import CacheDtype, Engine
+from larosa.decoding.weights import DecoderWeights
+from larosa.errors import LarosaError
+
+#: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many
+#: rows a product has, and a piece is the same whatever follows: so a prefix is reused in whole pieces, to the bit.
+PIECE = 128
+
+
+class Session:
+    """A text in the making: its prompt runs piece by piece, then each token that is drawn.
+
+    Args:
+        weights: of the model, shared with other sessions.
+        max_length: tokens there is room for.
+        kv_cache_dtype: see `Engine`.
+
+    Raises:
+        LarosaError: an unknown option, or too little memory for the cache.
+    """
+
+    def __init__(self, weights: DecoderWeights, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
+        self._engine = Engine(weights, max_length, kv_cache_dtype)
+        self._prompt: list[int] = []
+        #: Token ids whose keys and values are kept, prompt and drawn tokens alike.
+        self.tokens: list[int] = []
+        #: How many of them, from the first on, ran in whole pieces of a prompt.
+        self.reusable = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens there is room for."""
+        return self._engine.max_length
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that have not run."""
+        return max(0, len(self._prompt) - len(self.tokens))
+
+    def prefill(self, prompt: Sequence[int]) -> torch.Tensor:
+        """Run a prompt, but for what is held of it from before; the result is that of a new session.
+
+        Returns:
+            [1, vocabulary] float32, the logits of the token that follows.
+
+        Raises:
+            LarosaError: the prompt is empty or does not fit.
+        """
+        self.start(prompt)
+        while self.left:
+            hidden = self.advance()
+        return self._engine.weights.logits(hidden[-1:])
+
+    def extend(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Go on with tokens that are given, not drawn; see `prefill`: all that is held becomes the prompt."""
+        return self.prefill([*self.tokens, *tokens])
+
+    def start(self, prompt: Sequence[int], reuse: bool = True) -> None:
+        """Take a prompt, for `advance` to run.
+
+        Args:
+            reuse: keep what is held of it from before; else every position runs again.
+
+        Raises:
+            LarosaError: the prompt is empty or does not fit.
+        """
+        if not 0 < len(prompt) <= self.max_length:
+            raise LarosaError(f"a prompt of {len(prompt)} tokens does not fit a session of {self.max_length}")
+        self._prompt = list(prompt)
+        self.truncate(self.common(self._prompt) if reuse else 0)
+
+    def advance(self) -> torch.Tensor:
+        """Run the next piece of the prompt.
+
+        Returns:
+            [tokens of the piece, D] float32, for `DecoderWeights.logits`.
+        """
+        start = len(self.tokens)
+        piece = self._prompt[start : (start // PIECE + 1) * PIECE]
+        hidden = self._engine.extend(torch.tensor([piece]), start)
+        self.tokens += piece
+        self.reusable = len(self.tokens) // PIECE * PIECE
+        return hidden
+
+    def step(self, token: int) -> torch.Tensor:
+        """Run one token that was drawn.
+
+        Returns:
+            [1, vocabulary] float32, the logits of the token that follows.
+
+        Raises:
+            LarosaError: there is no text yet, its prompt has not run, or the session is full.
+        """
+        position = len(self.tokens)
+        if not position or self.left:
+            raise LarosaError("a session has to run a prompt before a step")
+        if position == self.max_length:
+            raise LarosaError(f"a session of {self.max_length} tokens is full")
+        logits = self._engine.step(*(torch.tensor([x], device=self._engine.device) for x in (token, position)))
+        self.tokens.append(token)
+        return logits
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first `length`."""
+        del self.tokens[length:]
+        self.reusable = min(self.reusable, len(self.tokens) // PIECE * PIECE)
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt are held in whole pieces, one at least left out: its logits are needed."""
+        length = 0
+        while (
+            length + PIECE <= min(self.reusable, len(prompt) - 1)
+            and self.tokens[length : length + PIECE] == prompt[length : length + PIECE]
+        ):
+            length += PIECE
+        return length
+
+    def take_prefix(self, other: Session) -> None:
+        """Copy what another session of the same weights holds more of this one's prompt."""
+        length = other.common(self._prompt)
+        if length > len(self.tokens):
+            self._engine.take(other._engine, length)
+            self.tokens = other.tokens[:length]
+            self.reusable = length
