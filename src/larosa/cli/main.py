@@ -17,6 +17,7 @@ from larosa.cli.evaluate import evaluate
 from larosa.cli.generate import generate
 from larosa.cli.inspect import inspect
 from larosa.cli.reproduce import reproduce
+from larosa.cli.serve import serve
 from larosa.errors import LarosaError
 from larosa.version import __version__
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(convert)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(serve)
 app.command()(inspect)
 app.command()(demo)
 app.command()(reproduce)

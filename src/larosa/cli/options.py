@@ -70,6 +70,16 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def read_file(path: Path, option: str) -> str:
+    """The text of a file that an option names."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LarosaError(f"{path}: not UTF-8 text, byte {error.start} ({option})") from None
+    except OSError as error:
+        raise LarosaError(f"{path}: {error.strerror} ({option})") from None
+
+
 def check_json_file(path: Path | None) -> None:
     """Refuse a result file that cannot be written before the work rather than after it."""
     if path is None:

@@ -54,7 +54,7 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """How many logits there are."""
-        return len(self._embedding)
+        return len(self.weights.embedding)
 
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:

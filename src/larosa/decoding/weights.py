@@ -88,8 +88,8 @@ class DecoderWeights:
 
         know whether a prompt is still going on.
         """
-        layers = [] if getattr(self.config, "larosa", None) is None else self._architecture.layers(self._model)
-        dense: list[Any] = [layer.dense for layer in layers if layer.dense.prompts]
+        layers: Any = self._architecture.layers(self._model)
+        dense = [layer.dense for layer in layers if hasattr(layer, "dense") and layer.dense.prompts]
         for tokens in dense:
             tokens.before = position
         try:

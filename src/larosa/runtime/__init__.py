@@ -1,7 +1,8 @@
 """A model made ready once, and the texts that it is writing, many at a time."""
 
-from larosa.runtime.continuation import Event, Request, TokenLogprob
+from larosa.runtime.continuation import Event, Request
 from larosa.runtime.llm import LLM
+from larosa.runtime.logprobs import TokenLogprob
 from larosa.runtime.scheduler import ClosedError, DeadlineError, QueueFullError, Scheduler, Ticket
 from larosa.runtime.session import Session
 

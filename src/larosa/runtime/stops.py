@@ -16,14 +16,17 @@ class StopStrings:
         self._held = ""
         #: Whether one of the strings came.
         self.stopped = False
+        #: What came behind it with the same piece.
+        self.rest = ""
 
     def put(self, piece: str) -> str:
         """Take the next piece of text; give what can be shown of all that has come."""
         text = self._held + piece
-        found = [at for at in (text.find(string) for string in self._strings) if at >= 0]
+        found = [(at, -len(string)) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+            at, length = min(found)
+            self.stopped, self._held, self.rest = True, "", text[at - length :]
+            return text[:at]
         held = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
