@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first of some strings, whatever pieces it comes in.
+    """Lets text through up to the first of some strings to be complete, whatever pieces it comes in.
 
     What may be the beginning of one is held back until that is decided.
     """
@@ -22,10 +22,10 @@ class StopStrings:
     def put(self, piece: str) -> str:
         """Take the next piece of text; give what can be shown of all that has come."""
         text = self._held + piece
-        found = [(at, -len(string)) for string in self._strings if (at := text.find(string)) >= 0]
+        found = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
         if found:
-            at, length = min(found)
-            self.stopped, self._held, self.rest = True, "", text[at - length :]
+            end, at = min(found)
+            self.stopped, self._held, self.rest = True, "", text[end:]
             return text[:at]
         held = max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - held :]
