@@ -11,10 +11,12 @@ from larosa.decoding import Engine, Generation, generate
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, evaluate
 from larosa.inspection import inspect
+from larosa.runtime import LLM
 from larosa.sparsity.report import Inspection
 from larosa.version import __version__
 
 __all__ = [
+    "LLM",
     "Engine",
     "Evaluation",
     "Generation",

@@ -46,9 +46,10 @@ def serve(
     """Serve a model by OpenAI's HTTP interface, and a page to try it at /."""
     if any(find_spec(needed) is None for needed in ("starlette", "uvicorn")):
         raise LarosaError("larosa serve needs the extra: pip install 'larosa[serve]'")
-    from larosa.serve import Limits, Server, listen, open_model
+    from larosa.serve import Limits, Server, bind, listen, open_model
 
     template = None if chat_template is None else options.read_file(chat_template, "--chat-template")
+    bound = bind(host, port)
     models = [
         open_model(
             called,
@@ -63,7 +64,7 @@ def serve(
     ]
     app = Server(models, api_key, Limits(max_request_seconds, max_request_bytes)).app()
     names = ", ".join(served.name for served in models)
-    listen(app, host, port, lambda url: stderr.print(f"Serving {names} at {url}", highlight=False))
+    listen(app, bound, lambda url: stderr.print(f"Serving {names} at {url}", highlight=False))
 
 
 def _named(name: str, model: str, reference: str | None) -> list[tuple[str, str]]:

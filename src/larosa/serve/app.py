@@ -29,6 +29,11 @@ from larosa.serve.model import ServedModel
 from larosa.serve.run import ClientGoneError, Run
 from larosa.serve.schema import ChatRequest, CommonRequest, CompletionRequest
 
+#: What the page may do: nothing but its own script and style, and to ask this server.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 _PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -88,7 +93,7 @@ class Server:
     async def _page(self, _: Request) -> Response:
         return HTMLResponse(
             resources.files("larosa.serve").joinpath("page.html").read_text("utf-8"),
-            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'"},
+            headers={"Content-Security-Policy": _PAGE_POLICY},
         )
 
     async def _health(self, _: Request) -> Response:
