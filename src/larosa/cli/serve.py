@@ -60,7 +60,7 @@ def serve(
             max_sequences=max_num_seqs,
             max_waiting=max_waiting,
         )
-        for called, path in _named(served_model_name or Path(model).name, model, reference)
+        for called, path in _named(served_model_name or _name(model), model, reference)
     ]
     app = Server(models, api_key, Limits(max_request_seconds, max_request_bytes)).app()
     names = ", ".join(served.name for served in models)
@@ -70,5 +70,10 @@ def serve(
 def _named(name: str, model: str, reference: str | None) -> list[tuple[str, str]]:
     if reference is None:
         return [(name, model)]
-    other = Path(reference).name
+    other = _name(reference)
     return [(name, model), (f"{other}-reference" if other == name else other, reference)]
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    return path.resolve().name if path.exists() else path.name
