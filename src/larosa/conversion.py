@@ -332,7 +332,10 @@ def _fisher(
         return []
     assert sequences is not None, "gradients have sequences"
     heads = Heads.of(model.config)
-    found = layer_fisher(model, architecture, sequences, device, settings.seed, int(settings.dense_first_token))
+    rotated = settings.rotation is not Rotation.NONE
+    found = layer_fisher(
+        model, architecture, sequences, device, settings.seed, int(settings.dense_first_token), rotated
+    )
     return [
         UnitFisher(layer, architecture, partial(found.__getitem__, index), heads, device)
         for index, layer in enumerate(architecture.layers(model))
@@ -363,6 +366,11 @@ def _bases(
         given = random_basis(model.config.hidden_size, settings.seed).to(device)
     if not (settings.rotation.is_calibrated or settings.value_rotation):
         yield from (LayerBases(given, given) for _ in layers)
+        return
+    if fisher and not settings.rotation.is_calibrated:  # its pass has seen the values already
+        for each in fisher:
+            objective = each if settings.rotation_objective is RotationObjective.FISHER else None
+            yield LayerBases(given, given, _value_basis(each.value_moments, objective))
         return
     assert sequences is not None, "calibrated rotations have sequences"
     group_ends = {group[-1] for group in settings.rotation.groups(len(layers), settings.layers_per_rotation)}
