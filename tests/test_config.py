@@ -41,7 +41,7 @@ def test_thresholds_go_through_json_unchanged(method):
     config = LarosaConfig.parse(threshold_block(method))
     assert LarosaConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
     assert config.layers == 2
-    assert config.selection[config.method.sites[0]] == [0.25, 0.5]
+    assert config.limits[config.method.sites[0]] == [0.25, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,9 @@ def test_thresholds_go_through_json_unchanged(method):
     [
         (threshold_block(keep=block()["keep"]), r"larosa\.keep'.*method 'teal' has none"),
         (threshold_block(thresholds=None), r"larosa\.thresholds'.*method 'teal' needs it"),
-        (block(thresholds=threshold_block()["thresholds"]), r"larosa\.thresholds'.*method 'larosa' has none"),
+        (block(thresholds=threshold_block()["thresholds"]), r"larosa\.thresholds'.*either 'keep' or 'thresholds'"),
         (block(method="topk", keep=None), r"larosa\.keep'.*method 'topk' needs it"),
+        (block(keep=None), r"larosa\.thresholds'.*method 'larosa' needs it, or 'keep'"),
         (threshold_block("cats") | {"method": "teal"}, r"larosa\.thresholds'.*exactly the sites h1, h2, h3, h4"),
         (threshold_block("teal") | {"method": "cats"}, r"larosa\.thresholds'.*exactly the sites gate"),
         (threshold_block(thresholds={"values": {}, "dropped": {}}), r"larosa\.thresholds'"),
@@ -154,7 +155,7 @@ def test_groups_hold_every_layer_once_and_only_the_first_is_shorter(layers, size
     assert Rotation.BLOCK.groups(layers) == [range(layer, layer + 1) for layer in range(layers)]
 
 
-@pytest.mark.parametrize("missing", ["larosa_version", "recipe", "sparsity", "budget", "keep", "rotation", "search"])
+@pytest.mark.parametrize("missing", ["larosa_version", "recipe", "sparsity", "budget", "rotation", "search"])
 def test_names_the_missing_key(missing):
     content = block()
     del content[missing]

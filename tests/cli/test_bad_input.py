@@ -57,11 +57,19 @@ def test_sparsity_beyond_the_reach_of_cats(convert_refused, checkpoint):
         ("--method", "teal", "--covariance", "h1"),
         ("--method", "teal", "--budget", "paper"),
         ("--method", "cats", "--search", "grid"),
+        ("--method", "topk", "--selection", "threshold"),
+        ("--method", "teal", "--selection", "top-k"),
     ],
 )
 def test_options_that_do_not_apply_to_the_method(convert_refused, options):
     message = convert_refused(*options)
     assert f"{options[2]} {options[3]} does not apply to method {options[1]}" in message
+
+
+def test_thresholds_need_their_search(convert_refused):
+    assert "--search fisher: add it" in convert_refused("--selection", "threshold", "--search", "none")
+    message = convert_refused("--selection", "threshold", "--compensation", "linear")
+    assert "leave --selection threshold out" in message
 
 
 def test_layers_per_rotation(convert_refused):

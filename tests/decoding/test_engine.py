@@ -22,6 +22,7 @@ CONVERSIONS = {
     **{f"larosa-{rotation}": {"rotation": rotation} for rotation in ("none", "random", "model", "layer", "block")},
     "larosa-shared": {"layers_per_rotation": 2},
     "larosa-int8": {"adapters": "int8", "rotation": "block"},
+    "larosa-threshold": {"rotation": "layer", "selection": "threshold"},
     "magnitude": {"score": "magnitude"},
     "topk": {"method": "topk"},
     "teal": {"method": "teal"},
@@ -84,6 +85,7 @@ def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, clea
         (torch.float16, "dense"),
         (torch.bfloat16, "dense"),
         (torch.bfloat16, "larosa-layer"),
+        (torch.bfloat16, "larosa-threshold"),
         (torch.bfloat16, "teal"),
     ],
 )

@@ -136,7 +136,7 @@ class Site:
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
-            values, indices = _ops.above(self.source.every(x), self.threshold)
+            values, indices = _ops.above(self.source.every(x), self.threshold, self.score)
         else:
             values = self.source.every(x)
             if self.every is None:
@@ -316,7 +316,7 @@ def _kept(selector: Selector, width: int) -> dict[str, Any]:
     if isinstance(selector, TopK):
         return {} if selector.k == width else {"k": selector.k, "score": own(selector.score)}
     assert isinstance(selector, Threshold), "there are no other selectors"
-    return {} if selector.threshold == 0 else {"threshold": selector.threshold}
+    return {} if selector.threshold == 0 else {"threshold": selector.threshold, "score": own(selector.score)}
 
 
 def _attention(

@@ -31,8 +31,8 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
     return _selection(gate_up, k)
 
 
-@define("above(Tensor x, float threshold) -> (Tensor values, Tensor indices)")
-def _above(x: torch.Tensor, threshold: float) -> Selection:
+@define("above(Tensor x, float threshold, Tensor? score=None) -> (Tensor values, Tensor indices)")
+def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> Selection:
     return _selection(x, torch.library.get_ctx().new_dynamic_size())
 
 
@@ -64,12 +64,14 @@ def silu_mul_top_k_reference(gate_up: torch.Tensor, k: int, score: torch.Tensor 
     return top_k_reference(silu_mul_reference(gate_up), k, score)
 
 
-def above_reference(x: torch.Tensor, threshold: float) -> Selection:
+def above_reference(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> Selection:
     """The entries whose magnitude is above a threshold, or that are NaN: how many, depends on the values.
 
     Args:
         x: [1, D], float32 (float64 for a reference).
         threshold: not negative; compared in the dtype of `x`.
+        score: [D], not negative, any float dtype: magnitude times score is compared, a product in the dtype of `x`.
     """
-    mask = ~(x.abs() <= threshold)
+    weighted = x if score is None else x * score.to(x.dtype)
+    mask = ~(weighted.abs() <= threshold)
     return x[mask][None], mask.nonzero()[:, 1].int()[None]

@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.config import SITES, Budget, Method, PerSite, Rotation, Selection
 from larosa.conversion import convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
@@ -244,7 +244,7 @@ class Context:
         if variant.method is Method.LAROSA:
             key |= {**variant.options, "allocation": variant.allocation}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
-        if variant.method.uses_thresholds or variant.rotation.is_calibrated:
+        if Selection.TOP_K not in variant.method.selections or variant.rotation.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)
         return key
 

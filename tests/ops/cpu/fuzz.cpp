@@ -197,7 +197,8 @@ void selections() {
     const Heap<float> kept(width);
     const Heap<int32_t> where(width);
     if (rows == 0) return;
-    const int64_t count = larosa_above(x.get(), width, 1.0f, kept.get(), where.get());
+    const larosa_vector unscored = {nullptr, LAROSA_FLOAT32};
+    const int64_t count = larosa_above(x.get(), width, 1.0f, &unscored, kept.get(), where.get());
     int64_t expected = 0;
     for (int64_t i = 0; i < width; ++i)
         if (!(std::fabs(x[i]) <= 1)) check(expected < count && where[expected++] == i, "not above");

@@ -53,8 +53,9 @@ def test_fused_selections_are_top_k_of_what_they_fuse(problem):
 @settings(deadline=None, max_examples=1000)
 @given(chances(), WIDTHS, st.sampled_from([0.0, 1e-45, 0.5, 1.0, 2.0, 1e16, math.inf]))
 def test_above_is_the_reference_bit_by_bit(chance, width, threshold):
-    x = chance.tensor(1, width)
-    same(ops.above(x, threshold), above_reference(x, threshold))
+    x, score = chance.tensor(1, width), chance.maybe(width)
+    score = None if score is None else score.abs()
+    same(ops.above(x, threshold, score), above_reference(x, threshold, score))
 
 
 def test_long_vectors():

@@ -67,13 +67,14 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
 
 
 @implement("above", "CPU")
-def _above(x: torch.Tensor, threshold: float) -> Selection:
+def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> Selection:
     x = arguments.activations("x", x)
     rows, width = x.shape
     if rows != 1:
         raise ValueError(f"above selects from one row, not {rows}")
     values, indices = arguments.room(x, width, width)
-    count = load().above(x.data_ptr(), width, threshold, values.data_ptr(), indices.data_ptr())
+    packed = arguments.vector("score", score, width)
+    count = load().above(x.data_ptr(), width, threshold, packed, values.data_ptr(), indices.data_ptr())
     return values.resize_(1, count), indices.resize_(1, count)
 
 

@@ -64,7 +64,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p),
     ),
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
-    "above": (c_int64, (c_void_p, c_int64, c_float, c_void_p, c_void_p)),
+    "above": (c_int64, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (

@@ -189,10 +189,11 @@ void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, in
     });
 }
 
-int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices) {
+int64_t larosa_above(const float *x, int64_t width, float threshold, const larosa_vector *score, float *values,
+                     int32_t *indices) {
     float *kept = scratch<float>(width + 1);  // one more: an entry is written before it is known to be kept
     int32_t *where = scratch<int32_t>(width + 1);
-    const int64_t count = kernels().above(x, width, threshold, kept, where);
+    const int64_t count = kernels().above(x, *score, width, threshold, kept, where);
     for (int64_t i = 0; i < count; ++i) {
         values[i] = kept[i];
         indices[i] = where[i];

@@ -62,8 +62,10 @@ void larosa_rms_norm_top_k(const float *x, const struct larosa_vector *gain, dou
                            int64_t k, const struct larosa_vector *score, float *values, int32_t *indices);
 void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k,
                            const struct larosa_vector *score, float *values, int32_t *indices);
-/* The entries of x[width] that are not of a magnitude up to the threshold; returns how many. Room for width. */
-int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
+/* The entries of x[width] whose magnitude, times the score if any, is not up to the threshold; returns how many. Room
+ * for width. */
+int64_t larosa_above(const float *x, int64_t width, float threshold, const struct larosa_vector *score, float *values,
+                     int32_t *indices);
 
 /* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
