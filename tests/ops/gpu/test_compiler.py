@@ -171,19 +171,6 @@ def test_a_source_that_does_not_compile_says_why(cache):
         compiler.compiled("linear.cu", {}, "sm_90")
 
 
-def test_launch_attributes():
-    """The structures that go to the driver, as its bindings make them."""
-    gpu = launch.Machine((9, 0), 132, 232448)
-    config = launch._configuration(gpu, launch.Grid(384, 2, 256, 8), 17000, 0)
-    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (384, 2, 1)
-    assert (config.blockDimX, config.sharedMemBytes, config.numAttrs) == (256, 17000, 2)
-    early, cluster = config.attrs
-    assert early.value.programmaticStreamSerializationAllowed == 1
-    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (8, 1, 1)
-    ampere = launch.Machine((8, 0), 108, 166912)
-    assert launch._configuration(ampere, launch.Grid(1, 1, 256), 0, 0).numAttrs == 0
-
-
 def test_an_unknown_choice_of_kernels(monkeypatch):
     monkeypatch.setenv("LAROSA_CUDA_KERNELS", "opencl")
     with pytest.raises(LarosaError, match="LAROSA_CUDA_KERNELS=opencl is unknown: set it to cuda or triton"):
