@@ -17,7 +17,7 @@ from larosa.ops.schema import implement
 from larosa.ops.select import above_reference
 
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
-_OPERATORS = (
+OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
     *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
     *("attend", "greedy", "embed"),
@@ -54,7 +54,7 @@ def _register(operator: str) -> None:
     implement(operator, "CUDA")(kernel)
 
 
-for _operator in _OPERATORS:
+for _operator in OPERATORS:
     _register(_operator)
 
 # How many entries it returns depends on their values, so the host waits for them whatever the kernel.
