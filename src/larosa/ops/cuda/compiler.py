@@ -115,6 +115,15 @@ def _compile(source: str, options: list[str], architecture: str) -> bytes:
     return code
 
 
+def check_compiler() -> None:
+    """Make sure that NVRTC is there.
+
+    Raises:
+        LarosaError: it is not.
+    """
+    _nvrtc()
+
+
 @cache
 def _version() -> str:
     major, minor = _checked(_nvrtc().nvrtcVersion())
