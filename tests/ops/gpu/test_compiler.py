@@ -1,5 +1,6 @@
 """Compilation by NVRTC, its cache on disk, and what is said where something is missing."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -151,6 +152,20 @@ def test_readers_never_see_half_a_file(cache):
     while not done.is_set():
         assert compiler._read(path) == code
     writer.join()
+
+
+def test_what_was_not_used_for_longest_goes(cache, monkeypatch):
+    """Room for two files: the older one that was read since outlasts the other, and what an ended process left."""
+    monkeypatch.setattr(compiler, "_MOST_BYTES", 2500)
+    cache.mkdir()
+    (cache / "tmpabc").write_bytes(bytes(1000))
+    os.utime(cache / "tmpabc", (0, 0))
+    for age, name in enumerate(("a.cubin", "b.cubin")):
+        compiler._write(cache / name, bytes(1000))
+        os.utime(cache / name, (age, age))
+    assert compiler._read(cache / "a.cubin") is not None
+    compiler._write(cache / "c.cubin", bytes(1000))
+    assert {path.name for path in cache.iterdir()} == {"a.cubin", "c.cubin"}
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(tmp_path, monkeypatch):
