@@ -181,6 +181,14 @@ def test_the_paper_recipe_is_section_5_1():
     assert (calibration.source, calibration.num_sequences, calibration.sequence_length) == ("wikitext2", 16, 2048)
 
 
+@pytest.mark.parametrize(
+    ("rotation", "covariance"),
+    [("none", None), ("random", None), ("block", None), ("layer", "h3"), ("model", "h3")],
+)
+def test_a_covariance_is_recorded_where_a_basis_follows_from_it(rotation, covariance):
+    assert Settings.complete(sparsity=0.5, rotation=rotation, covariance="h3").covariance == covariance
+
+
 def test_options_override_the_recipe():
     settings = Settings.complete(sparsity=0.5, recipe="paper", search="none", budget="weights", num_sequences=3)
     assert (settings.search, settings.budget, settings.covariance) == ("none", "weights", "h1")

@@ -59,6 +59,11 @@ class Rotation(StrEnum):
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
 
+    @property
+    def chooses_covariance(self) -> bool:
+        """Whether a basis serves both h1 and h3, so that there is a choice of what the PCA is of."""
+        return self in (Rotation.MODEL, Rotation.LAYER)
+
     def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
         """The consecutive layers that share a basis, first layer first; the first group may be shorter.
 
