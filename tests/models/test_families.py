@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitNetQuantConfig, Mxfp4Config, pipeline
 
 from larosa import LarosaError
 from larosa.models import SparseLinear
@@ -129,6 +129,16 @@ def test_loads_in_this_process_in_evaluation_mode_with_the_block(saved, family):
     assert type(model) is getattr(transformers, f"Larosa{CLASSES[family]}ForCausalLM")
     assert isinstance(model.model.layers[0].mlp.down_proj, SparseLinear)
     assert AutoConfig.from_pretrained(saved / family).to_dict()["larosa"] == model.config.larosa
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_quantizers_may_not_replace_the_linears(saved, edited, auto):
+    """By those that get so far without a GPU or a package of their own; bitsandbytes finds linears by class, too."""
+    with pytest.raises(LarosaError, match="not quantized as it is loaded: leave quantization_config out"):
+        auto.from_pretrained(saved / "llama", quantization_config=Mxfp4Config(dequantize=True))
+    stored = edited(lambda config: config.update(quantization_config=BitNetQuantConfig().to_dict()))
+    with pytest.raises(LarosaError, match="leave quantization_config out"):
+        auto.from_pretrained(stored)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
