@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa import LarosaConfig, LarosaError, PerSite
-from larosa.config import FORMAT_VERSION, SITES, Rotation, check_sparsity
+from larosa.config import SITES, Rotation, check_sparsity
+from larosa.migrations import FORMAT_VERSION
 from larosa.settings import Settings
 
 
@@ -88,12 +89,6 @@ def test_goes_through_json_unchanged():
 def test_a_missing_block_says_that_the_checkpoint_is_not_converted(value):
     with pytest.raises(LarosaError, match="no 'larosa' block"):
         LarosaConfig.parse(value)
-
-
-@pytest.mark.parametrize("version", range(FORMAT_VERSION))
-def test_an_older_format_is_refused_before_its_keys_are_read(version):
-    with pytest.raises(LarosaError, match=rf"format version {version}, .* reads {FORMAT_VERSION}: convert .* again$"):
-        LarosaConfig.parse({"format_version": version, "something": "old"})
 
 
 def test_a_newer_format_is_refused_before_its_keys_are_read():
@@ -180,6 +175,14 @@ def test_the_paper_recipe_is_section_5_1():
     assert (settings.rotation, settings.prefill) == ("layer", "sparse")
     calibration = settings.calibration
     assert (calibration.source, calibration.num_sequences, calibration.sequence_length) == ("wikitext2", 16, 2048)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "covariance"),
+    [("none", None), ("random", None), ("block", None), ("layer", "h3"), ("model", "h3")],
+)
+def test_a_covariance_is_recorded_where_a_basis_follows_from_it(rotation, covariance):
+    assert Settings.complete(sparsity=0.5, rotation=rotation, covariance="h3").covariance == covariance
 
 
 def test_options_override_the_recipe():

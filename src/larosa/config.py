@@ -8,10 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from larosa.errors import LarosaError
-
-#: Of the `larosa` block and of what the weights beside it mean. 2: attention and MLP write into the basis behind
-#: an adapter, in 1 into that before it.
-FORMAT_VERSION = 2
+from larosa.migrations import FORMAT_VERSION, migrate_settings
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
 #: q/k/v (h1), of the attention output projection (h2), of gate/up (h3) and of down (h4).
@@ -70,6 +67,11 @@ class Rotation(StrEnum):
     def is_calibrated(self) -> bool:
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
+
+    @property
+    def chooses_covariance(self) -> bool:
+        """Whether a basis serves both h1 and h3, so that there is a choice of what the PCA is of."""
+        return self in (Rotation.MODEL, Rotation.LAYER)
 
     def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
         """The consecutive layers that share a basis, first layer first; the first group may be shorter.
@@ -332,24 +334,14 @@ class LarosaConfig(_Block):
 
     @classmethod
     def parse(cls, block: Any) -> LarosaConfig:
-        """Validate the `larosa` block of a `config.json`.
+        """Validate the `larosa` block of a `config.json`, of this format version or an older one.
 
         Raises:
-            LarosaError: the block is missing, of another format, or has an unknown or invalid key.
+            LarosaError: the block is missing, of a newer format, or has an unknown or invalid key.
         """
         if not isinstance(block, dict):
             raise LarosaError("config.json has no 'larosa' block: this is not a converted checkpoint")
-        version = block.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise LarosaError(
-                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
-                "pip install --upgrade larosa"
-            )
-        if isinstance(version, int) and version < FORMAT_VERSION:
-            raise LarosaError(
-                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
-                "convert the dense model again"
-            )
+        block = migrate_settings(block)
         try:
             return cls.model_validate(block)
         except ValidationError as error:

@@ -254,7 +254,7 @@ class Settings:
             rotation=chosen_rotation,
             layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
             adapters=chosen_adapters,
-            covariance=chosen_covariance if applicable.rotation else None,
+            covariance=chosen_covariance if chosen_rotation.chooses_covariance else None,
             rotation_objective=chosen_objective if applicable.rotation else None,
             value_rotation=value_rotation,
             score=chosen_score,

@@ -259,14 +259,6 @@ def test_newer_format_version(refused, converted):
     assert "pip install --upgrade larosa" in message
 
 
-@pytest.mark.parametrize("command", ["eval", "inspect", "generate"])
-def test_older_format_version(refused, converted, command):
-    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=1))
-    message = refused(command, converted, *(("--prompt", "w5") if command == "generate" else ()))
-    assert "format version 1" in message
-    assert "convert the dense model again" in message
-
-
 def test_unknown_key_in_the_larosa_block(refused, converted):
     edit_json(converted / "config.json", lambda config: config["larosa"].update(colour="red"))
     assert "larosa.colour" in refused("inspect", converted)

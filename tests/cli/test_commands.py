@@ -53,7 +53,7 @@ def test_convert_writes_a_complete_checkpoint_and_leaves_the_source_alone(cli, c
 
 def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
     options = (
-        *("--recipe", "paper", "--search", "none", "--budget", "weights", "--rotation", "block"),
+        *("--recipe", "paper", "--search", "none", "--budget", "weights", "--rotation", "layer"),
         *("--covariance", "h3", "--prefill", "dense", "--seed", 7, "--calibration", text_file),
         *("--dtype", "float64", "--max-shard-size", "20KB", "--no-measure"),
     )
@@ -63,7 +63,7 @@ def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
     assert config["dtype"] == "float64"
     block = config["larosa"]
     chosen = {key: block[key] for key in ("recipe", "search", "budget", "rotation", "covariance", "prefill")}
-    assert list(chosen.values()) == ["paper", "none", "weights", "block", "h3", "dense"]
+    assert list(chosen.values()) == ["paper", "none", "weights", "layer", "h3", "dense"]
     assert block["calibration"]["source"] == str(text_file)
     assert block["calibration"]["seed"] == 7
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

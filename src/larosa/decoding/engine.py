@@ -13,8 +13,8 @@ from larosa.decoding.cache import CacheDtype, KeyValueCache
 from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.ops.backend import check_kernels
 from larosa.ops.cpu.graph import Graph
-from larosa.ops.cpu.library import load
 from larosa.ops.schema import has_kernels
 from larosa.plain import check_plain
 
@@ -153,8 +153,7 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
         raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
-    if weight.device.type == "cpu":
-        try:
-            load()
-        except LarosaError as error:
-            raise LarosaError(f"{error}, or use --engine transformers") from None
+    try:
+        check_kernels(weight.device)
+    except LarosaError as error:
+        raise LarosaError(f"{error}, or use --engine transformers") from None

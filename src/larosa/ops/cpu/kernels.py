@@ -166,8 +166,8 @@ def _attend(
     dtype = arguments.cache(keys, values, scales)
     key_heads, capacity, size = keys.shape
     heads = arguments.query_heads(qkv, keys)
-    if position.dtype != torch.int64 or position.shape != (1,) or not position.is_cpu:
-        raise ValueError(f"position must be int64 [1] on the CPU, not {position.dtype} {list(position.shape)}")
+    if position.dtype != torch.int64 or position.shape != (1,):
+        raise ValueError(f"position must be int64 [1], not {position.dtype} {list(position.shape)}")
     if (cos is None) != (sin is None):
         raise ValueError("give both cos and sin, or neither")
     cos, sin = arguments.rotary("cos", cos, keys), arguments.rotary("sin", sin, keys)

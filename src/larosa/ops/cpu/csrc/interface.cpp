@@ -149,6 +149,8 @@ int adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const laro
 
 using namespace larosa;
 
+int64_t larosa_interface(void) { return LAROSA_INTERFACE; }
+
 void larosa_rms_norm(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width, float *out) {
     for (int64_t row = 0; row < rows; ++row) kernels().rms_norm(x + row * width, *gain, eps, width, out + row * width);
 }

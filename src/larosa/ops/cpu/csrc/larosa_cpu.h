@@ -38,6 +38,11 @@ struct larosa_matrix {
     struct larosa_vector scale;
 };
 
+/* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
+ * another header is told apart before anything else of it is called. */
+enum { LAROSA_INTERFACE = 1 };
+int64_t larosa_interface(void);
+
 /* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the processor has. */
 const char *larosa_isa(void);
 /* Use another one. 0, or 1: not known, or 2: known, but not to this processor or this build. */
