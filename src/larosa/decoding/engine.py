@@ -60,12 +60,12 @@ class Engine:
         self._hidden = torch.zeros(1, weight.shape[1], dtype=torch.float32, device=weight.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self._graph: Graph | None = None
-        self._replays = weight.device.type == "cpu" and self.fixed_shapes
+        self._replays = weight.device.type == "cpu"
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
-        return not any(layer.compares for layer in self._layers)
+        """Whether steps can be captured: on a GPU, products wait for how many entries are above a threshold."""
+        return self._replays or not any(layer.compares for layer in self._layers)
 
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from larosa.ops.cpu.library import load
 from larosa.ops.cuda.compiler import check_compiler
 from larosa.ops.cuda.launch import machine
 from larosa.ops.schema import implement
-from larosa.ops.select import above_reference
+from larosa.ops.select import above_reference, rms_norm_above_reference, silu_mul_above_reference
 
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
 _PACKAGES = {"cuda": "'larosa[cuda]'", "triton": "triton"}
@@ -78,5 +78,7 @@ def _register(operator: str) -> None:
 for _operator in OPERATORS:
     _register(_operator)
 
-# How many entries it returns depends on their values, so the host waits for them whatever the kernel.
+# Not kernels of their own yet; what they return has one shape, so that a graph can capture them.
 implement("above", "CUDA")(above_reference)
+implement("rms_norm_above", "CUDA")(rms_norm_above_reference)
+implement("silu_mul_above", "CUDA")(silu_mul_above_reference)

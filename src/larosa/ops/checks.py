@@ -74,6 +74,12 @@ def selection(values: torch.Tensor, indices: torch.Tensor) -> tuple[int, int]:
     return vectors("values", values)
 
 
+def count(count: torch.Tensor | None, rows: int) -> None:
+    """How many entries of a list are meant: [1] int64, for one row; or None."""
+    if count is not None and (count.dtype != torch.int64 or count.shape != (1,) or rows != 1):
+        raise ValueError(f"count must be int64 [1] beside one row, not {count.dtype} {list(count.shape)} beside {rows}")
+
+
 def matrices(
     weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], width: int, *, column_major: bool
 ) -> int:

@@ -19,7 +19,7 @@ ISA_VARIABLE = "LAROSA_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
-INTERFACE = 1
+INTERFACE = 2
 
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 
@@ -68,12 +68,17 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p),
     ),
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
-    "above": (c_int64, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p)),
+    "above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "rms_norm_above": (
+        None,
+        (c_void_p, c_char_p, c_double, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "silu_mul_above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (
         c_int,
-        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64),
+        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "adapt": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
     "adapt_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
@@ -94,6 +99,9 @@ REPLAYED = (
     "linear_meanwhile",
     "adapt",
     "adapt_meanwhile",
+    "above",
+    "rms_norm_above",
+    "silu_mul_above",
 )
 
 

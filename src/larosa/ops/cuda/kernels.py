@@ -32,7 +32,7 @@ from larosa.ops.cuda.plan import (
 )
 from larosa.ops.cuda.product import Product, adapter_arguments, aligned
 from larosa.ops.linear import Biases, Weights
-from larosa.ops.select import Selection
+from larosa.ops.select import Selection, counted
 
 _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
@@ -120,11 +120,13 @@ def sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the matrices are column-major.
+    """See `sparse_linear_reference`; the matrices are column-major. With a `count`, the host waits for it.
 
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
+    values, indices = counted(values, indices, count)
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
