@@ -44,12 +44,12 @@ class Engine:
         self._hidden = torch.zeros(1, weights.embedding.shape[1], dtype=torch.float32, device=weights.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weights.device)
         self._graph: Graph | None = None
-        self._replays = weights.device.type == "cpu" and self.fixed_shapes
+        self._replays = weights.device.type == "cpu"
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
-        return self.weights.fixed_shapes
+        """Whether steps can be captured: on a GPU, products wait for how many entries are above a threshold."""
+        return self._replays or not any(layer.compares for layer in self.weights.layers)
 
     @property
     def vocabulary(self) -> int:

@@ -13,7 +13,7 @@ from larosa.config import LarosaConfig, Method
 from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
-from larosa.ops.cpu.library import load
+from larosa.ops.backend import check_kernels
 from larosa.ops.schema import has_kernels
 from larosa.plain import check_plain
 
@@ -48,11 +48,6 @@ class DecoderWeights:
         self._model, self._architecture = model, architecture
         self._decoder = architecture.decoder(model)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def fixed_shapes(self) -> bool:
-        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
-        return not any(layer.compares for layer in self.layers)
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of positions 0 to `length` - 1, each [length, d] float32.
@@ -125,8 +120,7 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
         raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
-    if weight.device.type == "cpu":
-        try:
-            load()
-        except LarosaError as error:
-            raise LarosaError(f"{error}, or use --engine transformers") from None
+    try:
+        check_kernels(weight.device)
+    except LarosaError as error:
+        raise LarosaError(f"{error}, or use --engine transformers") from None
