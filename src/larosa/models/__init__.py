@@ -14,8 +14,6 @@ from larosa.models.modules import (
 )
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
 
-register_families()
-
 __all__ = [
     "DenseTokens",
     "Family",
@@ -27,9 +25,12 @@ __all__ = [
     "TopK",
     "column_norms",
     "family_of",
+    "register_families",
     "selectors",
     "set_adapter",
     "set_keep_counts",
     "set_scores",
     "sparsify_layers",
 ]
+
+register_families()
