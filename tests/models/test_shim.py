@@ -228,12 +228,11 @@ print("loss", Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss
         ((name, value),) = pyproject["project"]["entry-points"]["vllm.general_plugins"].items()
         assert EntryPoint(name, value, "vllm.general_plugins").load() is families.register_families
         code = """
-import sys
+import sys, transformers
 from importlib.metadata import EntryPoint
 plugin = EntryPoint("larosa", sys.argv[2], "vllm.general_plugins").load()
 plugin()
 plugin()
-import transformers
 config = transformers.AutoConfig.from_pretrained(sys.argv[1])
 base = transformers.AutoModel.from_config(config)
 print(getattr(transformers, config.architectures[0]).__name__, base._supports_attention_backend)

@@ -164,4 +164,12 @@ def register_families() -> None:
             if cls.__name__ not in package.__all__:  # what the shim imports
                 package.__all__.append(cls.__name__)
             # `transformers serve` and vLLM's transformers backend look classes up by name here.
-            setattr(transformers, cls.__name__, cls)
+            for module in _transformers_modules():
+                setattr(module, cls.__name__, cls)
+
+
+def _transformers_modules() -> list[Any]:
+    """The module `transformers`, and the one that others may hold from before: it can replace itself while imported."""
+    held = (getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values()))
+    found = {id(module): module for module in held if getattr(module, "__name__", None) == "transformers"}
+    return list((found | {id(transformers): transformers}).values())
