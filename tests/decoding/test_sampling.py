@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import TopKLogitsWarper
+from transformers import GenerationConfig, TopKLogitsWarper
 
 from larosa import LarosaError
-from larosa.decoding.sampling import Sampler, Sampling, candidates
+from larosa.decoding.sampling import Sampler, Sampling, candidates, unused_settings
 from larosa.ops.greedy import NO_TOKEN, greedy_reference
 
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.0]])
@@ -141,6 +141,60 @@ def test_keeps_what_transformers_keeps(make_model, token_ids, options):
     found = probabilities(sampler, sampling, model(prompts).logits[:, -1])
     assert torch.equal(found > 0, expected > 0)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.3}, {}),
+        ({"do_sample": True}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01}, {}),
+        ({"do_sample": True, "top_k": 0}, {}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {"temperature": 1.3, "top_p": 0.5}),
+        ({"do_sample": True, "repetition_penalty": 1.3}, {"repetition_penalty": 1.0, "top_k": 5}),
+    ],
+    ids=str,
+)
+def test_takes_from_a_checkpoint_what_transformers_takes(make_model, token_ids, settings, given):
+    model, prompts = make_model("llama"), token_ids(8, 30)
+    model.generation_config.update(**settings)
+    outputs = model.generate(prompts, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **given)
+    sampling = Sampling.of(model.generation_config, seed=3, **given)
+    assert sampling.seed == 3
+    sampler = Sampler(sampling)
+    sampler.start(prompts, 128)
+    logits = model(prompts).logits[:, -1]
+    if not settings.get("do_sample"):
+        assert torch.equal(sampler(logits), outputs.sequences[:, -1])
+    else:
+        expected = torch.softmax(outputs.scores[0], dim=-1)
+        torch.testing.assert_close(probabilities(sampler, sampling, logits), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_a_greedy_checkpoint_says_applies_once_there_is_a_temperature():
+    config = GenerationConfig(temperature=0.6, top_p=0.9)
+    assert Sampling.of(config) == Sampling(0.0, top_p=0.9)
+    assert Sampling.of(config, temperature=1.0, top_p=None) == Sampling(1.0, top_p=0.9)
+    assert Sampling.of(GenerationConfig(), temperature=1.0) == Sampling(1.0)
+
+
+def test_bad_settings_of_a_checkpoint_are_its_files():
+    config = GenerationConfig()
+    config.top_p = 1.5
+    with pytest.raises(LarosaError, match=r"^generation_config.json: top_p must be in \(0, 1\], not 1.5$"):
+        Sampling.of(config)
+    assert Sampling.of(config, top_p=0.5).top_p == 0.5
+    with pytest.raises(LarosaError, match="min_p must be in"):
+        Sampling.of(GenerationConfig(), min_p=2.0)
+
+
+def test_settings_that_have_no_effect_here():
+    assert unused_settings(GenerationConfig()) == []
+    assert unused_settings(GenerationConfig(do_sample=True, top_k=5, num_beams=1, typical_p=1.0)) == []
+    config = GenerationConfig(num_beams=4, no_repeat_ngram_size=2, bad_words_ids=[[5]])
+    assert unused_settings(config) == ["num_beams", "no_repeat_ngram_size", "bad_words_ids"]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 5])

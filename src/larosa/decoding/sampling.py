@@ -6,7 +6,8 @@ import math
 import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,36 @@ from larosa.ops.greedy import NO_TOKEN
 
 #: What divides logits is no less, so that it is not rounded to zero; the likeliest token has everything long before.
 _LEAST_TEMPERATURE = 1e-30
+
+#: What `model.generate` keeps where neither a checkpoint nor its caller says how many.
+_TOP_K = 50
+
+#: What else generation settings can say about which token comes next, and the values that mean nothing.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+}
+
+
+def unused_settings(config: Any) -> list[str]:
+    """The names of a checkpoint's generation settings that would change its text elsewhere and do not here."""
+    return [name for name, idle in _UNUSED.items() if getattr(config, name, None) not in (None, *idle)]
 
 
 @dataclass(frozen=True)
@@ -53,6 +84,32 @@ class Sampling:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
         _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
+
+    @classmethod
+    def of(cls, config: Any, **given: Any) -> Sampling:
+        """What is given, and for what is None what `model.generate` takes from a checkpoint's generation settings.
+
+        Where they say `do_sample` that is temperature 1 and top_k 50 for want of others. Else it is temperature 0, and
+        what they say beside that takes effect once a temperature is given.
+
+        Args:
+            config: a transformers `GenerationConfig`.
+            given: fields of this class.
+
+        Raises:
+            LarosaError: one is out of its range.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        names = [field.name for field in fields(cls) if field.name not in ("seed", *chosen)]
+        usual = {"temperature": 1.0, "top_k": _TOP_K} if config.do_sample else {}
+        read = usual | {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+        if not config.do_sample:
+            read["temperature"] = 0.0
+        try:
+            found = cls(**{name: read[name] for name in names if name in read})
+        except LarosaError as error:
+            raise LarosaError(f"generation_config.json: {error}") from None
+        return replace(found, **chosen)
 
     @property
     def truncates(self) -> bool:
