@@ -40,26 +40,28 @@ def test_no_tokens_at_all(make_model, tokenizer):
     assert [row.token for row in event.prompt_logprobs] == [5, 6, 7]
 
 
-class TestTokenTexts:
-    TEXT = "The river — Ærø; 河は 🙂\n\nflows  on."
+TEXT = "The river — Ærø; 河は 🙂\n\nflows  on."
 
-    @pytest.fixture(scope="class")
-    def bundled(self):
-        return AutoTokenizer.from_pretrained(bundled_model())
 
-    def test_bytes_are_the_texts(self, bundled):
-        texts, ids = TokenTexts(bundled), bundled(self.TEXT)["input_ids"]
-        pairs = list(zip(ids, [None, *ids], strict=False))
-        assert bytes(byte for token, before in pairs for byte in texts.bytes(token, before)).decode() == self.TEXT
-        told = [texts.text(token, before) for token, before in pairs]
-        assert any(text.startswith("bytes:\\x") for text in told)
-        assert not any("\ufffd" in text for text in told)
-        assert told[:2] == ["The", " river"]
+@pytest.fixture(scope="module")
+def bundled():
+    return AutoTokenizer.from_pretrained(bundled_model())
 
-    def test_tokens_that_are_no_text_differ(self, bundled):
-        texts = TokenTexts(bundled)
-        told = [texts.text(token, None) for token in range(len(bundled))]
-        assert len(set(told)) == len(told)
 
-    def test_special_tokens_are_shown(self, tokenizer):
-        assert TokenTexts(tokenizer).text(2, 9) == " </s>"
+def test_the_bytes_of_tokens_are_the_text(bundled):
+    texts, ids = TokenTexts(bundled), bundled(TEXT)["input_ids"]
+    pairs = list(zip(ids, [None, *ids], strict=False))
+    assert bytes(byte for token, before in pairs for byte in texts.bytes(token, before)).decode() == TEXT
+    told = [texts.text(token, before) for token, before in pairs]
+    assert any(text.startswith("bytes:\\x") for text in told)
+    assert not any("\ufffd" in text for text in told)
+    assert told[:2] == ["The", " river"]
+
+
+def test_tokens_that_are_no_text_differ(bundled):
+    told = [TokenTexts(bundled).text(token, None) for token in range(len(bundled))]
+    assert len(set(told)) == len(told)
+
+
+def test_special_tokens_are_shown(tokenizer):
+    assert TokenTexts(tokenizer).text(2, 9) == " </s>"

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
+from larosa.checkpoint import LoadedModel
 from larosa.decoding.sampling import Sampling
+from larosa.serve import open_model
+from larosa.serve.chat import Chat
+from larosa.serve.completions import Completion
 from larosa.serve.reasoning import ReasoningSplitter
+from larosa.serve.schema import ChatRequest, CompletionRequest
 
 MESSAGES = [
     {"role": "system", "content": "w5 w6"},
@@ -50,6 +56,37 @@ def test_tools_reach_the_template(http, alone):
     for more in ({"tools": [TOOL], "tool_choice": "none"}, {"tools": []}):
         assert post(http, max_tokens=8, temperature=0, **more)["choices"][0]["message"]["content"] == without
     assert with_tools != without
+
+
+@pytest.fixture
+def quiet(loaded):
+    """A served model whose own settings end no text."""
+    model = copy.deepcopy(loaded["sparse"].model)
+    model.generation_config.eos_token_id = None
+    served = open_model("quiet", LoadedModel(model, loaded["sparse"].tokenizer), max_length=64)
+    yield served
+    served.scheduler.close()
+
+
+def test_the_end_of_a_turn_ends_an_answer(quiet, tokenizer):
+    body = {"model": "quiet", "messages": [{"role": "user", "content": "w9"}]}
+    assert Chat(quiet, ChatRequest(**body)).requests[0].ends == {2}
+    assert Chat(quiet, ChatRequest(**body, stop=["<unk>", "x"])).requests[0].ends == {2, 3}  # which no text shows
+    assert Completion(quiet, CompletionRequest(model="quiet", prompt="w9")).requests[0].ends == frozenset()
+
+
+def test_what_a_request_leaves_out_is_the_checkpoints(quiet):
+    def sampling(**asked):
+        body = CompletionRequest(model="quiet", prompt="w9", seed=5, **asked)
+        return Completion(quiet, body).requests[0].sampling
+
+    assert sampling() == Sampling(1.0, seed=5)
+    assert sampling(temperature=0, top_k=-1) == Sampling(seed=5)
+    quiet.llm.generation_config.update(do_sample=True, temperature=0.3, top_p=0.8, stop_strings=["w7"])
+    assert sampling() == Sampling(0.3, 50, 0.8, seed=5)
+    assert sampling(temperature=2, top_k=7) == Sampling(2.0, 7, 0.8, seed=5)
+    body = CompletionRequest(model="quiet", prompt="w9", stop="w8")
+    assert Completion(quiet, body).requests[0].stop == ("w8", "w7")
 
 
 def test_what_the_template_refuses(http):

@@ -7,8 +7,8 @@ from typing import Any
 
 from larosa.errors import LarosaError
 
-#: A message has a `role` (system, user or assistant) and its `content`.
-Messages = Sequence[Mapping[str, str]]
+#: A message has a `role` (system, user or assistant) and its `content`; templates may know of more.
+Messages = Sequence[Mapping[str, Any]]
 
 #: Stands for an answer, to see what a template puts behind one.
 _ANSWER = "larosa-answer"
@@ -20,13 +20,16 @@ def conversation(system: str | None, *messages: str | Mapping[str, str]) -> Mess
     return said if system is None else [{"role": "system", "content": system}, *said]
 
 
-def render(tokenizer: Any, messages: Messages) -> str:
+def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
     """A conversation as the text after which the model answers; special tokens are in it already.
+
+    Args:
+        options: that the template knows, such as `tools`.
 
     Raises:
         LarosaError: there is no chat template, or it refuses the conversation.
     """
-    return _apply(tokenizer, messages, add_generation_prompt=True)
+    return _apply(tokenizer, messages, add_generation_prompt=True, **options)
 
 
 def turn_ends(tokenizer: Any) -> frozenset[int]:
@@ -43,13 +46,11 @@ def special_tokens(tokenizer: Any, strings: Sequence[str]) -> frozenset[int]:
     return frozenset(added[string] for string in strings if string in added)
 
 
-def _apply(tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
+def _apply(tokenizer: Any, messages: Messages, **options: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise LarosaError("the tokenizer has no chat template: this model continues text, use larosa generate --prompt")
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # a template is a program of the checkpoint's and fails as it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LarosaError(f"the chat template does not take this conversation: {reason}") from None

@@ -99,7 +99,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    strings = _stop_strings(model, stop)
+    strings = stop_strings(model, stop)
     device = model.get_input_embeddings().weight.device
     chosen = _engine(engine, device)
     cache_dtype = _cache_dtype(kv_cache_dtype, chosen)
@@ -156,8 +156,12 @@ def prompt_ids(model: Any, tokenizer: Any, prompt: str | Messages) -> torch.Tens
     return torch.tensor([model.config.bos_token_id])
 
 
-def _stop_strings(model: Any, given: Sequence[str]) -> list[str]:
-    """Those that are given, and the checkpoint's own."""
+def stop_strings(model: Any, given: Sequence[str]) -> list[str]:
+    """Those that are given, and the checkpoint's own by `model.generation_config`.
+
+    Raises:
+        LarosaError: one is empty.
+    """
     if "" in given:
         raise LarosaError("--stop must not be empty")
     own = getattr(model.generation_config, "stop_strings", None) or []

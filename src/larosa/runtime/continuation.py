@@ -12,7 +12,6 @@ from larosa.decoding.loop import checked
 from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
 from larosa.runtime.logprobs import PromptLogprobs, TokenLogprob, token_logprobs
-from larosa.runtime.stops import StopStrings
 
 if TYPE_CHECKING:
     from larosa.runtime.llm import LLM
@@ -29,6 +28,7 @@ class Request:
         max_tokens: to draw at most; 0 only runs the prompt.
         sampling: how tokens are drawn.
         stop: strings that end the text, which they are no part of.
+        ends: tokens that end the text, beside the model's own.
         logprobs: tell each drawn token's log-probability and so many of the likeliest tokens; None for neither.
         prompt_logprobs: likewise of the prompt's tokens. All of the prompt runs then.
     """
@@ -37,6 +37,7 @@ class Request:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    ends: frozenset[int] = frozenset()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -74,8 +75,8 @@ class Continuation:
         self._llm = llm
         self._sampler = Sampler(request.sampling, device=llm.weights.device, kernels=llm.weights.device.type != "cpu")
         self._pieces: list[str] = []
-        self._text = TextStream(llm.tokenizer, list(request.prompt), self._pieces.append)
-        self._stops = StopStrings(request.stop)
+        self._text = TextStream(llm.tokenizer, list(request.prompt), self._pieces.append, request.stop)
+        self._ends = llm.end_tokens | request.ends
         self._hidden = torch.empty(0)
         self._prompt: PromptLogprobs | None = None
         if request.prompt_logprobs is not None:
@@ -113,15 +114,13 @@ class Continuation:
         if self.request.logprobs is not None:
             (logprob,) = token_logprobs(logits, [self.token], self.request.logprobs)
         self._text.put(self.token)
-        ended = self.token in self._llm.end_tokens
+        ended = self.token in self._ends
         if ended or self.drawn == self.request.max_tokens:
             self._text.end()
-        text = self._stops.put("".join(self._pieces))
-        self._pieces.clear()
-        if ended or self._stops.stopped:
+        if ended or self._text.stopped:
             self.finished = "stop"
         elif self.drawn == self.request.max_tokens:
             self.finished = "length"
-        if self.finished:
-            text += self._stops.end()
+        text = "".join(self._pieces)
+        self._pieces.clear()
         return Event(text, self.token, logprob, prompt_logprobs, self.finished)

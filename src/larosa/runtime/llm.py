@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from larosa.calibration.sources import tokenize
 from larosa.context import context_length
 from larosa.decoding import CacheDtype
+from larosa.decoding.chat import Messages
+from larosa.decoding.generation import prompt_ids
 from larosa.decoding.loop import stop_tokens
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
@@ -41,6 +42,7 @@ class LLM:
         self.config = model.config
         self.max_length = max_length or context
         self.kv_cache_dtype = CacheDtype.parse(kv_cache_dtype)
+        self.generation_config = model.generation_config
         self.end_tokens = stop_tokens(model)
         self.weights.tables(self.max_length)  # refuses a length that the rotary embedding does not bear
 
@@ -52,16 +54,14 @@ class LLM:
         """
         return Session(self.weights, self.max_length, self.kv_cache_dtype)
 
-    def encode(self, text: str) -> list[int]:
-        """A text's tokens as a prompt; for an empty one the beginning-of-sequence token.
+    def encode(self, prompt: str | Messages) -> list[int]:
+        """The tokens of a text, for an empty one the beginning-of-sequence token, or of a conversation.
 
         Raises:
-            LarosaError: the tokenizer is not the model's, or the text is empty and there is no such token.
+            LarosaError: see `larosa.decoding.generation.prompt_ids`.
         """
-        ids: list[int] = tokenize(text, self.tokenizer, self.config.vocab_size).tolist()
-        if not ids and self.config.bos_token_id is None:
-            raise LarosaError("the prompt is empty and the model has no beginning-of-sequence token")
-        return ids or [self.config.bos_token_id]
+        ids: list[int] = prompt_ids(self, self.tokenizer, prompt).tolist()
+        return ids
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
         """Run one drawn token of each session, one session after the other.

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import TemplateError
-
+from larosa.decoding.chat import render
+from larosa.errors import LarosaError
 from larosa.runtime import Event, Request, TokenLogprob
 from larosa.runtime.logprobs import TokenTexts
 from larosa.serve.errors import ApiError
@@ -37,8 +37,9 @@ class Chat:
             Request(
                 prompt=prompt,
                 max_tokens=served.max_tokens(prompt, limit, served.llm.max_length),
-                sampling=body.sampling(seed + choice),
-                stop=body.stops,
+                sampling=served.sampling(body, seed + choice),
+                stop=served.stops(body),
+                ends=served.turn_ends | served.ends(body),
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             )
             for choice in range(body.n or 1)
@@ -118,18 +119,12 @@ def _prompt(served: ServedModel, body: ChatRequest) -> str:
     tools = None if body.tool_choice == "none" else body.tools or None
     if tools and "tools" not in template:
         raise ApiError(400, f"the chat template of '{served.name}' takes no tools", "tools")
+    messages = [_message(message) for message in body.messages]
+    options = (body.chat_template_kwargs or {}) | {"tools": tools}
     try:
-        text: str = served.llm.tokenizer.apply_chat_template(
-            [_message(message) for message in body.messages],
-            chat_template=template,
-            tools=tools,
-            add_generation_prompt=True,
-            tokenize=False,
-            **(body.chat_template_kwargs or {}),
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise ApiError(400, f"the chat template refuses the messages: {error}", "messages") from None
-    return text
+        return render(served.llm.tokenizer, messages, **options)
+    except LarosaError as error:
+        raise ApiError(400, str(error), "messages") from None
 
 
 def _message(message: Message) -> dict[str, Any]:

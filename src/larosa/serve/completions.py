@@ -34,8 +34,9 @@ class Completion:
             Request(
                 prompt=prompt,
                 max_tokens=served.max_tokens(prompt, body.max_tokens, _DEFAULT_MAX_TOKENS),
-                sampling=body.sampling(seed + choice),
-                stop=body.stops,
+                sampling=served.sampling(body, seed + choice),
+                stop=served.stops(body),
+                ends=served.ends(body),
                 logprobs=body.logprobs,
                 prompt_logprobs=body.logprobs if body.echo else None,
             )

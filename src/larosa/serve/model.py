@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
-from larosa.calibration.sources import check_text
+from larosa.calibration.sources import tokenize
 from larosa.checkpoint import LoadedModel
 from larosa.context import context_length
-from larosa.decoding import CacheDtype
+from larosa.decoding import CacheDtype, Sampling
+from larosa.decoding.chat import special_tokens, turn_ends
+from larosa.decoding.generation import stop_strings
 from larosa.errors import LarosaError
 from larosa.runtime import LLM, Scheduler
 from larosa.serve.errors import ApiError
+from larosa.serve.schema import CommonRequest
 from larosa.sparsity.report import inspect_config
 
 #: Longest text where nobody says: a cache of this length is made for each of the texts at once.
@@ -39,26 +43,28 @@ def open_model(
         LarosaError: see `LLM` and `Scheduler`.
     """
     model, tokenizer = loaded
+    if template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
     length = min(context_length(model.config), _DEFAULT_LENGTH) if max_length is None else max_length
     llm = LLM(model, tokenizer, length, kv_cache_dtype)
-    return ServedModel(name, llm, Scheduler(llm, max_sequences, max_waiting), template)
+    return ServedModel(name, llm, max_sequences, max_waiting)
 
 
 class ServedModel:
-    """A model and its scheduler, which is closed with the server, and what requests are completed with.
+    """A model and its scheduler, which is closed with the server, and what requests are completed with."""
 
-    Args:
-        template: a chat template in place of the tokenizer's own.
-    """
-
-    def __init__(self, name: str, llm: LLM, scheduler: Scheduler, template: str | None = None) -> None:
-        self.name, self.llm, self.scheduler = name, llm, scheduler
+    def __init__(self, name: str, llm: LLM, max_sequences: int, max_waiting: int) -> None:
+        self.name, self.llm = name, llm
         own = llm.tokenizer.chat_template
-        self.template: str | None = template or (own.get("default") if isinstance(own, dict) else own)
+        self.template: str | None = own.get("default") if isinstance(own, dict) else own
+        #: Tokens that end a turn of a conversation.
+        self.turn_ends = frozenset() if self.template is None else turn_ends(llm.tokenizer)
         self._created = int(time.time())
         report = inspect_config(llm.config)
         dense, sparse = (total + report.head_bytes for total in (report.bytes_dense_total, report.bytes_sparse_total))
         self._read = sparse / dense
+        self.scheduler = Scheduler(llm, max_sequences, max_waiting)
 
     def encode(self, prompt: str | list[int], special: bool = True) -> list[int]:
         """A prompt's tokens.
@@ -69,17 +75,16 @@ class ServedModel:
         Raises:
             ApiError: it is empty, or no text or token ids of this model.
         """
+        vocabulary = self.llm.config.vocab_size
         if isinstance(prompt, str):
             try:
-                check_text(prompt, "the prompt")
                 if special:
                     return self.llm.encode(prompt)
-                ids: list[int] = self.llm.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+                ids: list[int] = tokenize(prompt, self.llm.tokenizer, vocabulary, special=False).tolist()
             except LarosaError as error:
                 raise ApiError(400, str(error), "prompt") from None
         else:
             ids = prompt
-        vocabulary = self.llm.config.vocab_size
         if not ids or max(ids) >= vocabulary:
             raise ApiError(400, f"prompt: give at least one token, all below {vocabulary}", "prompt")
         return ids
@@ -97,6 +102,25 @@ class ServedModel:
             message = f"this model's maximum context length is {limit} tokens, but the request needs more: {wanted}"
             raise ApiError(400, message, code="context_length_exceeded")
         return min(room, default) if asked is None else asked
+
+    def sampling(self, body: CommonRequest, seed: int) -> Sampling:
+        """How to draw: as asked, else as the checkpoint's generation settings say, else at temperature 1."""
+        config = self.llm.generation_config
+        given = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        asked = {name: float(value) for name, value in given.items() if value is not None}
+        if body.top_k is not None:
+            asked["top_k"] = max(0, body.top_k)  # vLLM's clients turn it off by -1
+        if not config.do_sample:
+            asked.setdefault("temperature", 1.0)
+        return Sampling.of(config, **asked, seed=seed)
+
+    def stops(self, body: CommonRequest) -> tuple[str, ...]:
+        """The strings that end a text."""
+        return tuple(stop_strings(self.llm, body.stops))
+
+    def ends(self, body: CommonRequest) -> frozenset[int]:
+        """The special tokens among them, which no text shows."""
+        return special_tokens(self.llm.tokenizer, self.stops(body))
 
     def card(self) -> dict[str, Any]:
         """What /v1/models tells; beyond OpenAI's, what the chat page shows.

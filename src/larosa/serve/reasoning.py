@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from larosa.runtime.stops import StopStrings
+from larosa.decoding.stops import StopStrings
 
 _OPEN, _CLOSE = "<think>", "</think>"
 

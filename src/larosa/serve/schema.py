@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, field_validator
 
-from larosa.decoding.sampling import Sampling
-
 #: Strings in `stop`, characters in each, choices for one prompt, prompts in one request, alternatives to a token.
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES, MAX_PROMPTS, MAX_LOGPROBS = 16, 1000, 16, 128, 20
 
@@ -79,14 +77,6 @@ class CommonRequest(BaseModel):
         if value not in (None, 0) or isinstance(value, bool):
             raise ValueError("is not supported; repetition_penalty is")
         return value if value is None else 0
-
-    def sampling(self, seed: int) -> Sampling:
-        """How to draw, with OpenAI's defaults: temperature 1 and all tokens."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
-        # -1 is how vLLM's clients turn it off.
-        top_k = max(0, self.top_k or 0)
-        chosen = {"temperature": 1.0} | {name: float(value) for name, value in given.items() if value is not None}
-        return Sampling(**chosen, top_k=top_k, seed=seed)
 
     @property
     def stops(self) -> tuple[str, ...]:
