@@ -161,7 +161,13 @@ async def run(url: str, process: psutil.Process, given: argparse.Namespace) -> S
     print(
         "server's memory, MiB: " + ", ".join(f"{mib:.0f} at {at:.0f} s" for at, mib in memory[:: len(memory) // 6 or 1])
     )
-    print("\n".join(line for line in gauges.splitlines() if line.startswith(("larosa_sequences", "larosa_cached"))))
+    print(
+        "\n".join(
+            line
+            for line in gauges.splitlines()
+            if line.startswith(("larosa_sequences", "larosa_prompt", "larosa_cached", "larosa_generated"))
+        )
+    )
     return seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -75,5 +76,4 @@ def _named(name: str, model: str, reference: str | None) -> list[tuple[str, str]
 
 
 def _name(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.exists() else path.name
+    return os.path.basename(os.path.abspath(model))
