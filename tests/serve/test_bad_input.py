@@ -104,7 +104,9 @@ def test_completions(http, change, about):
         ({"max_completion_tokens": 3}, "give one of them"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "must not have 'tokenize'"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 7 * 7 }}"}}, "must not have 'chat_template'"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat template"),
     ],
 )
 def test_chats(http, change, about):

@@ -107,7 +107,8 @@ def test_a_client_that_leaves_is_forgotten(served, stream):
     assert scheduler.counts.finished["cancelled"] > before
 
 
-def test_a_client_that_hangs_in_its_body_holds_nothing_up(served, http):
+def test_a_client_that_hangs_in_its_body_holds_nothing_up(served, http, monkeypatch):
+    monkeypatch.setattr("larosa.serve.body._BODY_SECONDS", 0.5)
     body = '{"model": "sparse", "prompt": "w9"'
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -116,6 +117,8 @@ def test_a_client_that_hangs_in_its_body_holds_nothing_up(served, http):
         )
         connection.sendall(f"{head}\r\nContent-Length: 1000\r\n\r\n{body}".encode())
         assert http.post("/v1/completions", json={"model": "sparse", "prompt": "w9"}).status_code == 200
+        connection.settimeout(60)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 def test_more_than_may_wait_are_refused(served, http):

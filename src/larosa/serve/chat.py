@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import secrets
 import time
@@ -120,9 +121,13 @@ def _prompt(served: ServedModel, body: ChatRequest) -> str:
     if tools and "tools" not in template:
         raise ApiError(400, f"the chat template of '{served.name}' takes no tools", "tools")
     messages = [_message(message) for message in body.messages]
-    options = (body.chat_template_kwargs or {}) | {"tools": tools}
+    options = body.chat_template_kwargs or {}
+    # Names of transformers' own, among which is a template to run instead, are none of the template's.
+    own = inspect.signature(served.llm.tokenizer.apply_chat_template).parameters
+    if reserved := sorted(own.keys() & options.keys()):
+        raise ApiError(400, f"chat_template_kwargs: must not have '{reserved[0]}'", "chat_template_kwargs")
     try:
-        return render(served.llm.tokenizer, messages, **options)
+        return render(served.llm.tokenizer, messages, tools=tools, **options)
     except LarosaError as error:
         raise ApiError(400, str(error), "messages") from None
 
