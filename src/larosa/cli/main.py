@@ -16,6 +16,7 @@ from larosa.cli.demo import demo
 from larosa.cli.evaluate import evaluate
 from larosa.cli.generate import generate
 from larosa.cli.inspect import inspect
+from larosa.cli.recover import recover
 from larosa.cli.reproduce import reproduce
 from larosa.errors import LarosaError
 from larosa.version import __version__
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command("eval")(evaluate)
+app.command()(recover)
 app.command()(generate)
 app.command()(inspect)
 app.command()(demo)
