@@ -51,9 +51,9 @@ def counted(monkeypatch):
     """The evaluations that really run, in order."""
     calls = []
 
-    def evaluate(model, windows, reference):
-        calls.append(getattr(model.config, "larosa", None))
-        return evaluate_windows(model, windows, reference)
+    def evaluate(*arguments, **options):
+        calls.append(getattr(arguments[0].config, "larosa", None))
+        return evaluate_windows(*arguments, **options)
 
     monkeypatch.setattr(context_module, "evaluate_windows", evaluate)
     return calls
@@ -288,10 +288,10 @@ def test_a_killed_run_goes_on_where_it_stopped(dense, settings, tmp_path, few_po
     total = len(counted)
     counted.clear()
 
-    def killed(model, windows, reference):
+    def killed(*arguments, **options):
         if len(counted) == 7:
             raise KeyboardInterrupt
-        return evaluate(model, windows, reference)
+        return evaluate(*arguments, **options)
 
     evaluate = context_module.evaluate_windows
     with monkeypatch.context() as patch:
@@ -377,7 +377,7 @@ def test_recorded_and_live_references_agree(dense, settings, tmp_path, monkeypat
 def test_nan_in_the_model_is_an_error_and_nothing_is_kept(dense, settings, tmp_path, monkeypatch):
     context = Context(str(dense), settings(), tmp_path)
     monkeypatch.setattr(
-        context_module, "evaluate_windows", lambda *_: (_ for _ in ()).throw(LarosaError("the logits are NaN"))
+        context_module, "evaluate_windows", lambda *_, **__: (_ for _ in ()).throw(LarosaError("the logits are NaN"))
     )
     with pytest.raises(LarosaError, match="NaN"):
         context.evaluate(TEAL, 0.5)

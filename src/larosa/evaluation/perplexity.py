@@ -116,7 +116,7 @@ def evaluate(
     """
     cache_dtype, chosen = CacheDtype.parse(kv_cache_dtype), Protocol.parse(protocol)
     windows = evaluation_windows(model, tokenizer, data, sequence_length, max_sequences)
-    prompt = _prompt_length(chosen, prompt_length, windows.shape[1])
+    prompt = prompt_tokens(chosen, prompt_length, windows.shape[1])
     dense = None
     if reference is not None:
         if reference.config.vocab_size != model.config.vocab_size:
@@ -128,8 +128,16 @@ def evaluate(
     return evaluate_windows(model, windows, dense, cache_dtype, prompt)
 
 
-def _prompt_length(protocol: Protocol, asked: int | None, length: int) -> int:
-    """The dense prompt's tokens in windows of a length; 0 without one."""
+def prompt_tokens(protocol: Protocol, asked: int | None, length: int) -> int:
+    """How many tokens of a window run dense as a prompt; 0 where there is none.
+
+    Args:
+        asked: the user's choice; None is half the window.
+        length: the window's tokens.
+
+    Raises:
+        LarosaError: a prompt that leaves nothing to score, or one that the protocol has not.
+    """
     if protocol is Protocol.ALL:
         if asked is not None:
             raise LarosaError("--prompt-length is of the dense prompt: give --protocol continuation with it")

@@ -15,6 +15,7 @@ from larosa.reproduce import (
     figure3,
     figure4,
     figure5,
+    frontier,
     gaussianity,
     recipe,
     table1,
@@ -55,6 +56,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         figure5.EXPERIMENT,
         gaussianity.EXPERIMENT,
         recipe.EXPERIMENT,
+        frontier.EXPERIMENT,
     )
 }
 
@@ -137,7 +139,7 @@ def used_settings(context: Context) -> dict[str, Any]:
         "the paper's model of this shape": context.paper.name if context.paper else "none",
         "larosa": f"{__version__}, source {source_digest()[:16]}",
         "budget": "weights: every row skips the same fraction of weights",
-        "prompts": "sparse",
+        "tokens that stay dense": "the first of a text, with every method",
         **context.settings.to_dict(),
         "sequence_length": context.sequence_length,
         "device": context.device,
