@@ -10,6 +10,7 @@ from typing import Any
 from larosa.errors import LarosaError
 from larosa.progress import stderr
 from larosa.reproduce import (
+    accuracy,
     calibration_sets,
     figure1,
     figure3,
@@ -57,6 +58,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         gaussianity.EXPERIMENT,
         recipe.EXPERIMENT,
         frontier.EXPERIMENT,
+        accuracy.EXPERIMENT,
     )
 }
 
