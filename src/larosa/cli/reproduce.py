@@ -48,10 +48,11 @@ def reproduce(
     ] = Protocol.ALL,
     search_sequences: Annotated[int, typer.Option(help="Calibration sequences that score a grid search.")] = 4,
     task_data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of task files for table1; without it, downloads.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of task files for table1 and accuracy; without it, downloads."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Items of each task for table1, and a twentieth of it per MMLU subject.")
+        int | None, typer.Option(help="Items of each task for these, and a twentieth of it per MMLU subject.")
     ] = None,
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
