@@ -122,6 +122,28 @@ def test_eval_reports_what_python_measures(cli, checkpoint, converted, text_file
     assert 0.49 < actual["max"] <= 0.5
 
 
+def test_eval_by_both_protocols(cli, checkpoint, converted, text_file, tmp_path):
+    options = ("--data", text_file, "--reference", checkpoint, "--sequence-length", 32, "--json", tmp_path / "e.json")
+    outcome = cli("eval", converted, *options, "--protocol", "both", "--prompt-length", 20)
+    assert outcome.code == 0, outcome.err
+    assert "continuation, dense prompt of 20 tokens" in outcome.out
+    every, behind = read(tmp_path / "e.json")["evaluations"]
+    assert (every["protocol"], every["prompt_length"], every["tokens"]) == ("all", 0, 4 * 31)
+    assert (behind["protocol"], behind["prompt_length"], behind["tokens"]) == ("continuation", 20, 4 * 11)
+    assert cli("eval", converted, *options).code == 0
+    assert {key: read(tmp_path / "e.json")[key] for key in every} == every
+    found = every["comparison"]
+    for label, value, stderr in (
+        ("perplexity", every["perplexity"], every["perplexity_stderr"]),
+        ("dense", *found["reference_perplexity"].values()),
+        ("KL divergence to dense", *found["kl_divergence"]["mean"].values()),
+    ):
+        row = next(line for line in outcome.out.splitlines() if f"{label}  " in line)
+        assert f"{value:.4f} ± {stderr:.4f}" in row.split("│")[2]
+    assert cli("eval", converted, *options, "--protocol", "continuation").code == 0
+    assert read(tmp_path / "e.json")["prompt_length"] == 16
+
+
 def test_eval_of_a_dense_model_needs_no_reference(cli, checkpoint, text_file, tmp_path):
     outcome = cli("eval", checkpoint, "--data", text_file, "--sequence-length", 32, "--json", tmp_path / "e.json")
     assert outcome.code == 0, outcome.err

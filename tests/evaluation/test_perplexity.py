@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import larosa
 from larosa import LarosaError
@@ -106,6 +107,49 @@ def test_long_windows_are_scored_whole(make_model, quick_convert, tokenizer, tex
     assert found.tokens == 1099
 
 
+@pytest.mark.parametrize("options", [{}, {"prefill": "dense"}, {"dense_first_token": True}, {"method": "teal"}])
+@pytest.mark.parametrize("prompt", [1, 7, None, 18])
+def test_continuation_is_what_decoding_behind_a_dense_prompt_does(
+    make_model, quick_convert, tokenizer, text, options, prompt
+):
+    # Without a value rotation its keys and values are the dense model's own.
+    method = {} if "method" in options else {"value_rotation": False}
+    dense, model = make_model("llama"), quick_convert(make_model("llama"), **method, **options)
+    found = larosa.evaluate(
+        *(model, tokenizer, text(45)),
+        **{"sequence_length": 20, "reference": dense, "protocol": "continuation", "prompt_length": prompt},
+    )
+    length = 10 if prompt is None else prompt
+    losses, divergences = [], []
+    for window in evaluation_windows(model, tokenizer, text(45), 20, None):
+        cache = DynamicCache()
+        dense(window[None, :length], use_cache=True, **cache_argument(dense, cache))
+        expected = dense(window[None]).logits[0].double().log_softmax(-1)
+        for position in range(length, 19):
+            token = window[None, position : position + 1]
+            (logits,) = model(token, use_cache=True, **cache_argument(model, cache)).logits[0]
+            log_p = logits.double().log_softmax(-1)
+            losses.append(-float(log_p[window[position + 1]]))
+            divergences.append(float((expected[position].exp() * (expected[position] - log_p)).sum()))
+    assert (found.protocol, found.prompt_length, found.tokens) == ("continuation", length, 2 * (19 - length))
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    spread = found.comparison.kl_divergence
+    assert found.kl_divergence == spread.mean.value == pytest.approx(sum(divergences) / len(divergences), rel=1e-3)
+    assert (spread.min, spread.max) == pytest.approx((min(divergences), max(divergences)), rel=1e-3)
+    assert spread.min > 1e-4  # no dense prediction among them
+    every = larosa.evaluate(model, tokenizer, text(45), sequence_length=20, reference=dense)
+    assert every.kl_divergence != pytest.approx(found.kl_divergence, rel=1e-3)
+    # What the prompt skips, nothing, is not counted.
+    assert found.actual_sparsity.min > 0.3
+
+
+def test_a_prompt_does_not_outlive_the_measurement(make_model, quick_convert, tokenizer, token_ids, text):
+    model, ids = quick_convert(make_model("llama")), token_ids(1, 20)
+    before = model(ids).logits
+    larosa.evaluate(model, tokenizer, text(64), sequence_length=32, protocol="continuation")
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(make_model, tokenizer, text):
     model = make_model("llama")
     model.lm_head.weight.zero_()
@@ -158,6 +202,19 @@ def test_default_length_is_the_models_context(make_model, tokenizer, text):
         ({"sequence_length": 0}, "--sequence-length 0 is outside"),
         ({"max_sequences": 0}, "--max-sequences must be at least 1, not 0"),
         ({"kv_cache_dtype": "int4"}, "unknown kv_cache_dtype 'int4': one of auto, int8"),
+        ({"protocol": "some"}, "unknown protocol 'some': one of all, continuation"),
+        (
+            {"prompt_length": 8, "sequence_length": 32},
+            "--prompt-length is of the dense prompt: give --protocol continuation",
+        ),
+        (
+            {"protocol": "continuation", "prompt_length": 0, "sequence_length": 32},
+            "--prompt-length 0 must be at least 1",
+        ),
+        (
+            {"protocol": "continuation", "prompt_length": 63, "sequence_length": 64},
+            "--prompt-length 63 must be at least 1 and leave 2 of the window's 64 tokens",
+        ),
         ({"sequence_length": 65}, "has 64 tokens, less than one window"),
     ],
 )

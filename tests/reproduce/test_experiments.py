@@ -20,8 +20,9 @@ from larosa.config import SITES, PerSite
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import evaluate_windows
 from larosa.evaluation.tasks import PAPER_TASKS, TaskResult, TaskResults
-from larosa.reproduce import EXPERIMENTS, paper, reproduce, table1
+from larosa.reproduce import EXPERIMENTS, paper, reproduce
 from larosa.reproduce import context as context_module
+from larosa.reproduce import tasks as tasks_module
 from larosa.reproduce.cache import Cache
 from larosa.reproduce.calibration_sets import samples
 from larosa.reproduce.context import Context, best_point
@@ -36,12 +37,13 @@ def rows(results, name=None):
     return [dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows]
 
 
-def fake_tasks(model, tokenizer, *, data, limit, seed):
-    """An accuracy that depends on nothing but the number of entries that the model keeps."""
-    value = 0.5 if getattr(model.config, "larosa", None) is None else 0.25
+def fake_tasks(model, tokenizer, tasks, *, data, limit, seed):
+    """An accuracy that depends on nothing but whether the model is converted."""
+    scores = (1, 1, 0, 0) if getattr(model.config, "larosa", None) is None else (1, 0, 0, 0)
+    value = sum(scores) / 4
     results = {
-        name: TaskResult(name, "acc", 0, value, 0.1, 2, 10, chance=0.4, truncated_prompts=0, scores=(1, 0))
-        for name in PAPER_TASKS
+        name: TaskResult(name, "acc", 0, value, 0.1, 4, 10, chance=0.4, truncated_prompts=0, scores=scores)
+        for name in tasks
     }
     return TaskResults(results, str(data), limit, 8, seed, "0")
 
@@ -51,9 +53,9 @@ def counted(monkeypatch):
     """The evaluations that really run, in order."""
     calls = []
 
-    def evaluate(model, windows, reference):
-        calls.append(getattr(model.config, "larosa", None))
-        return evaluate_windows(model, windows, reference)
+    def evaluate(*arguments, **options):
+        calls.append(getattr(arguments[0].config, "larosa", None))
+        return evaluate_windows(*arguments, **options)
 
     monkeypatch.setattr(context_module, "evaluate_windows", evaluate)
     return calls
@@ -227,7 +229,13 @@ def test_figure5_errors_grow_and_rotation_leaves_h2_and_h4_alone(shared_context)
 
 def test_table1_measures_each_method_once(dense, settings, tmp_path, monkeypatch, few_points):
     calls = []
-    monkeypatch.setattr(table1, "evaluate_tasks", lambda *a, **k: calls.append(k) or fake_tasks(*a, **k))
+
+    def fake(model, tokenizer, tasks, **options):
+        calls.append((*tasks, options["limit"]))
+        return fake_tasks(model, tokenizer, tasks, **options)
+
+    monkeypatch.setattr(tasks_module, "evaluate_tasks", fake)
+    monkeypatch.setattr(tasks_module, "read_task", lambda task, folder: None)
     (tmp_path / "tasks").mkdir()
     context = Context(str(dense), settings(task_data=tmp_path / "tasks", limit=5), tmp_path / "cache")
     found = rows(EXPERIMENTS["table1"].run(context))
@@ -237,11 +245,36 @@ def test_table1_measures_each_method_once(dense, settings, tmp_path, monkeypatch
     assert found[-1]["mean of seven"] == pytest.approx(0.4)
     unreachable = [row for row in found if row["mean of seven"] == NOT_REACHABLE]
     assert [(row["method"], row["sparsity"]) for row in unreachable] == [("CATS", 0.5)]
-    assert calls[0]["limit"]["piqa"] == 5
-    assert calls[0]["limit"]["mmlu"] == 1
+    assert {("piqa", 5), ("mmlu", 1)} < set(calls[: len(PAPER_TASKS)])
     before = len(calls)
     assert rows(EXPERIMENTS["table1"].run(context)) == found
     assert len(calls) == before
+
+
+def test_accuracies_have_errors(dense, settings, tmp_path, monkeypatch, few_points):
+    monkeypatch.setattr(tasks_module, "evaluate_tasks", fake_tasks)
+    context = Context(str(dense), settings(), tmp_path / "cache")
+    found = rows(EXPERIMENTS["accuracy"].run(context))
+    points = [(name, sparsity) for name in ("TopK", "TEAL", "paper", "best") for sparsity in (0.25, 0.4, 0.5)]
+    assert [(row["method"], row["sparsity"]) for row in found] == [("dense", 0.0), *points, ("chance", None)]
+    assert (found[0]["mean of seven"], found[0]["±"]) == (0.5, pytest.approx(0.1 / 7**0.5))
+    assert found[0]["less dense"] is None
+    for row in found[1:-1]:
+        assert (row["mean of seven"], row["less dense"]) == (0.25, -0.25)
+        # Of four items one differs: a variance of 1/4 in each of seven tasks.
+        assert row["± less dense"] == pytest.approx((0.25 / 4 / 7) ** 0.5)
+        assert (row["piqa (acc)"], row["± piqa"]) == (0.25, 0.1)
+    assert found[-1]["mean of seven"] == pytest.approx(0.4)
+
+
+def test_a_broken_task_file_stops_before_anything_is_scored(dense, settings, tmp_path, monkeypatch, counted):
+    (tmp_path / "tasks" / "winogrande").mkdir(parents=True)
+    item = {"sentence": "The _ is here.", "option1": "cat", "option2": "dog", "answer": "1"}
+    (tmp_path / "tasks" / "winogrande" / "dev.jsonl").write_text(json.dumps(item), "utf-8")
+    monkeypatch.setattr(tasks_module, "evaluate_tasks", lambda *_, **__: pytest.fail("scored"))
+    context = Context(str(dense), settings(task_data=tmp_path / "tasks"), tmp_path / "cache")
+    with pytest.raises(LarosaError, match=r"valid\.jsonl is missing"):
+        EXPERIMENTS["accuracy"].run(context)
 
 
 def test_everything_in_one_page(dense, settings, tmp_path, few_points, counted):
@@ -249,7 +282,7 @@ def test_everything_in_one_page(dense, settings, tmp_path, few_points, counted):
     result = reproduce("all", str(dense), folder, settings())
     page = (folder / "index.html").read_text("utf-8")
     assert [section.name for section in result.sections] == list(EXPERIMENTS)
-    assert [section.name for section in result.sections if section.missing] == ["table1"]  # no task data
+    assert [section.name for section in result.sections if section.missing] == ["table1", "accuracy"]  # no task data
     for name in EXPERIMENTS:
         assert f'<section id="{name}">' in page
         assert f'<a href="#{name}">' in page
@@ -288,10 +321,10 @@ def test_a_killed_run_goes_on_where_it_stopped(dense, settings, tmp_path, few_po
     total = len(counted)
     counted.clear()
 
-    def killed(model, windows, reference):
+    def killed(*arguments, **options):
         if len(counted) == 7:
             raise KeyboardInterrupt
-        return evaluate(model, windows, reference)
+        return evaluate(*arguments, **options)
 
     evaluate = context_module.evaluate_windows
     with monkeypatch.context() as patch:
@@ -377,7 +410,7 @@ def test_recorded_and_live_references_agree(dense, settings, tmp_path, monkeypat
 def test_nan_in_the_model_is_an_error_and_nothing_is_kept(dense, settings, tmp_path, monkeypatch):
     context = Context(str(dense), settings(), tmp_path)
     monkeypatch.setattr(
-        context_module, "evaluate_windows", lambda *_: (_ for _ in ()).throw(LarosaError("the logits are NaN"))
+        context_module, "evaluate_windows", lambda *_, **__: (_ for _ in ()).throw(LarosaError("the logits are NaN"))
     )
     with pytest.raises(LarosaError, match="NaN"):
         context.evaluate(TEAL, 0.5)
@@ -400,7 +433,8 @@ def test_nan_in_the_model_is_an_error_and_nothing_is_kept(dense, settings, tmp_p
 def test_the_papers_numbers_stand_beside_ours(
     dense, settings, tmp_path, monkeypatch, few_points, theirs, name, column, expected
 ):
-    monkeypatch.setattr(table1, "evaluate_tasks", fake_tasks)
+    monkeypatch.setattr(tasks_module, "evaluate_tasks", fake_tasks)
+    monkeypatch.setattr(tasks_module, "read_task", lambda task, folder: None)
     (tmp_path / "tasks").mkdir()
     context = Context(str(dense), settings(task_data=tmp_path / "tasks"), tmp_path / "cache")
     assert context.paper is None

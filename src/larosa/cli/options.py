@@ -141,11 +141,19 @@ def numbers(option: str, text: str, kind: Callable[[str], NumberT], form: str) -
         raise LarosaError(f"{option} '{text}': give {form}") from None
 
 
+def sparsity_rows(sparsity: Sparsity) -> list[tuple[str, str]]:
+    """The three numbers that every report states, each under its name."""
+    return [
+        ("nominal sparsity", f"{sparsity.nominal:.1%}"),
+        ("weights skipped", f"{sparsity.weights:.1%}"),
+        ("  net of adapters", f"{sparsity.weights_net_of_adapters:.1%}"),
+    ]
+
+
 def add_sparsity(table: Table, sparsity: Sparsity) -> None:
-    """The three numbers that every report states, as rows."""
-    table.add_row("nominal sparsity", f"{sparsity.nominal:.1%}")
-    table.add_row("weights skipped", f"{sparsity.weights:.1%}")
-    table.add_row("  net of adapters", f"{sparsity.weights_net_of_adapters:.1%}")
+    """`sparsity_rows` as rows of a table."""
+    for row in sparsity_rows(sparsity):
+        table.add_row(*row)
 
 
 def machine_line(machine: dict[str, str | int], bandwidth: float) -> str:

@@ -12,6 +12,7 @@ from larosa.cli import options
 from larosa.cli.options import console
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
+from larosa.evaluation.perplexity import Protocol
 from larosa.reproduce import ALL, EXPERIMENTS, ReproduceSettings
 from larosa.reproduce import reproduce as run_reproduction
 from larosa.reproduce.settings import LENGTHS
@@ -42,12 +43,16 @@ def reproduce(
     num_sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 16,
     sequence_length: options.SequenceLength = None,
     max_sequences: Annotated[int, typer.Option(help="Evaluate only the first so many sequences.")] = 128,
+    protocol: Annotated[
+        Protocol, typer.Option(help="Evaluate every position, or the second half behind a dense first half.")
+    ] = Protocol.ALL,
     search_sequences: Annotated[int, typer.Option(help="Calibration sequences that score a grid search.")] = 4,
     task_data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of task files for table1; without it, downloads.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of task files for table1 and accuracy; without it, downloads."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Items of each task for table1, and a twentieth of it per MMLU subject.")
+        int | None, typer.Option(help="Items of each task for these, and a twentieth of it per MMLU subject.")
     ] = None,
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
@@ -73,6 +78,7 @@ def reproduce(
         num_sequences=num_sequences,
         sequence_length=sequence_length,
         max_sequences=max_sequences,
+        protocol=protocol,
         search_sequences=search_sequences,
         task_data=task_data,
         limit=limit,

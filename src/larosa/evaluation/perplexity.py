@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from itertools import cycle
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import cache_argument
 from larosa.calibration.precision import float32_arithmetic
@@ -17,6 +17,7 @@ from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError
+from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
 from larosa.finite import not_finite
 from larosa.progress import track
@@ -24,27 +25,53 @@ from larosa.sparsity.report import Sparsity, sparsity_of
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
-#: Vocabulary rows x positions put through softmax at a time, to bound memory on large vocabularies.
-_POSITIONS = 512
+
+class Protocol(StrEnum):
+    """Which tokens of a window run sparse and are scored.
+
+    All of them, but for the first that the model leaves dense itself; or those that follow a dense prompt, as in
+    decoding.
+    """
+
+    ALL = "all"
+    CONTINUATION = "continuation"
+
+    @classmethod
+    def parse(cls, name: str) -> Protocol:
+        """The protocol of this name.
+
+        Raises:
+            LarosaError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise LarosaError(f"unknown protocol '{name}': one of {', '.join(cls)}") from None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured.
 
-    `kl_divergence` (nats per token, dense to this model) and `top1_agreement` (share of tokens whose
-    likeliest next token is the dense model's) are None without a reference. `tokens` counts the
-    predicted tokens, the first of each window being none. `sparsity` is what the configuration promises;
-    `zeros` (by site, over tokens and layers) and `actual_sparsity` (share of the decoder's weights that a
+    `perplexity_stderr` takes tokens as independent, and is None for a single one. `kl_divergence` (nats per token,
+    dense to this model) and `top1_agreement` (share of tokens whose likeliest next token is the dense model's) are the
+    means of `comparison`, which has all that llama.cpp tells of a quantised model; the three are None without a
+    reference. `tokens` counts the scored predictions: of all tokens of a window but the first or, where a prompt of
+    `prompt_length` tokens ran dense, of those that follow the first one behind it. `sparsity` is what the configuration
+    promises; `zeros` (by site, over tokens and layers) and `actual_sparsity` (share of the decoder's weights that a
     token skips) are what was counted, None for a dense model.
     """
 
     perplexity: float
+    perplexity_stderr: float | None
     tokens: int
     windows: int
     sequence_length: int
+    protocol: Protocol
+    prompt_length: int
     kl_divergence: float | None
     top1_agreement: float | None
+    comparison: Comparison | None
     sparsity: Sparsity
     zeros: dict[str, Spread] | None
     actual_sparsity: Spread | None
@@ -63,6 +90,8 @@ def evaluate(
     max_sequences: int | None = None,
     reference: Any = None,
     kv_cache_dtype: str = CacheDtype.AUTO,
+    protocol: str = Protocol.ALL,
+    prompt_length: int | None = None,
 ) -> Evaluation:
     """Perplexity of a dense or converted model on a text, and its distance from a dense reference.
 
@@ -77,12 +106,17 @@ def evaluate(
         reference: the dense model; may be on another device.
         kv_cache_dtype: `int8` rounds all of the model's keys and values to 8 bits, as the engine with that option does
             (but it attends to a prompt from within the prompt before it rounds it).
+        protocol: `all` scores every position, sparse but for what the model itself leaves dense; `continuation` runs
+            the beginning of each window dense, as a prompt, and what follows sparse, and scores what the sparse tokens
+            predict.
+        prompt_length: tokens of that prompt; None is half the window.
 
     Raises:
         LarosaError: unusable text, a vocabulary mismatch, an unknown option, NaN or Inf logits.
     """
-    cache_dtype = CacheDtype.parse(kv_cache_dtype)
+    cache_dtype, chosen = CacheDtype.parse(kv_cache_dtype), Protocol.parse(protocol)
     windows = evaluation_windows(model, tokenizer, data, sequence_length, max_sequences)
+    prompt = prompt_tokens(chosen, prompt_length, windows.shape[1])
     dense = None
     if reference is not None:
         if reference.config.vocab_size != model.config.vocab_size:
@@ -91,7 +125,30 @@ def evaluate(
                 f"{model.config.vocab_size}: not the model it was converted from"
             )
         dense = _Logits(reference)
-    return evaluate_windows(model, windows, dense, cache_dtype)
+    return evaluate_windows(model, windows, dense, cache_dtype, prompt)
+
+
+def prompt_tokens(protocol: Protocol, asked: int | None, length: int) -> int:
+    """How many tokens of a window run dense as a prompt; 0 where there is none.
+
+    Args:
+        asked: the user's choice; None is half the window.
+        length: the window's tokens.
+
+    Raises:
+        LarosaError: a prompt that leaves nothing to score, or one that the protocol has not.
+    """
+    if protocol is Protocol.ALL:
+        if asked is not None:
+            raise LarosaError("--prompt-length is of the dense prompt: give --protocol continuation with it")
+        return 0
+    prompt = length // 2 if asked is None else asked
+    if not 1 <= prompt <= length - 2:
+        raise LarosaError(
+            f"--prompt-length {prompt} must be at least 1 and leave 2 of the window's {length} tokens, the first of "
+            "which predicts the second"
+        )
+    return prompt
 
 
 def evaluation_windows(
@@ -121,33 +178,35 @@ def evaluate_windows(
     windows: torch.Tensor,
     reference: Callable[[torch.Tensor], torch.Tensor] | None,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    prompt_length: int = 0,
 ) -> Evaluation:
-    """Score windows [number, length]; `reference` maps one window [1, length] to dense logits."""
+    """Score windows [number, length]; `reference` maps one window [1, length] to dense logits.
+
+    With a `prompt_length` so many tokens of each window run dense and only what follows is scored.
+    """
     logits_of = _Logits(model, kv_cache_dtype)
-    loss = divergence = agreement = 0.0
-    tokens = 0
-    with sparse_prompts(model), ZeroCounter(model) as zeros:
+    parts = []
+    scored = slice(prompt_length, -1)  # the positions whose predictions count
+    with sparse_prompts(model, dense_before=prompt_length), ZeroCounter(model) as zeros:
         for window in track(windows, "Evaluating"):
-            logits = logits_of(window[None])[0, :-1]
-            dense = None if reference is None else reference(window[None])[0, :-1]
-            for part in range(0, len(logits), _POSITIONS):
-                rows = slice(part, part + _POSITIONS)
-                log_p = F.log_softmax(logits[rows].float(), -1)
-                loss += float(F.nll_loss(log_p, window[1:][rows].to(log_p.device), reduction="sum"))
-                if dense is not None:
-                    log_dense = F.log_softmax(dense[rows].to(log_p), -1)
-                    divergence += float(F.kl_div(log_p, log_dense, log_target=True, reduction="sum"))
-                    agreement += float((log_p.argmax(-1) == log_dense.argmax(-1)).sum())
-            tokens += len(logits)
-    if loss != loss or divergence != divergence:
+            logits = logits_of(window[None])[0, scored]
+            dense = None if reference is None else reference(window[None])[0, scored]
+            parts.append(TokenScores.of(logits, dense, window[prompt_length + 1 :]))
+    scores = TokenScores.joined(parts)
+    if not scores.finite:
         raise not_finite("the model's logits are", model.get_input_embeddings().weight.dtype)
+    perplexity, comparison = scores.perplexity(), Comparison.of(scores)
     return Evaluation(
-        perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
-        tokens=tokens,
+        perplexity=perplexity.value,
+        perplexity_stderr=perplexity.stderr,
+        tokens=len(scores.loss),
         windows=len(windows),
         sequence_length=windows.shape[1],
-        kl_divergence=None if reference is None else divergence / tokens,
-        top1_agreement=None if reference is None else agreement / tokens,
+        protocol=Protocol.CONTINUATION if prompt_length else Protocol.ALL,
+        prompt_length=prompt_length,
+        kl_divergence=None if comparison is None else comparison.kl_divergence.mean.value,
+        top1_agreement=None if comparison is None else comparison.same_top_token.value,
+        comparison=comparison,
         sparsity=sparsity_of(model.config),
         zeros=zeros.fractions(),
         actual_sparsity=zeros.actual_sparsity(),

@@ -16,17 +16,26 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation, Selection
-from larosa.conversion import convert
+from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.context import context_length
+from larosa.conversion import Sparsified, sparsify
 from larosa.errors import LarosaError
-from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
+from larosa.evaluation.perplexity import (
+    DEFAULT_SEQUENCE_LENGTH,
+    Evaluation,
+    evaluate_windows,
+    evaluation_windows,
+    prompt_tokens,
+)
 from larosa.models import set_keep_counts
 from larosa.progress import track
 from larosa.reproduce import paper
 from larosa.reproduce.cache import Cache, fingerprint
 from larosa.reproduce.settings import MAIN_SPARSITY, SPARSITIES, ReproduceSettings
 from larosa.reproduce.variants import LAROSA, TOPK_GS, Variant
+from larosa.settings import RECIPES, Settings
 from larosa.sparsity import SiteSizes, complete_alphas, keep_counts
+from larosa.sparsity.report import inspect_config
 from larosa.sparsity.search import GRID
 
 #: Dense logits up to so many bytes are recorded; beyond, the dense model stays in memory beside the other.
@@ -79,7 +88,8 @@ class Context:
         """The evaluated tokens, for a title."""
         source = Path(self.settings.data)
         name = "/".join(source.parts[-2:]) if len(source.parts) > 1 else source.name
-        return f"up to {self.settings.max_sequences} x {self.sequence_length} tokens of {name}"
+        prompt = f", the first {self.prompt_length} of each a dense prompt" if self.prompt_length else ""
+        return f"up to {self.settings.max_sequences} x {self.sequence_length} tokens of {name}{prompt}"
 
     def digest(self, source: str, split: TextSplit) -> str:
         """A hash of a text source; what a model samples from itself follows from the model."""
@@ -110,7 +120,13 @@ class Context:
             "text": self.digest(self.settings.data, TextSplit.TEST),
             "sequence_length": self.sequence_length,
             "max_sequences": self.settings.max_sequences,
+            "prompt_length": self.prompt_length,
         }
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of each evaluated window that run dense, as a prompt, and are not scored."""
+        return prompt_tokens(self.settings.protocol, None, self.sequence_length)
 
     def measure(self, kind: str, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A measurement from disk, or made now and kept; `settings` is what it depends on beside the model."""
@@ -173,12 +189,15 @@ class Context:
             alphas: coefficients; None is the variant's own.
         """
         if variant.of_one_sparsity:
-            return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity))
+            return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity)).model
         alphas = alphas or self.alphas(variant)
-        bare = (variant.method, *variant.options.values(), variant.calibration, variant.seed)
-        model = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
-        set_keep_counts(model, self.architecture, keep_counts(sparsity, alphas, self.sizes))
-        return model
+        bare = (variant.method, *variant.options.values(), variant.search, variant.calibration, variant.seed)
+        converted = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
+        if variant.shares_out_counts:
+            converted.set_sparsity(sparsity)
+        else:
+            set_keep_counts(converted.model, self.architecture, keep_counts(sparsity, alphas, self.sizes))
+        return converted.model
 
     def release(self) -> None:
         """Let go of the models in memory: something else needs the room."""
@@ -200,11 +219,9 @@ class Context:
             self._loaded_tokenizer = _Remembering(tokenizer)
         return model
 
-    def _convert(self, variant: Variant, sparsity: float) -> Any:
+    def _convert(self, variant: Variant, sparsity: float) -> Sparsified:
         model = self._load()
-        return convert(
-            model,
-            self.tokenizer,
+        settings = Settings.complete(
             method=variant.method,
             sparsity=sparsity,
             budget=Budget.WEIGHTS,
@@ -212,10 +229,11 @@ class Context:
             num_sequences=self.settings.num_sequences,
             sequence_length=self.sequence_length,
             seed=self.settings.seed if variant.seed is None else variant.seed,
-            search=variant.allocation,
-            device=self.device,
+            search=variant.search,
+            context=context_length(self.config),
             **variant.options,
         )
+        return sparsify(model, self.tokenizer, settings, device=self.device)
 
     # Measurements that several experiments share.
 
@@ -223,7 +241,8 @@ class Context:
         """The dense model on the evaluated tokens."""
 
         def run() -> dict[str, Any]:
-            return _summary(evaluate_windows(self.dense(), self.windows, None))
+            model = self.dense()
+            return _summary(model, evaluate_windows(model, self.windows, None, prompt_length=self.prompt_length))
 
         return self.measure("dense", {"evaluation": self.evaluation_key}, run)
 
@@ -234,7 +253,7 @@ class Context:
         def run() -> dict[str, Any]:
             reference = self.reference(self.windows)
             model = self.sparsified(variant, sparsity, alphas)
-            return _summary(evaluate_windows(model, self.windows, reference))
+            return _summary(model, evaluate_windows(model, self.windows, reference, prompt_length=self.prompt_length))
 
         key = {**self.variant_key(variant, sparsity, alphas), "evaluation": self.evaluation_key}
         return self.measure("evaluation", key, run)
@@ -245,7 +264,9 @@ class Context:
         if variant.method is Method.LAROSA:
             key |= {**variant.options, "allocation": variant.allocation}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
-        if Selection.TOP_K not in variant.method.selections or variant.rotation.is_calibrated:
+        if variant.recipe is not None:
+            key["parts"] = asdict(RECIPES[variant.recipe])
+        if variant.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)
         return key
 
@@ -312,14 +333,18 @@ def best_point(points: list[tuple[PerSite, dict[str, Any]]], by: str) -> tuple[P
     return min(points, key=lambda point: float(point[1][by]))
 
 
-def _summary(found: Evaluation) -> dict[str, Any]:
-    """What is kept of an evaluation."""
+def _summary(model: Any, found: Evaluation) -> dict[str, Any]:
+    """What is kept of an evaluation; `bytes` is what a token reads of the decoder, as a share of dense."""
+    costs, comparison = inspect_config(model.config), found.comparison
+    skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
     return {
         "perplexity": found.perplexity,
         "kl": found.kl_divergence,
+        "kl_stderr": comparison and comparison.kl_divergence.mean.stderr,
         "top1": found.top1_agreement,
         "tokens": found.tokens,
         "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
+        "bytes": 1 - skipped + (costs.adapter_bytes + costs.score_bytes) / costs.bytes_dense_total,
         "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},
     }
 

@@ -10,11 +10,13 @@ from typing import Any
 from larosa.errors import LarosaError
 from larosa.progress import stderr
 from larosa.reproduce import (
+    accuracy,
     calibration_sets,
     figure1,
     figure3,
     figure4,
     figure5,
+    frontier,
     gaussianity,
     recipe,
     table1,
@@ -55,6 +57,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         figure5.EXPERIMENT,
         gaussianity.EXPERIMENT,
         recipe.EXPERIMENT,
+        frontier.EXPERIMENT,
+        accuracy.EXPERIMENT,
     )
 }
 
@@ -137,7 +141,7 @@ def used_settings(context: Context) -> dict[str, Any]:
         "the paper's model of this shape": context.paper.name if context.paper else "none",
         "larosa": f"{__version__}, source {source_digest()[:16]}",
         "budget": "weights: every row skips the same fraction of weights",
-        "prompts": "sparse",
+        "tokens that stay dense": "the first of a text, with every method",
         **context.settings.to_dict(),
         "sequence_length": context.sequence_length,
         "device": context.device,

@@ -9,6 +9,7 @@ from typing import Any
 from larosa.calibration.sources import BUNDLED, SELF
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
+from larosa.evaluation.perplexity import Protocol
 
 #: The paper's model-level sparsities (Table 2).
 SPARSITIES = (0.25, 0.40, 0.50, 0.60)
@@ -26,7 +27,8 @@ class ReproduceSettings:
     """The options of `larosa reproduce`.
 
     `sequence_length` is of calibration and evaluation alike; None is 2048, or the model's context where that
-    is shorter. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
+    is shorter. By `protocol` evaluation runs every token sparse or the first half of each window dense, and then scores
+    the other half alone. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
     folder of task files, without which tasks are downloaded; `limit` is the number of items of each task. `lengths` are
     the numbers of tokens that are decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and
     values there.
@@ -38,6 +40,7 @@ class ReproduceSettings:
     num_sequences: int = 16
     sequence_length: int | None = None
     max_sequences: int = 128
+    protocol: Protocol = Protocol.ALL
     search_sequences: int = 4
     task_data: Path | None = None
     limit: int | None = None

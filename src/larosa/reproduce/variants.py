@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search, Selection
+from larosa.config import (
+    Compensation,
+    Covariance,
+    Method,
+    Recipe,
+    Rotation,
+    RotationObjective,
+    Score,
+    Search,
+    Selection,
+)
 from larosa.sparsity import SiteSizes
 
 
@@ -31,27 +41,48 @@ class Variant:
     #: A search for counts of each layer and site, run anew at each sparsity.
     allocation: Search = Search.NONE
     compensation: Compensation = Compensation.NONE
+    #: All options from a recipe, whatever it consists of; those above are then without meaning.
+    recipe: Recipe | None = None
+
+    @property
+    def search(self) -> Search | None:
+        """The search to convert with; None leaves it to the recipe."""
+        return None if self.recipe else self.allocation
+
+    @property
+    def shares_out_counts(self) -> bool:
+        """Whether one conversion knows the counts or thresholds of every sparsity, by a search."""
+        return self.recipe is not None or self.allocation is Search.FISHER
 
     @property
     def of_one_sparsity(self) -> bool:
         """Whether another sparsity needs another conversion, not other counts alone."""
         return (
             Selection.TOP_K not in self.method.selections
-            or self.allocation is not Search.NONE
+            or self.allocation not in (Search.NONE, Search.FISHER)
             or self.compensation is not Compensation.NONE
         )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it depends on the calibration sample."""
+        parts = self.rotation.is_calibrated or self.value_rotation or self.score is Score.FISHER
+        return Selection.TOP_K not in self.method.selections or parts or self.recipe is not None
 
     @property
     def options(self) -> dict[str, Any]:
         """What `larosa.convert` is told beside the method; the methods it is compared with have no options."""
         if self.method is not Method.LAROSA:
             return {}
+        if self.recipe is not None:
+            return {"recipe": self.recipe}
         return {
             "rotation": self.rotation,
             "covariance": self.covariance,
             "rotation_objective": self.objective,
             "value_rotation": self.value_rotation,
             "score": self.score,
+            "selection": Selection.TOP_K,
             "compensation": self.compensation,
         }
 
@@ -68,6 +99,9 @@ TOPK_GS = Variant("TopK+GS", Method.TOPK, searched=True)
 LAROSA = Variant("LaRoSA", Method.LAROSA, Rotation.LAYER, searched=True)
 #: The same with PCA of h1 and h3 together, this package's default.
 LAROSA_JOINT = Variant("LaRoSA, PCA of h1 and h3", Method.LAROSA, Rotation.LAYER, Covariance.JOINT, searched=True)
+
+#: What `larosa convert` does where nothing is asked for.
+BEST = Variant("best", Method.LAROSA, recipe=Recipe.BEST)
 
 
 def reachable(variant: Variant, sparsity: float, sizes: SiteSizes) -> bool:
