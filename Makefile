@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/larosa demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import torch
 
 from larosa.benchmarks.shapes import random_sparse_model, set_sparsity, shape_config
 from larosa.decoding import CacheDtype, Engine
+from larosa.ops.cuda.launch import early_launches
 
 TOKENS = 3
 CACHE = 300  # positions, for which blocks of a cluster share a head
@@ -29,7 +30,7 @@ def main(device: torch.device, shapes: list[str]) -> None:
         set_sparsity(model, 0.5)
         for kv_cache_dtype in CacheDtype:
             engine = Engine(model, CACHE, kv_cache_dtype)
-            with torch.inference_mode():
+            with torch.inference_mode(), early_launches():  # as in the engine's graph
                 for position in range(TOKENS):
                     token = torch.tensor([position], device=device)
                     logits = engine.step(token, torch.tensor([position], device=device))

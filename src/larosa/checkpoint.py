@@ -22,6 +22,7 @@ from larosa.architectures import find_architecture
 from larosa.config_checks import check_config, check_counts, dry_run
 from larosa.errors import LarosaError
 from larosa.gguf import find_gguf, load_gguf, load_gguf_config
+from larosa.migrations import loading_weights
 from larosa.models import family_of
 from larosa.plain import check_plain
 from larosa.tokenizer_files import check_tokenizer_files, save_tokenizer
@@ -112,7 +113,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     if getattr(config, "quantization_config", None):
         raise LarosaError(f"{path}: the checkpoint is quantized; convert the original weights instead")
     check_config(path, config)
-    with _quiet_transformers(), _loading(path):
+    with _quiet_transformers(), _loading(path), loading_weights():
         dry_run(_model_class(config), config)
     return config
 

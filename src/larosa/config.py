@@ -8,10 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from larosa.errors import LarosaError
-
-#: Of the `larosa` block and of what the weights beside it mean. 2: attention and MLP write into the basis behind
-#: an adapter, in 1 into that before it.
-FORMAT_VERSION = 2
+from larosa.migrations import FORMAT_VERSION, migrate_settings
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
 #: q/k/v (h1), of the attention output projection (h2), of gate/up (h3) and of down (h4).
@@ -35,9 +32,21 @@ class Method(StrEnum):
         return (GATE,) if self is Method.CATS else SITES
 
     @property
-    def uses_thresholds(self) -> bool:
-        """Whether calibrated magnitudes decide what is kept, rather than a count."""
-        return self in (Method.TEAL, Method.CATS)
+    def selections(self) -> tuple[Selection, ...]:
+        """How the method can decide what is kept, its own way first."""
+        if self is Method.LAROSA:
+            return Selection.TOP_K, Selection.THRESHOLD
+        return (Selection.TOP_K,) if self is Method.TOPK else (Selection.THRESHOLD,)
+
+
+class Selection(StrEnum):
+    """Which entries of a site are kept: so many of each token (`top-k`), or those above a calibrated threshold.
+
+    With a threshold the number varies from token to token, and the sparsity is met on average.
+    """
+
+    TOP_K = "top-k"
+    THRESHOLD = "threshold"
 
 
 class Rotation(StrEnum):
@@ -58,6 +67,11 @@ class Rotation(StrEnum):
     def is_calibrated(self) -> bool:
         """Whether the bases come from the second moments of calibration activations."""
         return self in (Rotation.MODEL, Rotation.LAYER, Rotation.BLOCK)
+
+    @property
+    def chooses_covariance(self) -> bool:
+        """Whether a basis serves both h1 and h3, so that there is a choice of what the PCA is of."""
+        return self in (Rotation.MODEL, Rotation.LAYER)
 
     def groups(self, layers: int, layers_per_rotation: int = 1) -> list[range]:
         """The consecutive layers that share a basis, first layer first; the first group may be shorter.
@@ -237,7 +251,7 @@ class CalibrationRecord(_Block):
 class LarosaConfig(_Block):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
-    `keep` (methods that count) or `thresholds` (methods that compare) is what the model runs by; the
+    `keep` (counts of entries) or `thresholds` is what the model runs by, one of them being null; the
     other keys say how it came about, but for `prefill` and `dense_first_token`, which say what tokens stay
     dense. `alphas`, `covariance` and `rotation_objective` are null where the
     method has none. With a `score` other than magnitude every site has a vector in the checkpoint.
@@ -271,9 +285,13 @@ class LarosaConfig(_Block):
         method = info.data.get("method")
         if method is None:  # invalid itself, and reported first
             return value
-        needed = method.uses_thresholds == (info.field_name == "thresholds")
-        if needed != (value is not None):
-            raise ValueError(f"method '{method}' {'needs it' if needed else 'has none'}")
+        of_field = Selection.TOP_K if info.field_name == "keep" else Selection.THRESHOLD
+        if value is not None and of_field not in method.selections:
+            raise ValueError(f"method '{method}' has none")
+        if value is None and of_field is method.selections[-1] and info.data.get("keep") is None:
+            raise ValueError(f"method '{method}' needs it" + (", or 'keep'" if len(method.selections) > 1 else ""))
+        if info.field_name == "thresholds" and value is not None and info.data.get("keep") is not None:
+            raise ValueError("give either 'keep' or 'thresholds', not both")
         if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
         return value
@@ -292,7 +310,7 @@ class LarosaConfig(_Block):
     @classmethod
     def _check_score(cls, value: Score, info: ValidationInfo) -> Score:
         method = info.data.get("method")
-        if method is not None and method.uses_thresholds and value is not Score.MAGNITUDE:
+        if method in (Method.TEAL, Method.CATS) and value is not Score.MAGNITUDE:
             raise ValueError(f"method '{method}' compares magnitudes")
         return value
 
@@ -300,35 +318,30 @@ class LarosaConfig(_Block):
     def layers(self) -> int:
         """The number of layers that the counts or thresholds are for."""
         first: str = self.method.sites[0]
-        return len(self.selection[first])
+        return len(self.limits[first])
 
     @property
-    def selection(self) -> KeepCounts | Thresholds:
+    def selection(self) -> Selection:
+        """How the model decides what is kept."""
+        return Selection.TOP_K if self.thresholds is None else Selection.THRESHOLD
+
+    @property
+    def limits(self) -> KeepCounts | Thresholds:
         """What the model runs by."""
-        selection = self.thresholds if self.method.uses_thresholds else self.keep
-        assert selection is not None, "validated"
-        return selection
+        limits = self.keep if self.thresholds is None else self.thresholds
+        assert limits is not None, "validated"
+        return limits
 
     @classmethod
     def parse(cls, block: Any) -> LarosaConfig:
-        """Validate the `larosa` block of a `config.json`.
+        """Validate the `larosa` block of a `config.json`, of this format version or an older one.
 
         Raises:
-            LarosaError: the block is missing, of another format, or has an unknown or invalid key.
+            LarosaError: the block is missing, of a newer format, or has an unknown or invalid key.
         """
         if not isinstance(block, dict):
             raise LarosaError("config.json has no 'larosa' block: this is not a converted checkpoint")
-        version = block.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise LarosaError(
-                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
-                "pip install --upgrade larosa"
-            )
-        if isinstance(version, int) and version < FORMAT_VERSION:
-            raise LarosaError(
-                f"this checkpoint has format version {version}, this larosa reads {FORMAT_VERSION}: "
-                "convert the dense model again"
-            )
+        block = migrate_settings(block)
         try:
             return cls.model_validate(block)
         except ValidationError as error:

@@ -25,6 +25,7 @@ from larosa.config import (
     Rotation,
     RotationObjective,
     Score,
+    Selection,
 )
 from larosa.config import Search as SearchKind
 from larosa.context import context_length
@@ -46,11 +47,12 @@ from larosa.rotation import (
     reader_gram,
     usual_format,
 )
-from larosa.searches import SEARCHES, Counts, settle
+from larosa.searches import SEARCHES, Limits, settle
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
 from larosa.sparsity.greedy import GreedyAllocation
+from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.version import __version__
 
@@ -74,6 +76,7 @@ def convert(
     rotation_objective: str | None = None,
     value_rotation: bool | None = None,
     score: str | None = None,
+    selection: str | None = None,
     search: str | None = None,
     compensation: str = Compensation.NONE,
     alphas: PerSite | None = None,
@@ -112,6 +115,8 @@ def convert(
         value_rotation: rotate each value head into the principal basis of its queries' outputs, at h2.
         score: rank entries by `magnitude`, or by magnitude times the norm of the `weights` that read them or
             times the root of their `fisher` information.
+        selection: keep so many entries of each token (`top-k`) or those above a calibrated threshold (`threshold`), of
+            which there are more where they matter more; the sparsity is then met on average. Needs search `fisher`.
         search: `none`; `grid` for Algorithm 1 and, for counts of each layer and site by what they cost,
             `sensitivity` (measured) or `fisher` (estimated from the scores; all three larosa, topk);
             `greedy` for TEAL's allocation within each layer (teal).
@@ -146,6 +151,7 @@ def convert(
         rotation_objective=rotation_objective,
         value_rotation=value_rotation,
         score=score,
+        selection=selection,
         search=search,
         compensation=compensation,
         prefill=prefill,
@@ -160,27 +166,28 @@ def convert(
 class Sparsified:
     """A converted model, and how its sparsity can still be changed.
 
-    `counts` gives the counts of any sparsity; None where the weights, thresholds or coefficients are of one alone.
+    `limits` gives the counts or thresholds of any sparsity; None where those, the weights or coefficients are of one
+    alone.
     """
 
     model: Any
     architecture: Architecture
-    counts: Counts | None
+    limits: Limits | None
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Let the model skip another fraction of its weights: its counts change, nothing else.
+        """Let the model skip another fraction of its weights: its counts or thresholds change, nothing else.
 
         Raises:
             LarosaError: what was converted holds at one sparsity alone.
         """
         block = LarosaConfig.parse(self.model.config.larosa)
-        if self.counts is None:
+        if self.limits is None:
             raise LarosaError(
                 f"method {block.method}, search {block.search} and compensation {block.compensation} are of one "
                 "sparsity: convert for each anew, or choose --search fisher or none"
             )
         changed = block.model_copy(update={"sparsity": sparsity})
-        settle(self.model, self.architecture, changed, block.alphas, self.counts(sparsity))
+        settle(self.model, self.architecture, changed, block.alphas, self.limits(sparsity))
 
 
 def sparsify(
@@ -226,20 +233,20 @@ def sparsify(
     layers = len(architecture.layers(model))
     stored = merge_bases(model, architecture, track(frames, "Merging bases", total=layers))
     _adopt(model, family_of(architecture), block, stored, scores)
-    counts: Counts | None = None
+    limits: Limits | None = None
     if settings.search in SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
-        counts = SEARCHES[settings.search](model, architecture, block, sequences, search_log)
-    elif not settings.method.uses_thresholds:
-        counts = partial(keep_counts, alphas=settings.alphas or PerSite(), sizes=sizes)
+        limits = SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+    elif settings.selection is Selection.TOP_K:
+        limits = partial(keep_counts, alphas=settings.alphas or PerSite(), sizes=sizes)
     if settings.compensation is Compensation.LINEAR:
         assert sequences is not None, "compensation has calibration sequences"
         keep = LarosaConfig.parse(model.config.larosa).keep
         assert keep is not None, "the method counts"
         compensate(model, architecture, keep, sequences, where)
-        counts = None
+        limits = None
     check_converted(model, sequences)
-    return Sparsified(model, architecture, counts)
+    return Sparsified(model, architecture, limits)
 
 
 def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes) -> None:
@@ -250,7 +257,7 @@ def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes
     """
     for site in settings.method.sites:
         architecture.check_site(site)
-    if settings.method.uses_thresholds:
+    if settings.method in (Method.TEAL, Method.CATS):
         uniform_shares(settings.method, settings.sparsity, sizes)
     else:
         keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)
@@ -265,8 +272,10 @@ def _selection(
     device: torch.device,
 ) -> dict[str, Any]:
     """What decides which entries the method keeps, as a key of the configuration block."""
-    if not settings.method.uses_thresholds:
+    if settings.selection is Selection.TOP_K:
         return {"keep": keep_counts(settings.sparsity, settings.alphas or PerSite(), sizes)}
+    if settings.search is SearchKind.FISHER:
+        return {"thresholds": no_thresholds(sizes)}  # until the search has run
     assert sequences is not None, "thresholds are calibrated"
     sites = settings.method.sites
     shares, first = uniform_shares(settings.method, settings.sparsity, sizes), int(settings.dense_first_token)
@@ -332,7 +341,10 @@ def _fisher(
         return []
     assert sequences is not None, "gradients have sequences"
     heads = Heads.of(model.config)
-    found = layer_fisher(model, architecture, sequences, device, settings.seed, int(settings.dense_first_token))
+    rotated = settings.rotation is not Rotation.NONE
+    found = layer_fisher(
+        model, architecture, sequences, device, settings.seed, int(settings.dense_first_token), rotated
+    )
     return [
         UnitFisher(layer, architecture, partial(found.__getitem__, index), heads, device)
         for index, layer in enumerate(architecture.layers(model))
@@ -363,6 +375,11 @@ def _bases(
         given = random_basis(model.config.hidden_size, settings.seed).to(device)
     if not (settings.rotation.is_calibrated or settings.value_rotation):
         yield from (LayerBases(given, given) for _ in layers)
+        return
+    if fisher and not settings.rotation.is_calibrated:  # its pass has seen the values already
+        for each in fisher:
+            objective = each if settings.rotation_objective is RotationObjective.FISHER else None
+            yield LayerBases(given, given, _value_basis(each.value_moments, objective))
         return
     assert sequences is not None, "calibrated rotations have sequences"
     group_ends = {group[-1] for group in settings.rotation.groups(len(layers), settings.layers_per_rotation)}

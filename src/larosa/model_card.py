@@ -67,7 +67,7 @@ def model_card(
         version=block.larosa_version,
         method="" if block.method is Method.LAROSA else f" with the method {_NAMES[block.method]}",
         weights=sparsity.weights,
-        fluctuating=" on average over the calibration text" if block.method.uses_thresholds else "",
+        fluctuating=" on average over the calibration text" if block.thresholds is not None else "",
         rotated="" if block.rotation is Rotation.NONE else _ROTATED,
     )
     settings: dict[str, Any] = {
@@ -80,6 +80,7 @@ def model_card(
         "rotation objective": block.rotation_objective,
         "value heads rotated": "yes" if block.value_rotation else "no",
         "score": block.score,
+        "selection": block.selection,
         "budget": block.budget,
         "search": block.search,
         "compensation": block.compensation,
@@ -122,7 +123,7 @@ def model_card(
 def _selection(block: LarosaConfig, inspection: Inspection) -> str:
     """What each site keeps in the first layer."""
     first = [report for report in inspection.sites if report.layer == 0 and report.site in block.method.sites]
-    if block.method.uses_thresholds:
+    if block.thresholds is not None:
         return _table(
             ("site", "threshold in the first layer", "entries dropped of the calibration text"),
             [(report.site, f"{report.threshold:.4g}", f"{report.sparsity:.1%}") for report in first],

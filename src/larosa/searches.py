@@ -1,4 +1,4 @@
-"""The searches of a conversion: how many entries each site of a rotated model keeps (paper, Algorithm 1)."""
+"""The searches of a conversion: what each site of a rotated model keeps (paper, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 
 from larosa.architectures import Architecture
 from larosa.calibration import float32_arithmetic
-from larosa.config import KeepCounts, LarosaConfig, PerSite
+from larosa.config import KeepCounts, LarosaConfig, PerSite, Selection, Thresholds
 from larosa.config import Search as SearchKind
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
-from larosa.models import set_keep_counts
+from larosa.models import set_keep_counts, set_thresholds
 from larosa.progress import track
-from larosa.sparsity import SiteSizes, keep_counts, sensitivity
+from larosa.sparsity import SiteSizes, keep_counts, prices, sensitivity
 from larosa.sparsity.search import SearchLog, grid_search
 
-#: From a sparsity to counts, where one search serves every sparsity; else None.
-Counts = Callable[[float], KeepCounts]
+#: From a sparsity to counts or thresholds, where one search serves every sparsity; else None.
+Limits = Callable[[float], KeepCounts | Thresholds]
 
 
 def _grid_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> Counts | None:
+) -> Limits | None:
     """Set the counts and coefficients that Algorithm 1 finds, for one sparsity."""
 
     def perplexity(keep: KeepCounts) -> float:
@@ -44,7 +44,7 @@ def _grid_search(
 
 def _sensitivity_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> Counts | None:
+) -> Limits | None:
     """Set the counts of each layer and site that cost the least divergence by estimate."""
     sizes = SiteSizes.of(model.config)
     few = sequences[: math.ceil(sensitivity.TOKENS / sequences.shape[1])]
@@ -69,8 +69,8 @@ def _sensitivity_search(
 
 def _fisher_search(
     model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor, log_path: Path | None
-) -> Counts | None:
-    """Set the counts of each layer and site that cost the least divergence by the scores' own estimate."""
+) -> Limits | None:
+    """Set the counts or thresholds of each layer and site that cost the least divergence by the scores' estimate."""
     sizes = SiteSizes.of(model.config)
     few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
     decoder, device = architecture.decoder(model), architecture.embedding(model).weight.device
@@ -80,16 +80,20 @@ def _fisher_search(
             for sequence in track(few, "Costs of entries"):
                 decoder(sequence[None].to(device), use_cache=False)
 
-    set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-    costs = sensitivity.fisher_costs(model, architecture, run)
-    counts = partial(sensitivity.cheapest, sizes=sizes, costs=costs)
-    settle(model, architecture, block, None, counts(block.sparsity))
-    return counts
+    limits: Limits
+    if block.selection is Selection.THRESHOLD:
+        limits = prices.PricedThresholds(model, architecture, run)
+    else:
+        set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+        costs = sensitivity.fisher_costs(model, architecture, run)
+        limits = partial(sensitivity.cheapest, sizes=sizes, costs=costs)
+    settle(model, architecture, block, None, limits(block.sparsity))
+    return limits
 
 
 def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:
     """What the points of a search depend on."""
-    settings = block.model_dump(mode="json", exclude={"alphas", "keep"})
+    settings = block.model_dump(mode="json", exclude={"alphas", "keep", "thresholds"})
     settings["sequences"] = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
     head = architecture.head(model).weight
     settings["model"] = hashlib.sha256(head[:64].float().cpu().numpy().tobytes()).hexdigest()
@@ -97,15 +101,23 @@ def _identity(model: Any, architecture: Architecture, block: LarosaConfig, seque
 
 
 def settle(
-    model: Any, architecture: Architecture, block: LarosaConfig, alphas: PerSite | None, keep: KeepCounts
+    model: Any,
+    architecture: Architecture,
+    block: LarosaConfig,
+    alphas: PerSite | None,
+    limits: KeepCounts | Thresholds,
 ) -> None:
-    """Make coefficients and counts the model's own."""
-    set_keep_counts(model, architecture, keep)
-    found = block.model_copy(update={"alphas": alphas, "keep": keep})
+    """Make coefficients, and counts or thresholds, the model's own."""
+    if isinstance(limits, Thresholds):
+        set_thresholds(model, architecture, limits)
+        found = block.model_copy(update={"alphas": alphas, "thresholds": limits})
+    else:
+        set_keep_counts(model, architecture, limits)
+        found = block.model_copy(update={"alphas": alphas, "keep": limits})
     model.config.larosa = found.model_dump(mode="json")
 
 
-#: What finds a model's counts, where the settings ask for a search; see `Counts` for what it returns.
+#: What finds a model's counts, where the settings ask for a search; see `Limits` for what it returns.
 SEARCHES = {
     SearchKind.GRID: _grid_search,
     SearchKind.SENSITIVITY: _sensitivity_search,

@@ -20,6 +20,7 @@ from larosa.config import (
     RotationObjective,
     Score,
     Search,
+    Selection,
     check_adapters,
     check_layers_per_rotation,
     check_sparsity,
@@ -41,6 +42,7 @@ class Defaults:
     value_rotation: bool
     score: Score
     dense_first_token: bool
+    selection: Selection = Selection.TOP_K
     adapters: AdapterFormat | None = None
     rotation: Rotation = Rotation.LAYER
     num_sequences: int = 16
@@ -114,6 +116,7 @@ class Settings:
     rotation_objective: RotationObjective | None
     value_rotation: bool
     score: Score
+    selection: Selection
     search: Search
     compensation: Compensation
     prefill: Prefill
@@ -147,6 +150,7 @@ class Settings:
         rotation_objective: str | None = None,
         value_rotation: bool | None = None,
         score: str | None = None,
+        selection: str | None = None,
         search: str | None = None,
         compensation: str = Compensation.NONE,
         prefill: str = Prefill.SPARSE,
@@ -167,7 +171,7 @@ class Settings:
         chosen_recipe = _choose(Recipe, recipe, "recipe")
         chosen_method = _choose(Method, method, "method")
         applicable = METHODS[chosen_method]
-        defaults = _defaults(chosen_recipe, applicable)
+        defaults = _defaults(chosen_recipe, chosen_method)
         chosen_rotation = _choose(Rotation, rotation or defaults.rotation, "rotation")
         chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
         chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
@@ -184,6 +188,7 @@ class Settings:
         if value_rotation is None:
             value_rotation = defaults.value_rotation
         chosen_score = _choose(Score, score or defaults.score, "score")
+        chosen_selection = _choose(Selection, selection or defaults.selection, "selection")
         if alphas is not None or (
             defaults.search is Search.FISHER
             and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
@@ -198,6 +203,7 @@ class Settings:
                 f"--rotation-objective {rotation_objective}": applicable.rotation or rotation_objective is None,
                 "--value-rotation": applicable.rotation or not value_rotation,
                 f"--score {score}": applicable.coefficients or chosen_score is Score.MAGNITUDE,
+                f"--selection {selection}": chosen_selection in chosen_method.selections,
                 f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
                 f"--search {search}": chosen_search in applicable.searches,
                 f"--compensation {compensation}": applicable.coefficients or compensation == Compensation.NONE,
@@ -212,15 +218,22 @@ class Settings:
             )
         if chosen_search is Search.FISHER and chosen_score is not Score.FISHER:
             raise LarosaError("--search fisher goes by the scores' estimates: add --score fisher")
+        if (
+            chosen_method is Method.LAROSA
+            and chosen_selection is Selection.THRESHOLD
+            and chosen_search is not Search.FISHER
+        ):
+            raise LarosaError("--selection threshold finds its thresholds by --search fisher: add it")
         chosen_prefill = _choose(Prefill, prefill, "prefill")
         chosen_compensation = _choose(Compensation, compensation, "compensation")
         compensates = chosen_compensation is not Compensation.NONE
+        if compensates and chosen_selection is not Selection.TOP_K:
+            raise LarosaError("--compensation linear refits to counted entries: leave --selection threshold out")
         if compensates and chosen_prefill is Prefill.DENSE:
             raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
         record = None
         calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
-        if calibrated or chosen_search is not Search.NONE or chosen_method.uses_thresholds:
-            min(defaults.sequence_length, context or defaults.sequence_length)
+        if calibrated or chosen_search is not Search.NONE or chosen_selection is not Selection.TOP_K:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
                 num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
@@ -241,10 +254,11 @@ class Settings:
             rotation=chosen_rotation,
             layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
             adapters=chosen_adapters,
-            covariance=chosen_covariance if applicable.rotation else None,
+            covariance=chosen_covariance if chosen_rotation.chooses_covariance else None,
             rotation_objective=chosen_objective if applicable.rotation else None,
             value_rotation=value_rotation,
             score=chosen_score,
+            selection=chosen_selection,
             search=chosen_search,
             compensation=chosen_compensation,
             prefill=chosen_prefill,
@@ -255,11 +269,13 @@ class Settings:
         )
 
 
-def _defaults(recipe: Recipe, applicable: Applicable) -> Defaults:
+def _defaults(recipe: Recipe, method: Method) -> Defaults:
     """The recipe's defaults, as far as they apply."""
-    defaults = RECIPES[recipe]
+    defaults, applicable = RECIPES[recipe], METHODS[method]
+    selections = method.selections
     return replace(
         defaults,
+        selection=defaults.selection if defaults.selection in selections else selections[0],
         rotation=defaults.rotation if applicable.rotation else Rotation.NONE,
         budget=defaults.budget if applicable.coefficients else Budget.WEIGHTS,
         search=defaults.search if defaults.search in applicable.searches else Search.NONE,

@@ -3,7 +3,7 @@ import torch
 
 from larosa import LarosaError
 from larosa.architectures import find_architecture
-from larosa.calibration import fisher, layer_fisher
+from larosa.calibration import fisher, layer_fisher, layer_statistics
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 CPU = torch.device("cpu")
@@ -125,3 +125,17 @@ def test_cuda_equals_cpu(make_model, token_ids, family):
         for one, other in zip(found, expected, strict=True):
             for a, b in zip(one, other, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_rotated_has_the_diagonal_alone(make_model, token_ids, family):
+    architecture, sequences = find_architecture(family), token_ids(3, 20)
+    model = make_model(family, torch.float64)
+    whole = layer_fisher(model, architecture, sequences, CPU, seed=4, first=1)
+    found = layer_fisher(model, architecture, sequences, CPU, seed=4, first=1, rotated=False)
+    statistics = layer_statistics(model, architecture, sequences, CPU, first=1)
+    for a, b, of_layer in zip(found, whole, statistics, strict=True):
+        for site in ("h1", "h3"):
+            torch.testing.assert_close(getattr(a, site), getattr(b, site).diagonal())
+        torch.testing.assert_close(a.h2, b.h2)
+        torch.testing.assert_close(a.values, of_layer.values)

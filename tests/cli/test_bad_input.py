@@ -57,11 +57,19 @@ def test_sparsity_beyond_the_reach_of_cats(convert_refused, checkpoint):
         ("--method", "teal", "--covariance", "h1"),
         ("--method", "teal", "--budget", "paper"),
         ("--method", "cats", "--search", "grid"),
+        ("--method", "topk", "--selection", "threshold"),
+        ("--method", "teal", "--selection", "top-k"),
     ],
 )
 def test_options_that_do_not_apply_to_the_method(convert_refused, options):
     message = convert_refused(*options)
     assert f"{options[2]} {options[3]} does not apply to method {options[1]}" in message
+
+
+def test_thresholds_need_their_search(convert_refused):
+    assert "--search fisher: add it" in convert_refused("--selection", "threshold", "--search", "none")
+    message = convert_refused("--selection", "threshold", "--compensation", "linear")
+    assert "leave --selection threshold out" in message
 
 
 def test_layers_per_rotation(convert_refused):
@@ -249,14 +257,6 @@ def test_newer_format_version(refused, converted):
     message = refused("eval", converted)
     assert "format version 3" in message
     assert "pip install --upgrade larosa" in message
-
-
-@pytest.mark.parametrize("command", ["eval", "inspect", "generate"])
-def test_older_format_version(refused, converted, command):
-    edit_json(converted / "config.json", lambda config: config["larosa"].update(format_version=1))
-    message = refused(command, converted, *(("--prompt", "w5") if command == "generate" else ()))
-    assert "format version 1" in message
-    assert "convert the dense model again" in message
 
 
 def test_unknown_key_in_the_larosa_block(refused, converted):

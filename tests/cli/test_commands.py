@@ -53,7 +53,7 @@ def test_convert_writes_a_complete_checkpoint_and_leaves_the_source_alone(cli, c
 
 def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
     options = (
-        *("--recipe", "paper", "--search", "none", "--budget", "weights", "--rotation", "block"),
+        *("--recipe", "paper", "--search", "none", "--budget", "weights", "--rotation", "layer"),
         *("--covariance", "h3", "--prefill", "dense", "--seed", 7, "--calibration", text_file),
         *("--dtype", "float64", "--max-shard-size", "20KB", "--no-measure"),
     )
@@ -63,7 +63,7 @@ def test_options_reach_the_checkpoint(cli, checkpoint, tmp_path, text_file):
     assert config["dtype"] == "float64"
     block = config["larosa"]
     chosen = {key: block[key] for key in ("recipe", "search", "budget", "rotation", "covariance", "prefill")}
-    assert list(chosen.values()) == ["paper", "none", "weights", "block", "h3", "dense"]
+    assert list(chosen.values()) == ["paper", "none", "weights", "layer", "h3", "dense"]
     assert block["calibration"]["source"] == str(text_file)
     assert block["calibration"]["seed"] == 7
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -237,11 +237,13 @@ def test_version(cli):
         ("cats", ("--sparsity", 0.3)),
         ("larosa", ()),
         ("larosa", ("--rotation", "layer")),
+        ("larosa", ("--selection", "threshold")),
     ],
-    ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa", "larosa-rotated"],
+    ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa", "larosa-rotated", "larosa-threshold"],
 )
 def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, method, options):
     output, sparsity = tmp_path / "out", 0.3 if method == "cats" else 0.5
+    counts = method in ("topk", "larosa") and "threshold" not in options
     options = ("--method", method, "--calibration", text_file, *QUICK, *options, "--json", tmp_path / "c.json")
     outcome = cli("convert", checkpoint, output, *options)
     assert outcome.code == 0, outcome.err
@@ -249,14 +251,14 @@ def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, meth
     report, block = read(tmp_path / "c.json"), read(output / "config.json")["larosa"]
     assert report["larosa"] == block
     assert (block["method"], block["sparsity"]) == (method, sparsity)
-    assert (block["thresholds"] is None) == (method in ("larosa", "topk"))
-    assert (block["keep"] is None) == (method in ("teal", "cats"))
+    assert (block["thresholds"] is None) == counts
+    assert (block["keep"] is None) != counts
     assert report["sparse"]["actual_sparsity"].keys() == {"mean", "min", "max", "std"}
     assert (output / "search.jsonl").exists() == ("grid" in options)
     card = (output / "README.md").read_text("utf-8")
     assert f"| method | {method} |" in card
     assert ("rotated basis" in card) == ("layer" in options)
-    assert ("on average over the calibration text" in card) == (method in ("teal", "cats"))
+    assert ("on average over the calibration text" in card) != counts
     assert "None" not in card
 
     outcome = cli(
@@ -269,12 +271,12 @@ def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, meth
     actual = report["actual_sparsity"]
     assert actual["min"] <= actual["mean"] <= actual["max"]
     assert actual["mean"] == pytest.approx(sparsity, abs=0.1)
-    assert (actual["std"] > 0.001) == (method in ("teal", "cats"))
+    assert (actual["std"] > 0.001) != counts
     assert report["kl_divergence"] > 0
 
     outcome = cli("inspect", output, "--json", tmp_path / "i.json")
     assert outcome.code == 0, outcome.err
-    assert (" threshold " in outcome.out) == (method in ("teal", "cats"))
+    assert (" threshold " in outcome.out) != counts
     row = read(tmp_path / "i.json")["sites"][-1]
     assert (row["k"] is None, row["threshold"] is None) == (bool(block["thresholds"]), not block["thresholds"])
 

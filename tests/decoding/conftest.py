@@ -51,6 +51,7 @@ def margin() -> Callable[..., float]:
 def _margin(selector: Selector, x: torch.Tensor) -> float:
     magnitude = x.double().abs()
     if isinstance(selector, Threshold):
+        magnitude = magnitude if selector.score is None else magnitude * selector.score
         return float(((magnitude - selector.threshold).abs() / magnitude.clamp_min(1e-30)).min())
     assert isinstance(selector, TopK)
     if selector.k in (0, x.shape[-1]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from larosa.config import PerSite
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.models import set_keep_counts
+from larosa.ops import backend
 from larosa.ops.cpu.library import load
+from larosa.ops.cuda import compiler
 from larosa.sparsity import SiteSizes, keep_counts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -22,6 +26,7 @@ CONVERSIONS = {
     **{f"larosa-{rotation}": {"rotation": rotation} for rotation in ("none", "random", "model", "layer", "block")},
     "larosa-shared": {"layers_per_rotation": 2},
     "larosa-int8": {"adapters": "int8", "rotation": "block"},
+    "larosa-threshold": {"rotation": "layer", "selection": "threshold"},
     "magnitude": {"score": "magnitude"},
     "topk": {"method": "topk"},
     "teal": {"method": "teal"},
@@ -84,6 +89,7 @@ def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, clea
         (torch.float16, "dense"),
         (torch.bfloat16, "dense"),
         (torch.bfloat16, "larosa-layer"),
+        (torch.bfloat16, "larosa-threshold"),
         (torch.bfloat16, "teal"),
     ],
 )
@@ -323,19 +329,40 @@ class TestRefusals:
         with pytest.raises(LarosaError, match="is not in memory"):
             Engine(model, 16)
 
-    def test_an_installation_without_kernels(self, make_model, monkeypatch):
+    def test_an_installation_without_kernels(self, make_model, quick_convert, monkeypatch):
         def find():
             raise LarosaError("larosa was installed without its CPU kernels: install a compiler")
 
+        model = quick_convert(make_model("llama"), sparsity=0.5)
+        strides = [weight.stride() for weight in model.parameters()]
         monkeypatch.setattr("larosa.ops.cpu.library._find", find)
         load.cache_clear()
         try:
             with pytest.raises(LarosaError, match=r"without its CPU kernels.*, or use --engine transformers"):
-                Engine(make_model("llama"), 16)
+                Engine(model, 16)
+            assert [weight.stride() for weight in model.parameters()] == strides  # nothing was laid out in vain
         finally:
             monkeypatch.undo()
             load.cache_clear()
-        assert Engine(make_model("llama"), 16).prefill(torch.tensor([[5]])).isfinite().all()
+        assert Engine(model, 16).prefill(torch.tensor([[5]])).isfinite().all()
+        assert [weight.stride() for weight in model.parameters()] != strides
+
+    @pytest.mark.parametrize(
+        ("kernels", "package", "mend"), [("cuda", "cuda.bindings", r"'larosa\[cuda\]'"), ("triton", "triton", "triton")]
+    )
+    def test_kernels_of_a_gpu_without_their_package(self, monkeypatch, kernels, package, mend):
+        """What is asked of every device before weights are laid out; it takes no GPU to find the package missing."""
+        monkeypatch.setenv("LAROSA_CUDA_KERNELS", kernels)
+        for name in [name for name in sys.modules if f"{name}.".startswith((f"{package}.", "larosa.ops.triton."))]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        caches = backend._kernels, compiler._nvrtc
+        for cached in caches:
+            cached.cache_clear()
+        with pytest.raises(LarosaError, match=f"pip install {mend}"):
+            backend.check_kernels(torch.device("cuda", 0))
+        for cached in caches:
+            cached.cache_clear()
 
     def test_a_cache_beyond_memory(self, make_model):
         model = make_model("llama")

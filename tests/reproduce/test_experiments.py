@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import re
+import shutil
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 import larosa
+from larosa import version
 from larosa.config import SITES, PerSite
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import evaluate_windows
@@ -332,6 +337,34 @@ def test_a_damaged_measurement_is_made_again(tmp_path):
     assert cache.get("kind", {"a": 1}, lambda: {"x": 2}) == {"x": 2}
     assert cache.get("kind", {"a": 1}, lambda: {"x": 3}) == {"x": 2}
     assert cache.get("kind", {"a": 2}, lambda: {"x": 4}) == {"x": 4}
+
+
+def test_a_measurement_by_another_source_is_not_used(tmp_path, monkeypatch):
+    assert Cache(tmp_path, "model").get("kind", {}, lambda: {"x": 1}) == {"x": 1}
+    copy = tmp_path / "larosa"
+    shutil.copytree(Path(version.__file__).parent, copy, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    monkeypatch.setattr(version, "__file__", str(copy / "version.py"))
+    digest = version.source_digest.__wrapped__()
+    assert digest == version.source_digest()
+    for changed in ("ops/cuda/source/linear.cu", "sparsity/sites.py"):
+        (copy / changed).write_bytes((copy / changed).read_bytes() + b"\n")
+        assert version.source_digest.__wrapped__() != digest
+        digest = version.source_digest.__wrapped__()
+    monkeypatch.setattr("larosa.reproduce.cache.source_digest", version.source_digest.__wrapped__)
+    assert Cache(tmp_path, "model").get("kind", {}, lambda: {"x": 2}) == {"x": 2}
+
+
+def test_releasing_lets_go_of_both_models_and_references_go_on(dense, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(context_module, "_RECORDED_BYTES", 0)  # the dense model stays beside the other
+    context = Context(str(dense), settings(), tmp_path)
+    reference = context.reference(context.windows)
+    logits = reference(context.windows)
+    context.sparsified(CATS, 0.25)
+    models = [weakref.ref(model) for model in (context._resident, context._held[1])]
+    context.release()
+    gc.collect()
+    assert [model() for model in models] == [None, None]
+    assert torch.equal(reference(context.windows), logits)
 
 
 def test_recorded_and_live_references_agree(dense, settings, tmp_path, monkeypatch):

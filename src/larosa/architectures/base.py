@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -86,6 +87,17 @@ class Architecture:
         """The decoder layers of a causal language model or of its base model."""
         layers: nn.ModuleList = _base(model).layers
         return layers
+
+    @contextmanager
+    def other_layers(self, model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Let others stand in for the decoder layers meanwhile."""
+        base = _base(model)
+        own = base.layers
+        base.layers = nn.ModuleList(layers)
+        try:
+            yield
+        finally:
+            base.layers = own
 
     def embedding(self, model: nn.Module) -> nn.Embedding:
         """The token embedding, [vocabulary, hidden]."""

@@ -23,14 +23,20 @@ class LayerFisher(NamedTuple):
 
     The loss is -log p(y), summed over the tokens, of tokens y drawn from the model's own predictions p. For a
     small change d of an activation, d H d^T / 2 is then the divergence of the predictions of this and all
-    later tokens. `h1` and `h3` [D, D] have the norm's gain on the activation's side; `h2` has one [size, size]
-    for each query head; of `h4` there is the diagonal, [intermediate]. All are float64, on the CPU.
+    later tokens. `h1` and `h3` [D, D] have the norm's gain on the activation's side; where nothing will rotate them
+    there is the diagonal alone, [D]. `h2` has one [size, size] for each query head; of `h4` there is the diagonal,
+    [intermediate]. `values` is not of gradients but of the activations: `LayerStatistics.values` of the same tokens.
+    All are float64, on the CPU.
     """
 
     h1: torch.Tensor
     h2: torch.Tensor
     h3: torch.Tensor
     h4: torch.Tensor
+    values: torch.Tensor
+
+
+_SITES = ("h1", "h2", "h3", "h4")
 
 
 class Fisher:
@@ -50,12 +56,18 @@ class Fisher:
 
 
 def layer_fisher(
-    model: Any, architecture: Architecture, sequences: torch.Tensor, device: torch.device, seed: int, first: int = 0
+    model: Any,
+    architecture: Architecture,
+    sequences: torch.Tensor,
+    device: torch.device,
+    seed: int,
+    first: int = 0,
+    rotated: bool = True,
 ) -> Fisher:
     """Every layer's Fisher information, first layer first, from one pass forwards and one backwards.
 
     Arguments are as for `visit_layers`; `seed` is of the tokens drawn, `first` how many tokens of each sequence are
-    left out, because they stay dense.
+    left out, because they stay dense, and `rotated` says whether `h1` and `h3` will be, and need whole matrices.
 
     Raises:
         LarosaError: a gradient is NaN or Inf, and the message names layer and site; or the disk is full.
@@ -68,18 +80,29 @@ def layer_fisher(
         model, architecture, sequences, device, lambda hidden: loss_gradient(model, architecture, hidden, generator)
     )
     for visit in track(visits, "Gradients", total=len(architecture.layers(model))):
-        where = {site: f"layer {visit.index}, site {site}, gradients" for site in LayerFisher._fields}
+        where = {site: f"layer {visit.index}, site {site}, gradients" for site in _SITES}
+        residual = SecondMoment if rotated else MeanSquare
         observers: dict[str, SecondMoment | HeadMoments | MeanSquare] = {
-            "h1": SecondMoment(where["h1"]),
+            "h1": residual(where["h1"]),
             "h2": HeadMoments(where["h2"], queries),
-            "h3": SecondMoment(where["h3"]),
+            "h3": residual(where["h3"]),
             "h4": MeanSquare(where["h4"]),
         }
+        values = HeadMoments(f"layer {visit.index}, site h2", heads)
         taps = {site: behind(first, observer.see) for site, observer in observers.items()}
-        with attached(*(_tap_gradient(architecture, visit.layer, site, see) for site, see in taps.items())):
+        # Going back runs the layer forwards once more: the activations pass by here too.
+        with attached(
+            architecture.tap(visit.layer, "h2", _detached(behind(first, values.see))),
+            *(_tap_gradient(architecture, visit.layer, site, see) for site, see in taps.items()),
+        ):
             visit.outputs()
-        backwards.append({site: observer.finish() for site, observer in observers.items()})
+        found = {site: observer.finish() for site, observer in observers.items()}
+        backwards.append({**found, "values": values.finish()})
     return Fisher(backwards)
+
+
+def _detached(see: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    return lambda x: see(x.detach())
 
 
 def _tap_gradient(architecture: Architecture, layer: Any, site: str, see: Callable[[torch.Tensor], None]) -> Any:

@@ -151,15 +151,10 @@ def _layer_arguments(
 
     Asking the model keeps sliding windows, position embeddings and the like its own business.
     """
-    base = model.get_submodule("model")
-    layers = architecture.layers(model)
-    recorders = [_Recorder() for _ in layers]
-    base.layers = nn.ModuleList(recorders)
-    try:
-        with float32_arithmetic(architecture.embedding(model), device):
-            base(sequence.to(architecture.embedding(model).weight.device), use_cache=False)
-    finally:
-        base.layers = layers
+    recorders = [_Recorder() for _ in architecture.layers(model)]
+    embedding = architecture.embedding(model)
+    with architecture.other_layers(model, recorders), float32_arithmetic(embedding, device):
+        architecture.decoder(model)(sequence.to(embedding.weight.device), use_cache=False)
     return [recorder.arguments for recorder in recorders]
 
 

@@ -27,7 +27,9 @@ def decode(
     shape: Annotated[
         str | None, typer.Option(help="Instead: a known shape with random weights, such as llama-3.2-1b.")
     ] = None,
-    sparsity: Annotated[str, typer.Option(help="Sparsities of --shape, separated by commas.")] = "0.25,0.5",
+    sparsity: Annotated[
+        str | None, typer.Option(help="Sparsities of --shape, separated by commas; 0.25,0.5 by default.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Only so many layers of --shape.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Another vocabulary than that of --shape.")] = None,
     layers_per_rotation: Annotated[int, typer.Option(help="Layers of --shape that share a rotation.")] = 1,
@@ -49,8 +51,11 @@ def decode(
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
     layout = AdapterLayout(layers_per_rotation, adapters)
-    if shape is None and (layers is not None or vocab_size is not None or layout != DEFAULT_LAYOUT):
-        raise LarosaError("--layers, --vocab-size, --layers-per-rotation and --adapters are for --shape")
+    if shape is None and ((sparsity, layers, vocab_size) != (None,) * 3 or layout != DEFAULT_LAYOUT):
+        raise LarosaError(
+            "--sparsity, --layers, --vocab-size, --layers-per-rotation and --adapters are for --shape: leave them out, "
+            "a checkpoint has its own"
+        )
     where = find_device(device)
     options.check_json_file(json)
     if threads is not None:
@@ -63,7 +68,9 @@ def decode(
         else:
             _show(measure_checkpoints(checkpoints or [], **settings), json)
         return
-    fractions = options.numbers("--sparsity", sparsity, float, "fractions separated by commas, 0.25,0.5")
+    fractions = options.numbers(
+        "--sparsity", "0.25,0.5" if sparsity is None else sparsity, float, "fractions separated by commas, 0.25,0.5"
+    )
     settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size, "layout": layout}
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)

@@ -23,6 +23,7 @@ from larosa.config import (
     RotationObjective,
     Score,
     Search,
+    Selection,
     check_sparsity,
 )
 from larosa.convert_checkpoint import ConversionReport, convert_at, convert_checkpoint
@@ -80,6 +81,10 @@ def convert(
     score: Annotated[
         Score | None, typer.Option(help="Rank entries by magnitude, alone or times weight norm or Fisher information.")
     ] = None,
+    selection: Annotated[
+        Selection | None,
+        typer.Option(help="Keep so many entries of each token, or those above a threshold (more where they matter)."),
+    ] = None,
     search: Annotated[
         Search | None, typer.Option(help="Share out sparsity: grid, sensitivity, fisher (larosa, topk), greedy (teal).")
     ] = None,
@@ -126,6 +131,7 @@ def convert(
         "rotation_objective": rotation_objective,
         "value_rotation": value_rotation,
         "score": score,
+        "selection": selection,
         "search": search,
         "compensation": compensation,
         "prefill": prefill,

@@ -10,6 +10,7 @@ import torch
 from larosa.decoding.engine import Engine
 from larosa.decoding.loop import checked
 from larosa.decoding.sampling import Sampler
+from larosa.ops.cuda.launch import early_launches
 
 #: Tokens that the GPU may be ahead of the host. It hides the host's pauses; as many are thrown away after a stop.
 _AHEAD = 8
@@ -31,7 +32,8 @@ class GraphLoop:
         self._sampler = sampler
         self._token = torch.zeros(1, dtype=torch.int64, device=engine.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=engine.device)
-        with torch.cuda.device(engine.device), sampler.unchanged():
+        # A step's operators follow each other as early launches ask for it.
+        with torch.cuda.device(engine.device), sampler.unchanged(), early_launches():
             sampler.start(torch.zeros(1, 0, dtype=torch.int64), engine.vocabulary)  # its memory, before it is captured
             self._graph = self._capture()
 

@@ -13,8 +13,8 @@ from larosa.decoding.cache import CacheDtype, KeyValueCache
 from larosa.decoding.layers import norm, own, read_layers
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.ops.backend import check_kernels
 from larosa.ops.cpu.graph import Graph
-from larosa.ops.cpu.library import load
 from larosa.ops.schema import has_kernels
 from larosa.plain import check_plain
 
@@ -60,12 +60,12 @@ class Engine:
         self._hidden = torch.zeros(1, weight.shape[1], dtype=torch.float32, device=weight.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self._graph: Graph | None = None
-        self._replays = weight.device.type == "cpu" and self.fixed_shapes
+        self._replays = weight.device.type == "cpu"
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether every step computes with the same shapes: thresholds keep a number of entries that varies."""
-        return not any(layer.compares for layer in self._layers)
+        """Whether steps can be captured: on a GPU, products wait for how many entries are above a threshold."""
+        return self._replays or not any(layer.compares for layer in self._layers)
 
     @property
     def vocabulary(self) -> int:
@@ -158,8 +158,7 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
         raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
-    if weight.device.type == "cpu":
-        try:
-            load()
-        except LarosaError as error:
-            raise LarosaError(f"{error}, or use --engine transformers") from None
+    try:
+        check_kernels(weight.device)
+    except LarosaError as error:
+        raise LarosaError(f"{error}, or use --engine transformers") from None

@@ -16,17 +16,19 @@ from larosa.architectures import Architecture
 from larosa.decoding.cache import KeyValueCache
 from larosa.models import Int8Adapter, Selector, Threshold, TopK, selectors
 from larosa.ops import column_major
-from larosa.ops.select import Selection
+from larosa.ops.select import CountedSelection, Selection
 
 _ops: Any = torch.ops.larosa
 
 
 class _Source(Protocol):
-    """What makes a site's activation: all of it, or, fused with the selection, its k largest entries."""
+    """What makes a site's activation: all of it or, fused with the selection, its k largest entries or those above."""
 
     def every(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection: ...
+
+    def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Norm:
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
         """The k entries of the normed x [1, D] with the largest scores."""
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
+        return selection
+
+    def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection:
+        """The entries of the normed x [1, D] with scores above a threshold."""
+        selection: CountedSelection = _ops.rms_norm_above(x, self.gain, self.eps, threshold, score)
         return selection
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
@@ -67,6 +74,10 @@ class _AsItIs:
 
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
         selection: Selection = _ops.top_k(x, k, score)
+        return selection
+
+    def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection:
+        selection: CountedSelection = _ops.above(x, threshold, score)
         return selection
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
@@ -104,6 +115,10 @@ class _Gated:
         selection: Selection = _ops.silu_mul_top_k(x, k, score)
         return selection
 
+    def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection:
+        selection: CountedSelection = _ops.silu_mul_above(x, threshold, score)
+        return selection
+
 
 @dataclass(frozen=True)
 class Site:
@@ -133,18 +148,20 @@ class Site:
         """
         if self.fused is not None and self.fused.carries == (adapter is not None):
             return self.fused.product(x, self, residual, adapter)
+        count: torch.Tensor | None = None
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
-            values, indices = _ops.above(self.source.every(x), self.threshold)
+            values, indices, count = self.source.above(x, self.threshold, self.score)
         else:
             values = self.source.every(x)
             if self.every is None:
                 by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
                 return by_rows
             indices = self.every
-        along = () if adapter is None else (adapter.weight, adapter.scale)
-        by_columns: torch.Tensor = _ops.sparse_linear(values, indices, self.weights, self.biases, residual, *along)
+        along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
+        inputs = values, indices, self.weights, self.biases, residual, *along
+        by_columns: torch.Tensor = _ops.sparse_linear(*inputs, count)
         return by_columns
 
 
@@ -316,7 +333,7 @@ def _kept(selector: Selector, width: int) -> dict[str, Any]:
     if isinstance(selector, TopK):
         return {} if selector.k == width else {"k": selector.k, "score": own(selector.score)}
     assert isinstance(selector, Threshold), "there are no other selectors"
-    return {} if selector.threshold == 0 else {"threshold": selector.threshold}
+    return {} if selector.threshold == 0 else {"threshold": selector.threshold, "score": own(selector.score)}
 
 
 def _attention(

@@ -10,6 +10,7 @@ from larosa.models.modules import (
     set_adapter,
     set_keep_counts,
     set_scores,
+    set_thresholds,
     sparsify_layers,
 )
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
@@ -30,6 +31,7 @@ __all__ = [
     "set_adapter",
     "set_keep_counts",
     "set_scores",
+    "set_thresholds",
     "sparsify_layers",
 ]
 

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from larosa.architectures import ARCHITECTURES, Architecture, find_architecture
 from larosa.config import LarosaConfig
 from larosa.errors import LarosaError
+from larosa.migrations import check_weights_follow, loading_weights, migrate_weights
 from larosa.models.modules import sparsify_layers
 
 #: The file beside a checkpoint's configuration that imports the classes from here, for `trust_remote_code=True`.
@@ -105,10 +106,23 @@ class _SparseModel(_LoadedByShim):
 
     def __init__(self, config: Any) -> None:
         block = LarosaConfig.parse(config.larosa)
+        check_weights_follow(config.larosa)
         if config.tie_word_embeddings:
             raise LarosaError("config.json, key 'tie_word_embeddings': must be false, rotation unties them")
+        if getattr(config, "quantization_config", None) is not None:
+            # Quantizers know linears by their class: a SparseLinear would stay as it is, and the rest is untried.
+            raise LarosaError("a converted model is not quantized as it is loaded: leave quantization_config out")
         super().__init__(config)  # type: ignore[call-arg]
         sparsify_layers(self, find_architecture(config.model_type), block)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See `PreTrainedModel.from_pretrained`; a checkpoint of an older format comes out in that of now."""
+        with loading_weights():
+            loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        migrate_weights(model, find_architecture(model.config.model_type))
+        return loaded
 
 
 def _make_family(architecture: Architecture) -> Family:

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation
+from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
 from larosa.errors import LarosaError
-from larosa.models.selectors import DenseTokens, Selector, TopK, make_selector
+from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
 from larosa.rotation.adapters import Adapter
 
@@ -137,7 +137,7 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
     layers: list[Any] = list(architecture.layers(model))
     groups = config.rotation.groups(len(layers), config.layers_per_rotation)
     before_change = {group[-1] for group in groups[:-1]}
-    key, noun = ("thresholds", "thresholds") if config.method.uses_thresholds else ("keep", "counts")
+    key, noun = ("keep", "counts") if config.thresholds is None else ("thresholds", "thresholds")
     if config.layers != len(layers):
         raise LarosaError(
             f"config.json, key 'larosa.{key}': {noun} for {config.layers} layers, the model has {len(layers)}"
@@ -237,7 +237,7 @@ def set_scores(
     """
     for site, site_selectors in selectors(model, architecture).items():
         for index, (layer, selector) in enumerate(zip(architecture.layers(model), site_selectors, strict=True)):
-            if isinstance(selector, TopK) and selector.score is not None:
+            if isinstance(selector, TopK | Threshold) and selector.score is not None:
                 readers = [linear.weight for linear in architecture.linears(layer, site)]
                 selector.score.copy_(column_norms(readers) if scores is None else scores[index][site])
 
@@ -266,5 +266,13 @@ def set_keep_counts(model: nn.Module, architecture: Architecture, keep: KeepCoun
     """Change how many entries the sites of a model sparsified by Top-K keep."""
     for site, site_selectors in selectors(model, architecture).items():
         for selector, k in zip(site_selectors, keep[site], strict=True):
-            assert isinstance(selector, TopK), "the model's method counts"
+            assert isinstance(selector, TopK), "the model counts"
             selector.k = k
+
+
+def set_thresholds(model: nn.Module, architecture: Architecture, thresholds: Thresholds) -> None:
+    """Change the thresholds of a model sparsified by them."""
+    for site, site_selectors in selectors(model, architecture).items():
+        for selector, threshold in zip(site_selectors, thresholds[site], strict=True):
+            assert isinstance(selector, Threshold), "the model compares"
+            selector.threshold = threshold

@@ -94,19 +94,25 @@ class TopK(Selector):
 
 
 class Threshold(Selector):
-    """Keeps the entries whose magnitude is above `threshold` (paper, equation 5): how many, varies."""
+    """Keeps the entries above `threshold` (paper, equation 5): how many, varies from token to token.
 
-    def __init__(self, threshold: float, dense: DenseTokens | None = None) -> None:
+    Compared is the magnitude or, where there is a `score`, magnitude times score.
+    """
+
+    score: nn.Parameter | None
+
+    def __init__(self, threshold: float, dense: DenseTokens | None = None, score: torch.Tensor | None = None) -> None:
         super().__init__(dense)
         self.threshold = threshold
+        self.score = None if score is None else nn.Parameter(score, requires_grad=False)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., D] unconditionally."""
-        return drop_up_to(x, self.threshold)
+        return drop_up_to(x, self.threshold, self.score)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"threshold={self.threshold:g}"
+        return f"threshold={self.threshold:g}" + ("" if self.score is None else ", scored")
 
 
 def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Tensor, dense: DenseTokens) -> Selector:
@@ -117,8 +123,8 @@ def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Ten
             uninitialised, for the caller or a checkpoint to fill.
         dense: shared by the layer's selectors.
     """
-    if config.thresholds is not None:
-        return Threshold(config.thresholds[site][layer], dense)
-    assert config.keep is not None, "validated"
     score = weight.new_empty(weight.shape[1]) if config.score.has_vectors else None
+    if config.thresholds is not None:
+        return Threshold(config.thresholds[site][layer], dense, score)
+    assert config.keep is not None, "validated"
     return TopK(config.keep[site][layer], dense, score)

@@ -1,4 +1,4 @@
-"""Which kernels serve tensors on a GPU: the only place where that is decided.
+"""Which kernels serve tensors on a GPU, and whether they can: the only place where that is decided.
 
 `LAROSA_CUDA_KERNELS=cuda`, the default, takes CUDA C++ (NVIDIA, compute capability 8.0 or newer, the extra
 `larosa[cuda]`); `LAROSA_CUDA_KERNELS=triton` the portable ones in Triton. Neither stands in for the other.
@@ -12,12 +12,18 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from larosa.errors import LarosaError
+from larosa.ops.cpu.library import load
+from larosa.ops.cuda.compiler import check_compiler
+from larosa.ops.cuda.launch import machine
 from larosa.ops.schema import implement
-from larosa.ops.select import above_reference
+from larosa.ops.select import above_reference, rms_norm_above_reference, silu_mul_above_reference
 
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
-_OPERATORS = (
+_PACKAGES = {"cuda": "'larosa[cuda]'", "triton": "triton"}
+OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
     *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
     *("attend", "greedy", "embed"),
@@ -43,8 +49,23 @@ def _kernels() -> ModuleType:
         return importlib.import_module(_MODULES[name])
     except ImportError as error:
         raise LarosaError(
-            f"LAROSA_CUDA_KERNELS={name} needs a package that is not here ({error}): pip install 'larosa[cuda]'"
+            f"LAROSA_CUDA_KERNELS={name} needs a package that is not here ({error}): pip install {_PACKAGES[name]}"
         ) from error
+
+
+def check_kernels(device: torch.device) -> None:
+    """Make sure that operators can run on a device, before anybody lays out weights for them.
+
+    Raises:
+        LarosaError: a part of larosa or a package is not installed, or the GPU is not one that the kernels run on.
+    """
+    if device.type == "cpu":
+        load()
+        return
+    _kernels()
+    if chosen_kernels() == "cuda":
+        check_compiler()
+        machine(device)
 
 
 def _register(operator: str) -> None:
@@ -54,8 +75,10 @@ def _register(operator: str) -> None:
     implement(operator, "CUDA")(kernel)
 
 
-for _operator in _OPERATORS:
+for _operator in OPERATORS:
     _register(_operator)
 
-# How many entries it returns depends on their values, so the host waits for them whatever the kernel.
+# Not kernels of their own yet; what they return has one shape, so that a graph can capture them.
 implement("above", "CUDA")(above_reference)
+implement("rms_norm_above", "CUDA")(rms_norm_above_reference)
+implement("silu_mul_above", "CUDA")(silu_mul_above_reference)

@@ -1,15 +1,39 @@
-"""What the kernels of a GPU are told before they run: they trust sizes and layouts, so these are looked at first.
+"""What kernels are told before they run: they trust devices, sizes and layouts, so these are looked at first.
 
-Each function raises ValueError where what it looks at cannot be what the operator wants.
+`one_device` is for the operators of every device, the others for a GPU's. Each function raises ValueError where what it
+looks at cannot be what the operator wants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def one_device(operator: str, names: Iterable[str], arguments: Iterable[Any]) -> None:
+    """The tensors among an operator's arguments: on one device, for a kernel follows their bare addresses.
+
+    Args:
+        operator: for the message, as are the names of its arguments.
+        names: at least as many as arguments.
+        arguments: tensors, lists of them, or anything else, which is passed over.
+    """
+    first: tuple[str, torch.device] | None = None
+    for name, value in zip(names, arguments, strict=False):
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if first is None:
+                first = name, tensor.device
+            elif tensor.device != first[1]:
+                raise ValueError(
+                    f"larosa::{operator}: {first[0]} is on {first[1]} and {name} on {tensor.device}: "
+                    "move all to one device"
+                )
 
 
 def vectors(name: str, x: torch.Tensor) -> tuple[int, int]:
@@ -17,6 +41,14 @@ def vectors(name: str, x: torch.Tensor) -> tuple[int, int]:
     if x.dtype != torch.float32 or x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous float32 [B, D], not {x.dtype} of shape {tuple(x.shape)}")
     return len(x), x.shape[1]
+
+
+def halves(name: str, x: torch.Tensor) -> int:
+    """Width of each of two vectors side by side: [B, 2 D] float32, contiguous."""
+    width, odd = divmod(vectors(name, x)[1], 2)
+    if odd:
+        raise ValueError(f"{name} of shape {tuple(x.shape)} is not two vectors side by side")
+    return width
 
 
 def vector(name: str, x: torch.Tensor | None, size: int) -> torch.Tensor | None:
@@ -40,6 +72,12 @@ def selection(values: torch.Tensor, indices: torch.Tensor) -> tuple[int, int]:
     if indices.dtype != torch.int32 or indices.shape != values.shape or not indices.is_contiguous():
         raise ValueError(f"indices must be contiguous int32 of shape {tuple(values.shape)}, like values")
     return vectors("values", values)
+
+
+def count(count: torch.Tensor | None, rows: int) -> None:
+    """How many entries of a list are meant: [1] int64, for one row; or None."""
+    if count is not None and (count.dtype != torch.int64 or count.shape != (1,) or rows != 1):
+        raise ValueError(f"count must be int64 [1] beside one row, not {count.dtype} {list(count.shape)} beside {rows}")
 
 
 def matrices(

@@ -19,7 +19,7 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
 
 @define(
     "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
-    "Tensor? adapter=None, Tensor? adapter_scale=None) -> Tensor"
+    "Tensor? adapter=None, Tensor? adapter_scale=None, Tensor? count=None) -> Tensor"
 )
 def _sparse_linear(
     values: torch.Tensor,
@@ -29,6 +29,7 @@ def _sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _outputs(values, weights)
 
@@ -67,6 +68,7 @@ def sparse_linear_reference(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` of the vectors that have `values` at `indices` and are zero elsewhere.
 
@@ -81,10 +83,13 @@ def sparse_linear_reference(
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. For a GPU's kernels alone, which want it column-major.
         adapter_scale: [sum of N_i] of any float dtype, or None: the adapter is then int8, and used as `adapt` has it.
+        count: [1] int64, how many of the k entries of one row are meant, the first ones; None for all.
 
     Returns:
         [B, sum of N_i] like `values`.
     """
+    if count is not None:
+        values, indices = values[:, : int(count)], indices[:, : int(count)]
     rows = [
         linear_reference(value[None], [weight[:, index.long()] for weight in weights], biases)
         for value, index in zip(values, indices, strict=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from larosa.ops import checks
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.schema import define
 from larosa.ops.top_k import top_k_mask
 
 #: Values [B, k] and their indices [B, k] int32, ascending in each row.
 Selection = tuple[torch.Tensor, torch.Tensor]
+#: The same of one row of D entries in memory for D, [1, D] each, and how many they are, [1] int64; zeros stand behind
+#: them. So shapes stay the same whatever is kept, and no host has to wait for a number.
+CountedSelection = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @define("top_k(Tensor x, int k, Tensor? score=None) -> (Tensor values, Tensor indices)")
@@ -31,12 +35,34 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
     return _selection(gate_up, k)
 
 
-@define("above(Tensor x, float threshold) -> (Tensor values, Tensor indices)")
-def _above(x: torch.Tensor, threshold: float) -> Selection:
-    return _selection(x, torch.library.get_ctx().new_dynamic_size())
+@define("above(Tensor x, float threshold, Tensor? score=None) -> (Tensor values, Tensor indices, Tensor count)")
+def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    return _counted_selection(x, x.shape[1])
 
 
-def _selection(x: torch.Tensor, k: int | torch.SymInt) -> Selection:
+@define(
+    "rms_norm_above(Tensor x, Tensor? gain, float eps, float threshold, Tensor? score=None) "
+    "-> (Tensor values, Tensor indices, Tensor count)"
+)
+def _rms_norm_above(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    return _counted_selection(x, x.shape[1])
+
+
+@define(
+    "silu_mul_above(Tensor gate_up, float threshold, Tensor? score=None) "
+    "-> (Tensor values, Tensor indices, Tensor count)"
+)
+def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    return _counted_selection(gate_up, gate_up.shape[1] // 2)
+
+
+def _counted_selection(x: torch.Tensor, width: int) -> CountedSelection:
+    return *_selection(x, width), x.new_empty(1, dtype=torch.int64)
+
+
+def _selection(x: torch.Tensor, k: int) -> Selection:
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
 
 
@@ -64,12 +90,40 @@ def silu_mul_top_k_reference(gate_up: torch.Tensor, k: int, score: torch.Tensor 
     return top_k_reference(silu_mul_reference(gate_up), k, score)
 
 
-def above_reference(x: torch.Tensor, threshold: float) -> Selection:
+def above_reference(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
     """The entries whose magnitude is above a threshold, or that are NaN: how many, depends on the values.
 
     Args:
         x: [1, D], float32 (float64 for a reference).
         threshold: not negative; compared in the dtype of `x`.
+        score: [D], not negative, any float dtype: magnitude times score is compared, a product in the dtype of `x`.
     """
-    mask = ~(x.abs() <= threshold)
-    return x[mask][None], mask.nonzero()[:, 1].int()[None]
+    weighted = x if score is None else x * score.to(x.dtype)
+    mask = ~(weighted.abs() <= threshold)
+    # The kept ones first, each in their order: of one shape whatever is kept, for a graph to capture.
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    kept = mask.gather(-1, order)
+    return torch.where(kept, x.gather(-1, order), 0), (order * kept).int(), mask.sum(-1)
+
+
+def rms_norm_above_reference(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    """`above` of `rms_norm`."""
+    return above_reference(rms_norm_reference(x, gain, eps), threshold, score)
+
+
+def silu_mul_above_reference(
+    gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    """`above` of `silu_mul`."""
+    return above_reference(silu_mul_reference(gate_up), threshold, score)
+
+
+def counted(values: torch.Tensor, indices: torch.Tensor, count: torch.Tensor | None) -> Selection:
+    """The entries that a count means, of a list of one row; all without one."""
+    checks.count(count, len(values))
+    if count is None:
+        return values, indices
+    kept = int(count)
+    return values[:, :kept].contiguous(), indices[:, :kept].contiguous()

@@ -1,13 +1,15 @@
-"""Magnitude pruning by a fixed threshold (paper, equation 5)."""
+"""Pruning by a fixed threshold on the magnitude (paper, equation 5), or on magnitude times score."""
 
 import torch
 
 
-def drop_up_to(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Zero the entries of `x` whose magnitude is at most `threshold`; NaN is not, and survives.
+def drop_up_to(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> torch.Tensor:
+    """Zero the entries of `x` whose magnitude, times the score if any, is at most `threshold`; NaN survives.
 
     Args:
-        x: of any shape and float dtype.
+        x: [..., D] of any float dtype.
         threshold: not negative; compared in the dtype of `x`.
+        score: [D], not negative; the product is taken in the dtype of `x`.
     """
-    return torch.where(x.abs() <= threshold, torch.zeros((), dtype=x.dtype, device=x.device), x)
+    weighted = x if score is None else x * score.to(x.dtype)
+    return torch.where(weighted.abs() <= threshold, torch.zeros((), dtype=x.dtype, device=x.device), x)

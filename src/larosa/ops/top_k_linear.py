@@ -17,7 +17,7 @@ from larosa.ops.select import rms_norm_top_k_reference, top_k_reference
 
 @define(
     "top_k_linear(Tensor x, int k, Tensor? score, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
-    "Tensor? adapter=None, Tensor? adapter_scale=None, Tensor? board=None) -> Tensor"
+    "Tensor? adapter=None, Tensor? adapter_scale=None, Tensor(a!)? board=None) -> Tensor"
 )
 def _top_k_linear(x: torch.Tensor, k: int, score: torch.Tensor | None, weights: Weights, *_: Any) -> torch.Tensor:
     return x.new_empty(len(x), sum(len(weight) for weight in weights))

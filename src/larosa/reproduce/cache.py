@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from larosa.errors import LarosaError
-from larosa.version import __version__
+from larosa.version import source_digest
 
 #: Files that decide what a checkpoint computes.
 _FINGERPRINTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt")
@@ -20,13 +20,13 @@ _FINGERPRINTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "t
 class Cache:
     """Results of single measurements, found again by everything that they depend on.
 
-    A result's file is named by a hash of the model's fingerprint, larosa's version and the measurement's
+    A result's file is named by a hash of the model's fingerprint, larosa's source and the measurement's
     settings, so that a changed setting is a different file: nothing is ever mixed or overwritten.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
-        self._identity = {"model": fingerprint, "larosa": __version__}
+        self._identity = {"model": fingerprint, "larosa": source_digest()}
 
     def get(self, kind: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a measurement, from disk or else measured now and kept.

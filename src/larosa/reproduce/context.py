@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.config import SITES, Budget, Method, PerSite, Rotation, Selection
 from larosa.conversion import convert
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import DEFAULT_SEQUENCE_LENGTH, Evaluation, evaluate_windows, evaluation_windows
@@ -181,8 +181,9 @@ class Context:
         return model
 
     def release(self) -> None:
-        """Let go of the model in memory: something else needs the room."""
+        """Let go of the models in memory: something else needs the room."""
         self._held = None
+        self.__dict__.pop("_resident", None)
 
     def _hold(self, key: Any, make: Callable[[], Any]) -> Any:
         if self._held is None or self._held[0] != key:
@@ -244,7 +245,7 @@ class Context:
         if variant.method is Method.LAROSA:
             key |= {**variant.options, "allocation": variant.allocation}
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
-        if variant.method.uses_thresholds or variant.rotation.is_calibrated:
+        if Selection.TOP_K not in variant.method.selections or variant.rotation.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)
         return key
 
@@ -295,13 +296,14 @@ class Context:
         if key not in self._references:
             item = (self.config.dtype or torch.float32).itemsize
             if windows.numel() * self.config.vocab_size * item > _RECORDED_BYTES:
-                self._references[key] = _live(self._resident)
+                self._references[key] = lambda ids: _logits(self._resident, ids)  # whichever it is then
             else:
                 self._references[key] = _Recorded(self.dense(), windows)
         return self._references[key]
 
     @cached_property
     def _resident(self) -> Any:
+        """The dense model beside the other, until it is released."""
         return self._load()
 
 
@@ -326,10 +328,6 @@ def _summary(found: Evaluation) -> dict[str, Any]:
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits
     return logits
-
-
-def _live(model: Any) -> Logits:
-    return lambda ids: _logits(model, ids)
 
 
 class _Recorded:

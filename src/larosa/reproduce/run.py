@@ -31,7 +31,7 @@ from larosa.reproduce.experiment import Experiment
 from larosa.reproduce.report import Section, page, to_dict, write_section
 from larosa.reproduce.results import Results
 from larosa.reproduce.settings import ReproduceSettings
-from larosa.version import __version__
+from larosa.version import __version__, source_digest
 
 #: Runs every experiment.
 ALL = "all"
@@ -135,7 +135,7 @@ def used_settings(context: Context) -> dict[str, Any]:
         "model fingerprint": context.fingerprint[:16] if Path(context.path).is_dir() else context.fingerprint,
         "model type": context.config.model_type,
         "the paper's model of this shape": context.paper.name if context.paper else "none",
-        "larosa": __version__,
+        "larosa": f"{__version__}, source {source_digest()[:16]}",
         "budget": "weights: every row skips the same fraction of weights",
         "prompts": "sparse",
         **context.settings.to_dict(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search
+from larosa.config import Compensation, Covariance, Method, Rotation, RotationObjective, Score, Search, Selection
 from larosa.sparsity import SiteSizes
 
 
@@ -36,7 +36,7 @@ class Variant:
     def of_one_sparsity(self) -> bool:
         """Whether another sparsity needs another conversion, not other counts alone."""
         return (
-            self.method.uses_thresholds
+            Selection.TOP_K not in self.method.selections
             or self.allocation is not Search.NONE
             or self.compensation is not Compensation.NONE
         )

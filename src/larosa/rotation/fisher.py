@@ -31,10 +31,15 @@ class UnitFisher:
         self._gains = {site: gain.to(device, torch.float64, copy=True) for site, gain in gains.items()}
 
     def unit(self, site: str) -> torch.Tensor:
-        """H of site h1 or h3, [D, D] float64 where the layer is."""
+        """H of site h1 or h3, [D, D] float64 where the layer is; for sites that are rotated."""
         gain = self._gains[site]
         H: torch.Tensor = getattr(self._read(), site)
         return gain[:, None] * H.to(self._device) * gain
+
+    @property
+    def value_moments(self) -> torch.Tensor:
+        """mean(a^T a) of what the query heads of each key-value head give, [keys, size, size]."""
+        return self._read().values.to(self._device)
 
     @property
     def values(self) -> torch.Tensor:
@@ -51,7 +56,9 @@ class UnitFisher:
         for site, frame in (("h1", frames.attention), ("h3", frames.mlp)):
             # Without a rotation the norm's gain stays where it is, on the activation's side.
             H = getattr(self._read(), site)
-            squares[site] = H.diagonal() if frame is None else _diagonal(self.unit(site), frame.dual)
+            squares[site] = (
+                (H if H.dim() == 1 else H.diagonal()) if frame is None else _diagonal(self.unit(site), frame.dual)
+            )
         h2 = self._read().h2.to(self._device)
         if frames.values is None:
             squares["h2"] = h2.diagonal(dim1=-2, dim2=-1).flatten()

@@ -127,7 +127,7 @@ def inspect_config(config: Any) -> Inspection:
                     site=site,
                     width=width,
                     k=None if compared else width - int(drops),
-                    threshold=block.selection[site][layer] if block is not None and compared else None,
+                    threshold=block.limits[site][layer] if block is not None and compared else None,
                     sparsity=drops / width,
                     bytes_dense=width * outputs * item,
                     bytes_sparse=round((width - drops) * outputs) * item,

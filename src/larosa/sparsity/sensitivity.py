@@ -17,7 +17,7 @@ import torch
 from larosa.architectures import Architecture
 from larosa.calibration import attached
 from larosa.config import SITES, KeepCounts, PerSite
-from larosa.models import TopK, column_norms, selectors
+from larosa.models import column_norms, selectors
 from larosa.ops import keep_top_k
 from larosa.progress import track
 from larosa.sparsity.budget import keep_counts
@@ -105,7 +105,6 @@ def cheapest(sparsity: float, sizes: SiteSizes, costs: Mapping[Place, torch.Tens
     return KeepCounts(**counts)
 
 
-@torch.inference_mode()
 def fisher_costs(model: Any, architecture: Architecture, run: Callable[[], object]) -> dict[Place, torch.Tensor]:
     """For each site what each further dropped entry costs by its Fisher score, ascending, up to a common factor.
 
@@ -118,26 +117,37 @@ def fisher_costs(model: Any, architecture: Architecture, run: Callable[[], objec
         model: sparsified by Fisher scores, keeping every entry.
         run: runs it on the calibration sequences.
     """
-    observers: dict[Place, _Coherence] = {}
+    entries, coherences = observed(model, architecture, run, SortedSquares, Coherence)
+    return {place: entries[place].mean() * coherences[place].ratio() for place in entries}
+
+
+def observed(
+    model: Any, architecture: Architecture, run: Callable[[], object], *kinds: Callable[..., Any]
+) -> list[dict[Place, Any]]:
+    """Run a model with observers before every selector: for each kind, made of a selector and its weights, those."""
+    observers: list[dict[Place, Any]] = [{} for _ in kinds]
     handles = []
     for site, found in selectors(model, architecture).items():
         for index, (layer, selector) in enumerate(zip(architecture.layers(model), found, strict=True)):
-            assert isinstance(selector, TopK), "the method counts"
             weights = [linear.weight for linear in architecture.linears(layer, site)]
-            observers[index, site] = _Coherence(selector, weights)
-            handles.append(selector.register_forward_pre_hook(observers[index, site]))
-    with attached(*handles):
-        entries = sorted_entries(model, architecture, run)
-    return {place: entries[place] * observers[place].ratio() for place in entries}
+            for kind, of_kind in zip(kinds, observers, strict=True):
+                of_kind[index, site] = kind(selector, weights)
+                handles.append(selector.register_forward_pre_hook(of_kind[index, site]))
+    with attached(*handles), torch.inference_mode():
+        run()
+    return [dict(sorted(of_kind.items())) for of_kind in observers]
 
 
-class _Coherence:
-    def __init__(self, selector: TopK, weights: list[torch.Tensor]) -> None:
+class Coherence:
+    """The energy of what dropped entries write, as a multiple of what they would write if they were uncorrelated."""
+
+    def __init__(self, selector: Any, weights: list[torch.Tensor]) -> None:
         self._selector, self._weights = selector, weights
         self._norms = column_norms(weights).float()
         self._together = self._apart = 0.0
 
     def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
         x = self._selector.dense.sparse_tokens(inputs[0])
         dropped = x - keep_top_k(x, x.shape[-1] - round(PROBE * x.shape[-1]), self._selector.score)
         self._apart += float((dropped.float() * self._norms).square().sum(dtype=torch.float64))
@@ -145,10 +155,10 @@ class _Coherence:
             self._together += float((dropped @ weight.T.to(dropped)).float().square().sum(dtype=torch.float64))
 
     def ratio(self) -> float:
+        """1 where nothing was dropped."""
         return self._together / self._apart if self._apart > 0 else 1.0
 
 
-@torch.inference_mode()
 def sorted_entries(model: Any, architecture: Architecture, run: Callable[[], object]) -> dict[Place, torch.Tensor]:
     """For each site the squares of its entries times scores, ascending, each rank's mean over the tokens of `run`.
 
@@ -156,25 +166,20 @@ def sorted_entries(model: Any, architecture: Architecture, run: Callable[[], obj
         model: sparsified, keeping every entry.
         run: runs it on the calibration sequences.
     """
-    observers: dict[Place, _SortedSquares] = {}
-    handles = []
-    for site, found in selectors(model, architecture).items():
-        for layer, selector in enumerate(found):
-            assert isinstance(selector, TopK), "the method counts"
-            observers[layer, site] = _SortedSquares(selector)
-            handles.append(selector.register_forward_pre_hook(observers[layer, site]))
-    with attached(*handles):
-        run()
-    return {place: observers[place].mean() for place in sorted(observers)}
+    (entries,) = observed(model, architecture, run, SortedSquares)
+    return {place: found.mean() for place, found in entries.items()}
 
 
-class _SortedSquares:
-    def __init__(self, selector: TopK) -> None:
+class SortedSquares:
+    """The squares of a site's entries times scores in ascending order."""
+
+    def __init__(self, selector: Any, _weights: list[torch.Tensor]) -> None:
         self._selector = selector
         self._sum: torch.Tensor | float = 0.0
         self._tokens = 0
 
     def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
         x = self._selector.dense.sparse_tokens(inputs[0]).float()
         if self._selector.score is not None:
             x = x * self._selector.score.float()
@@ -182,5 +187,6 @@ class _SortedSquares:
         self._tokens += len(x)
 
     def mean(self) -> torch.Tensor:
+        """Each rank's mean over the tokens, [D] float64."""
         assert isinstance(self._sum, torch.Tensor), "the model has run"
         return (self._sum / self._tokens).cpu()

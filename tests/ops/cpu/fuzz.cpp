@@ -137,8 +137,18 @@ void products() {
     if (sparse) {
         for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
         check(larosa_sparse_linear(x.get(), indices.get(), rows, k, depth, matrices.data(), count, added, out.get(),
-                                   threads) == LAROSA_OK,
+                                   nullptr, threads) == LAROSA_OK,
               "refused");
+        if (rows == 1) {  // of a longer list so many, and what stands behind them is nothing
+            const Heap<float> counted(outputs), longer(k + 3);
+            Heap<int32_t> where(k + 3);
+            std::fill_n(longer.get(), k + 3, NAN), std::fill_n(where.get(), k + 3, -1);
+            std::copy_n(x.get(), k, longer.get()), std::copy_n(indices.get(), k, where.get());
+            check(larosa_sparse_linear(longer.get(), where.get(), 1, k + 3, depth, matrices.data(), count, added,
+                                       counted.get(), &k, threads) == LAROSA_OK,
+                  "refused");
+            check(std::memcmp(counted.get(), out.get(), size_t(outputs) * sizeof(float)) == 0, "by count another");
+        }
     } else {
         check(larosa_linear(x.get(), rows, depth, matrices.data(), count, added, out.get(), threads) == LAROSA_OK,
               "refused");
@@ -197,7 +207,9 @@ void selections() {
     const Heap<float> kept(width);
     const Heap<int32_t> where(width);
     if (rows == 0) return;
-    const int64_t count = larosa_above(x.get(), width, 1.0f, kept.get(), where.get());
+    const larosa_vector unscored = {nullptr, LAROSA_FLOAT32};
+    int64_t count = -1;
+    larosa_above(x.get(), width, 1.0f, &unscored, kept.get(), where.get(), &count);
     int64_t expected = 0;
     for (int64_t i = 0; i < width; ++i)
         if (!(std::fabs(x[i]) <= 1)) check(expected < count && where[expected++] == i, "not above");
@@ -241,9 +253,9 @@ void put_off() {
         check(first(x.get(), 1, width, &carries, 1, nullptr, carried.get(), threads) == LAROSA_OK, "refused");
         larosa_rms_norm_top_k(y.get(), &none, 1e-5, 1, depth, k, &none, values.get(), indices.get());
         check(larosa_sparse_linear(values.get(), indices.get(), 1, k, depth, &product, 1, nullptr, out.get(),
-                                   threads) == LAROSA_OK, "refused");
+                                   nullptr, threads) == LAROSA_OK, "refused");
         check(larosa_sparse_linear(values.get(), indices.get(), 1, k, depth, &product, 1, carried.get(), out.get(),
-                                   threads) == LAROSA_OK, "refused");
+                                   nullptr, threads) == LAROSA_OK, "refused");
     };
     const Heap<float> carried(width), out(width), later(width), result(width);
     run(larosa_linear, carried, out);
@@ -277,7 +289,8 @@ void adapters() {
     const larosa_matrix nothing = {nullptr, LAROSA_FLOAT32, outputs, {nullptr, 0}, {nullptr, 0}};
     check(larosa_adapt_meanwhile(x.get(), rows, width, depth, &matrix, later.get(), threads) == LAROSA_OK, "refused");
     const Heap<float> sum(rows * outputs);
-    check(larosa_sparse_linear(nullptr, nullptr, rows, 0, 1, &nothing, 1, later.get(), sum.get(), threads) == LAROSA_OK,
+    check(larosa_sparse_linear(nullptr, nullptr, rows, 0, 1, &nothing, 1, later.get(), sum.get(), nullptr, threads) ==
+              LAROSA_OK,
           "refused");
     check(std::memcmp(later.get(), out.get(), size_t(rows * outputs) * sizeof(float)) == 0, "put off, it is another");
     for (int64_t i = 0; i < rows * outputs; ++i) check(sum[i] == out[i], "put off, the sum is another");

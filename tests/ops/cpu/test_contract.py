@@ -36,7 +36,9 @@ CALLS = {
     "top_k": lambda: (random(2, 9), 4, random(9).abs()),
     "rms_norm_top_k": lambda: (random(2, 9), None, 1e-5, 4),
     "silu_mul_top_k": lambda: (random(2, 10), 3),
-    "above": lambda: (random(1, 9), 0.5),
+    "above": lambda: (random(1, 9), 0.5, random(9).abs()),
+    "rms_norm_above": lambda: (random(1, 9), random(9), 1e-5, 0.5, random(9).abs()),
+    "silu_mul_above": lambda: (random(1, 10), 0.5, random(5).abs()),
     "linear": lambda: (random(2, 9), [random(3, 9), random(4, 9)], [None, random(4)], random(2, 7)),
     "adapt": lambda: (random(2, 9), (20 * random(3, 11)).to(torch.int8), random(3)),
     "sparse_linear": lambda: (
@@ -155,6 +157,16 @@ BAD = {
     "wrong score": (lambda: ops.top_k(random(1, 8), 2, random(1, 8)), ValueError, "score"),
     "odd gate_up": (lambda: ops.silu_mul(random(1, 7)), ValueError, "side by side"),
     "two rows above": (lambda: ops.above(random(2, 7), 0.0), ValueError, "one row"),
+    "a count of two rows": (
+        lambda: ops.sparse_linear(random(2, 2), I.expand(2, -1), [C], [None], count=torch.ones(1, dtype=torch.int64)),
+        ValueError,
+        "beside one row",
+    ),
+    "a count of 32 bits": (
+        lambda: ops.sparse_linear(V, I, [C], [None], count=torch.ones(1, dtype=torch.int32)),
+        ValueError,
+        "count must be int64",
+    ),
     "half elements": (lambda: ops.linear(random(1, 8), [in_halves(W)], [None]), ValueError, "middle"),
 }
 ATTEND = {

@@ -32,6 +32,12 @@ def layer(x, position, seed=0, dtype=torch.float32):
     keys, values = random(1, 7, 8), random(1, 7, 8)
     cos, sin = random(7, 8).float(), random(7, 8).float()
 
+    output_of_all, widen, weighted = column_major(random(24, 24)), random(48, 24), random(24).abs()
+
+    def listed(selection, weights, residual):
+        values, indices, count = selection
+        return ops.sparse_linear(values, indices, weights, [None], residual, count=count)
+
     def run():
         chosen = ops.rms_norm_top_k(x, gain, 1e-6, 11, None)
         mixed = ops.attend(
@@ -41,6 +47,9 @@ def layer(x, position, seed=0, dtype=torch.float32):
         y = ops.linear(ops.rms_norm(y, gain, 1e-6), [adapter], [None])
         both = ops.sparse_linear(*ops.top_k(y, 12), gate_up, [None, None])
         y = ops.sparse_linear(*ops.silu_mul_top_k(both, 7, None), [down], [None], y)
+        y = listed(ops.rms_norm_above(y, gain, 1e-6, 0.7), [output_of_all], y)
+        y = listed(ops.above(y, 0.8, weighted), [output_of_all], None)
+        y = listed(ops.silu_mul_above(torch.ops.larosa.linear(y, [widen], [None]), 0.1, weighted), [output_of_all], y)
         return ops.linear(ops.silu_mul(y), [head], [None])
 
     return run
@@ -153,8 +162,6 @@ def test_only_operators_are_recorded():
     run = layer(x, position)
     with pytest.raises(RuntimeError, match=r"aten\.add.* cannot be recorded"):
         Graph(lambda: run() + 1)
-    with pytest.raises(RuntimeError, match=r"larosa\.above.* cannot be recorded"):
-        Graph(lambda: ops.above(x, 0.5)[0])
     strided = torch.randn(2, 24)[:, ::2]
     with pytest.raises(RuntimeError, match="not contiguous cannot be recorded"):
         Graph(lambda: ops.silu_mul(strided))

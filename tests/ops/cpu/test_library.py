@@ -1,6 +1,9 @@
 """How the library is chosen, set up and missed; and its own test program under the sanitizers."""
 
+import ctypes
+import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +61,47 @@ def test_without_the_library_an_operator_says_how_to_get_it(unloaded, monkeypatc
     monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
     with pytest.raises(LarosaError, match="installed without its CPU kernels: install a C\\+\\+ compiler"):
         torch.ops.larosa.silu_mul(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "text", ["int other;", "extern long larosa_interface(void); long larosa_interface(void) { return 0; }"]
+)
+def test_a_library_of_another_version_is_refused_before_it_is_called(unloaded, monkeypatch, tmp_path, text):
+    (tmp_path / "old.c").write_text(text)
+    stale = tmp_path / library._NAMES[0]
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-o", stale, tmp_path / "old.c"], check=True)
+    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
+    with pytest.raises(LarosaError) as refused:
+        torch.ops.larosa.silu_mul(torch.zeros(1, 4))
+    assert str(refused.value) == (
+        f"{stale} was built from another version of larosa: install larosa once more "
+        "(in a clone: pip install -e . --no-deps)"
+    )
+
+
+def declarations() -> str:
+    """larosa_cpu.h without its comments."""
+    return " ".join(re.sub(r"/\*.*?\*/", "", (SOURCES / "larosa_cpu.h").read_text(), flags=re.DOTALL).split())
+
+
+def test_another_header_has_another_number():
+    number = int(re.search(r"LAROSA_INTERFACE = (\d+)", declarations())[1])
+    assert number == library.INTERFACE == library.load().interface()
+    # Whoever changes a declaration counts LAROSA_INTERFACE and INTERFACE up, and notes here what the header is now.
+    digest = hashlib.sha256(declarations().encode()).hexdigest()[:16]
+    assert (number, digest) == (1, "0e7ce01c46bbb335")
+
+
+def test_signatures_are_those_of_the_header():
+    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "double": ctypes.c_double, "float": ctypes.c_float}
+    pointers = {ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(library.Attention)}
+    found = {}
+    for name, listed in re.findall(r"larosa_(\w+)\(([^)]*)\);", declarations()):
+        arguments = [] if listed == "void" else listed.split(", ")
+        found[name] = [None if "*" in text else kinds[text.split()[0]] for text in arguments]
+    assert found.keys() == library._SIGNATURES.keys()
+    for name, (_, arguments) in library._SIGNATURES.items():
+        assert [None if kind in pointers else kind for kind in arguments] == found[name], name
 
 
 def test_threads_of_pytorch_are_shared_where_it_has_openmp():

@@ -53,8 +53,27 @@ def test_fused_selections_are_top_k_of_what_they_fuse(problem):
 @settings(deadline=None, max_examples=1000)
 @given(chances(), WIDTHS, st.sampled_from([0.0, 1e-45, 0.5, 1.0, 2.0, 1e16, math.inf]))
 def test_above_is_the_reference_bit_by_bit(chance, width, threshold):
-    x = chance.tensor(1, width)
-    same(ops.above(x, threshold), above_reference(x, threshold))
+    x, score = chance.tensor(1, width), chance.maybe(width)
+    score = None if score is None else score.abs()
+    found, expected = ops.above(x, threshold, score), above_reference(x, threshold, score)
+    same(kept(found), kept(expected))
+
+
+def kept(selection):
+    values, indices, count = selection
+    return values[:, : int(count)], indices[:, : int(count)]
+
+
+@settings(deadline=None, max_examples=500)
+@given(chances(), WIDTHS, st.sampled_from([0.0, 0.5, 1.0, math.inf]))
+def test_fused_forms_of_above_are_it_of_what_they_fuse(chance, width, threshold):
+    x, gain, score = chance.tensor(1, width), chance.maybe(width), chance.maybe(width)
+    score = None if score is None else score.abs()
+    expected = ops.above(ops.rms_norm(x, gain, 1e-5), threshold, score)
+    same(kept(ops.rms_norm_above(x, gain, 1e-5, threshold, score)), kept(expected))
+    gate_up = chance.tensor(1, 2 * width)
+    expected = ops.above(ops.silu_mul(gate_up), threshold, score)
+    same(kept(ops.silu_mul_above(gate_up, threshold, score)), kept(expected))
 
 
 def test_long_vectors():

@@ -1,5 +1,6 @@
 """Compilation by NVRTC, its cache on disk, and what is said where something is missing."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -153,6 +154,20 @@ def test_readers_never_see_half_a_file(cache):
     writer.join()
 
 
+def test_what_was_not_used_for_longest_goes(cache, monkeypatch):
+    """Room for two files: the older one that was read since outlasts the other, and what an ended process left."""
+    monkeypatch.setattr(compiler, "_MOST_BYTES", 2500)
+    cache.mkdir()
+    (cache / "tmpabc").write_bytes(bytes(1000))
+    os.utime(cache / "tmpabc", (0, 0))
+    for age, name in enumerate(("a.cubin", "b.cubin")):
+        compiler._write(cache / name, bytes(1000))
+        os.utime(cache / name, (age, age))
+    assert compiler._read(cache / "a.cubin") is not None
+    compiler._write(cache / "c.cubin", bytes(1000))
+    assert {path.name for path in cache.iterdir()} == {"a.cubin", "c.cubin"}
+
+
 def test_a_folder_that_cannot_be_written_is_said_and_does_not_matter(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
@@ -169,19 +184,6 @@ def test_architectures_that_the_compiler_does_not_know(cache):
 def test_a_source_that_does_not_compile_says_why(cache):
     with pytest.raises(RuntimeError, match=r"linear.cu does not compile with .*"):
         compiler.compiled("linear.cu", {}, "sm_90")
-
-
-def test_launch_attributes():
-    """The structures that go to the driver, as its bindings make them."""
-    gpu = launch.Machine((9, 0), 132, 232448)
-    config = launch._configuration(gpu, launch.Grid(384, 2, 256, 8), 17000, 0)
-    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (384, 2, 1)
-    assert (config.blockDimX, config.sharedMemBytes, config.numAttrs) == (256, 17000, 2)
-    early, cluster = config.attrs
-    assert early.value.programmaticStreamSerializationAllowed == 1
-    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (8, 1, 1)
-    ampere = launch.Machine((8, 0), 108, 166912)
-    assert launch._configuration(ampere, launch.Grid(1, 1, 256), 0, 0).numAttrs == 0
 
 
 def test_an_unknown_choice_of_kernels(monkeypatch):

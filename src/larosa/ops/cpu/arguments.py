@@ -1,7 +1,8 @@
 """What an operator may be given on the CPU: checked, and packed as larosa_cpu.h has it.
 
-The kernels follow bare pointers, so whatever could lead them astray is refused here. This runs a hundred times a token
-and more: each check is one cheap call.
+The kernels follow bare pointers, so whatever could lead them astray is refused here, but for tensors on other
+devices, which `larosa.ops.schema` has refused before. This runs a hundred times a token and more: each check is one
+cheap call.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _NO_VECTOR = _VECTOR.pack(0, 0)
 
 def activations(name: str, x: torch.Tensor) -> torch.Tensor:
     """`x` [B, D] float32, in one piece."""
-    if x.dtype != torch.float32 or x.dim() != 2 or not x.is_cpu:
-        raise ValueError(f"{name} must be float32 [B, D] on the CPU, not {_of(x)}")
+    if x.dtype != torch.float32 or x.dim() != 2:
+        raise ValueError(f"{name} must be float32 [B, D], not {_of(x)}")
     return x.contiguous()
 
 
 def selection(indices: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The indices of `values`, in one piece."""
-    if indices.dtype != torch.int32 or indices.shape != values.shape or not indices.is_cpu:
+    if indices.dtype != torch.int32 or indices.shape != values.shape:
         raise ValueError(f"indices must be int32 {list(values.shape)} like the values, not {_of(indices)}")
     return indices.contiguous()
 
@@ -46,7 +47,7 @@ def vector(name: str, values: torch.Tensor | None, width: int) -> bytes:
     """`larosa_vector` of `values` [width], or of none."""
     if values is None:
         return _NO_VECTOR
-    if values.dtype not in DTYPES or values.shape != (width,) or not values.is_contiguous() or not values.is_cpu:
+    if values.dtype not in DTYPES or values.shape != (width,) or not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous [{width}] of {_names()}, not {_of(values)}")
     return _VECTOR.pack(values.data_ptr(), DTYPES[values.dtype])
 
@@ -57,8 +58,8 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
     total = 0
     dtype = weights[0].dtype if weights else None
     for weight, bias in zip(weights, biases, strict=True):
-        if weight.dtype is not dtype or dtype not in DTYPES or not weight.is_cpu:
-            raise ValueError(f"weights must be all of one dtype of {_names()} on the CPU, not {_of(weight)}")
+        if weight.dtype is not dtype or dtype not in DTYPES:
+            raise ValueError(f"weights must be all of one dtype of {_names()}, not {_of(weight)}")
         outputs, width = weight.shape
         if width != depth:
             raise ValueError(f"weight {list(weight.shape)} does not take vectors of {depth} entries")
@@ -79,8 +80,8 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
 
 def adapter(weight: torch.Tensor, scale: torch.Tensor, width: int) -> bytes:
     """`larosa_matrix` of an int8 weight [N, depth] for vectors of `width` entries, some of which have two digits."""
-    if weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.is_contiguous() or not weight.is_cpu:
-        raise ValueError(f"weight must be contiguous int8 [N, D + leading] on the CPU, not {_of(weight)}")
+    if weight.dtype is not torch.int8 or weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous int8 [N, D + leading], not {_of(weight)}")
     outputs, depth = weight.shape
     if not width <= depth <= 2 * width:
         raise ValueError(f"weight {list(weight.shape)} does not take vectors of {width} entries")
@@ -100,17 +101,15 @@ def cache(keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None)
     """`larosa_dtype` of keys and values [K, T, d], int8 with scales [K, T, 2] bfloat16; all are written in place."""
     for name, tensor in (("keys", keys), ("values", values)):
         known = tensor.dtype in DTYPES if scales is None else tensor.dtype is torch.int8
-        if not known or tensor.dtype is not keys.dtype or not tensor.is_cpu:
-            raise ValueError(
-                f"{name} must be all of one dtype of {_names()}, or int8 with scales, on the CPU, not {_of(tensor)}"
-            )
+        if not known or tensor.dtype is not keys.dtype:
+            raise ValueError(f"{name} must be all of one dtype of {_names()}, or int8 with scales, not {_of(tensor)}")
         if tensor.dim() != 3 or tensor.shape != keys.shape or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous [K, T, d], keys and values alike, not {_of(tensor)}")
     if scales is None:
         return DTYPES[keys.dtype]
     shape = (*keys.shape[:2], 2)
-    if scales.dtype != torch.bfloat16 or scales.shape != shape or not scales.is_contiguous() or not scales.is_cpu:
-        raise ValueError(f"scales must be contiguous bfloat16 {list(shape)} on the CPU, not {_of(scales)}")
+    if scales.dtype != torch.bfloat16 or scales.shape != shape or not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous bfloat16 {list(shape)}, not {_of(scales)}")
     return _INT8
 
 
@@ -139,4 +138,4 @@ def _names() -> str:
 
 def _of(x: torch.Tensor) -> str:
     order = "" if x.is_contiguous() else f" of strides {list(x.stride())}"
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{order} on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{order}"

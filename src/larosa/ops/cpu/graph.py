@@ -21,7 +21,7 @@ from larosa.ops.cpu.library import REPLAYED, load
 
 _recording = threading.Lock()
 
-_MOST_ARGUMENTS = 10  # LAROSA_MOST_ARGUMENTS
+_MOST_ARGUMENTS = 11  # LAROSA_MOST_ARGUMENTS
 
 #: A function of the library, and what ctypes was given for it.
 _Call = tuple[str, tuple[Any, ...]]
@@ -126,7 +126,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace != "larosa" or func is torch.ops.larosa.above.default:
+        if func.namespace != "larosa":
             raise RuntimeError(f"{func} cannot be recorded")
         # Kernels run on a copy of an activation that is not in one piece, and the copy would be gone.
         if not all(value.is_contiguous() for value in args if isinstance(value, torch.Tensor)):

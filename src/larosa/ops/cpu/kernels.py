@@ -6,11 +6,12 @@ from ctypes import byref
 
 import torch
 
+from larosa.ops import checks
 from larosa.ops.cpu import arguments
 from larosa.ops.cpu.library import Attention, Vector, load
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.schema import implement
-from larosa.ops.select import Selection
+from larosa.ops.select import CountedSelection, Selection
 
 # `larosa_status`.
 _BAD_INDEX = 1
@@ -67,14 +68,43 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
 
 
 @implement("above", "CPU")
-def _above(x: torch.Tensor, threshold: float) -> Selection:
+def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
     x = arguments.activations("x", x)
-    rows, width = x.shape
-    if rows != 1:
-        raise ValueError(f"above selects from one row, not {rows}")
-    values, indices = arguments.room(x, width, width)
-    count = load().above(x.data_ptr(), width, threshold, values.data_ptr(), indices.data_ptr())
-    return values.resize_(1, count), indices.resize_(1, count)
+    found = values, indices, count = _counted(x, x.shape[1])
+    packed = arguments.vector("score", score, x.shape[1])
+    outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
+    load().above(x.data_ptr(), x.shape[1], threshold, packed, *outputs)
+    return found
+
+
+@implement("rms_norm_above", "CPU")
+def _rms_norm_above(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    x = arguments.activations("x", x)
+    width = x.shape[1]
+    found = values, indices, count = _counted(x, width)
+    gains, scores = arguments.vector("gain", gain, width), arguments.vector("score", score, width)
+    outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
+    load().rms_norm_above(x.data_ptr(), gains, eps, width, threshold, scores, *outputs)
+    return found
+
+
+@implement("silu_mul_above", "CPU")
+def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    gate_up, width = _gate_up(gate_up)
+    found = values, indices, count = _counted(gate_up, width)
+    packed = arguments.vector("score", score, width)
+    outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
+    load().silu_mul_above(gate_up.data_ptr(), width, threshold, packed, *outputs)
+    return found
+
+
+def _counted(x: torch.Tensor, width: int) -> CountedSelection:
+    """Room for a selection from one row of so many entries, and for how many it has."""
+    if len(x) != 1:
+        raise ValueError(f"above selects from one row, not {len(x)}")
+    return *arguments.room(x, width, width), x.new_empty(1, dtype=torch.int64)
 
 
 @implement("linear", "CPU")
@@ -118,6 +148,7 @@ def _sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if adapter is not None:
         raise ValueError(
@@ -125,6 +156,7 @@ def _sparse_linear(
         )
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
+    checks.count(count, len(values))
     rows, k = values.shape
     depth = weights[0].shape[1] if weights else 0
     matrices, outputs = arguments.matrices(weights, biases, depth, column_major=True)
@@ -140,6 +172,7 @@ def _sparse_linear(
         len(weights),
         None if added is None else added.data_ptr(),
         out.data_ptr(),
+        None if count is None else count.data_ptr(),
         torch.get_num_threads(),
     )
     check_status(status)
@@ -165,8 +198,8 @@ def _attend(
     dtype = arguments.cache(keys, values, scales)
     key_heads, capacity, size = keys.shape
     heads = arguments.query_heads(qkv, keys)
-    if position.dtype != torch.int64 or position.shape != (1,) or not position.is_cpu:
-        raise ValueError(f"position must be int64 [1] on the CPU, not {position.dtype} {list(position.shape)}")
+    if position.dtype != torch.int64 or position.shape != (1,):
+        raise ValueError(f"position must be int64 [1], not {position.dtype} {list(position.shape)}")
     if (cos is None) != (sin is None):
         raise ValueError("give both cos and sin, or neither")
     cos, sin = arguments.rotary("cos", cos, keys), arguments.rotary("sin", sin, keys)

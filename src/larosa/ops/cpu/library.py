@@ -18,6 +18,9 @@ from larosa.ops import cpu
 ISA_VARIABLE = "LAROSA_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 
+#: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
+INTERFACE = 2
+
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 
 
@@ -53,6 +56,7 @@ class Attention(ctypes.Structure):
 
 # Result and arguments of each function of larosa_cpu.h. Structures that are packed by the caller are char pointers.
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "interface": (c_int64, ()),
     "isa": (c_void_p, ()),
     "set_isa": (c_int, (c_char_p,)),
     "share_openmp": (None, (c_void_p,)),
@@ -64,12 +68,17 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p),
     ),
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
-    "above": (c_int64, (c_void_p, c_int64, c_float, c_void_p, c_void_p)),
+    "above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "rms_norm_above": (
+        None,
+        (c_void_p, c_char_p, c_double, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "silu_mul_above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (
         c_int,
-        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64),
+        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
     ),
     "adapt": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
     "adapt_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
@@ -90,14 +99,27 @@ REPLAYED = (
     "linear_meanwhile",
     "adapt",
     "adapt_meanwhile",
+    "above",
+    "rms_norm_above",
+    "silu_mul_above",
 )
 
 
 class Library:
-    """The loaded library: each function of larosa_cpu.h under its name without the prefix."""
+    """The loaded library: each function of larosa_cpu.h under its name without the prefix.
+
+    Raises:
+        LarosaError: it was built from the header of another version.
+    """
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
+        # Only of a library that has the function does anybody know what to call it with.
+        if not hasattr(library, "larosa_interface") or library.larosa_interface() != INTERFACE:
+            raise LarosaError(
+                f"{path} was built from another version of larosa: install larosa once more "
+                "(in a clone: pip install -e . --no-deps)"
+            )
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"larosa_{name}")
             function.restype = result
@@ -113,7 +135,8 @@ def load() -> Library:
     """The library, with its instruction set chosen and PyTorch's threads shared.
 
     Raises:
-        LarosaError: larosa was installed without it, or LAROSA_CPU_ISA asks for what cannot be had.
+        LarosaError: larosa was installed without it or with that of another version, or LAROSA_CPU_ISA asks for what
+            cannot be had.
     """
     library = Library(_find())
     if (isa := os.environ.get(ISA_VARIABLE)) is not None:

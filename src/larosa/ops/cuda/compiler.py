@@ -6,7 +6,8 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +18,15 @@ from larosa.errors import LarosaError
 _SOURCES = Path(__file__).parent / "source"
 _OPTIONS = ("--std=c++17",)
 _DIGEST = hashlib.sha256().digest_size
+#: Of the cache. A kernel takes some 30 KB, a model ten of them, and every version of larosa or NVRTC makes others.
+_MOST_BYTES = 64 * 2**20
 
 
 def compiled(source: str, macros: Mapping[str, str], architecture: str) -> bytes:
     """The machine code (cubin) of a file in `source/`, from the cache on disk where it has been compiled before.
 
     Several processes may fill the cache at once: a file appears under its name when it is complete. A file that
-    is damaged is compiled again.
+    is damaged is compiled again. Beyond `_MOST_BYTES` those that were not used for longest are removed.
 
     Args:
         source: its name, such as "linear.cu".
@@ -63,6 +66,8 @@ def _read(path: Path) -> bytes | None:
         data = path.read_bytes()
     except OSError:
         return None
+    with suppress(OSError):
+        os.utime(path)  # used now
     digest, code = data[:_DIGEST], data[_DIGEST:]
     return code if hashlib.sha256(code).digest() == digest else None
 
@@ -73,12 +78,28 @@ def _write(path: Path, code: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(file.name, path)
+        _shrink(path.parent)
     except OSError as error:
         warnings.warn(
             f"compiled kernels cannot be kept in {path.parent} and are compiled again by the next process "
             f"({error.strerror}); set LAROSA_CACHE to a folder that can be written",
             stacklevel=2,
         )
+
+
+def _shrink(folder: Path) -> None:
+    """Remove what was not used for longest, files of ended processes included, until the rest is small enough."""
+    size = 0
+    for path, status in sorted(_statuses(folder), key=lambda file: file[1].st_mtime_ns, reverse=True):
+        size += status.st_size
+        if size > _MOST_BYTES:
+            path.unlink(missing_ok=True)
+
+
+def _statuses(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process has removed it
+            yield path, path.stat()
 
 
 @cache
@@ -113,6 +134,15 @@ def _compile(source: str, options: list[str], architecture: str) -> bytes:
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return code
+
+
+def check_compiler() -> None:
+    """Make sure that NVRTC is there.
+
+    Raises:
+        LarosaError: it is not.
+    """
+    _nvrtc()
 
 
 @cache

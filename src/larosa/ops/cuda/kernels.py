@@ -1,4 +1,8 @@
-"""The operators on CUDA by the kernels in `source/`: each one launch, or several where one would not be faster."""
+"""The operators on CUDA by the kernels in `source/`: each one launch, or several where one would not be faster.
+
+Some read early, before the launches in front of them have finished, what is not to be written there: each says what.
+That holds under `launch.early_launches` alone; otherwise a kernel begins when all before it have finished.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from larosa.ops.cuda.plan import (
 )
 from larosa.ops.cuda.product import Product, adapter_arguments, aligned
 from larosa.ops.linear import Biases, Weights
-from larosa.ops.select import Selection
+from larosa.ops.select import Selection, counted
 
 _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
@@ -54,10 +58,10 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Te
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `silu_mul_reference`."""
-    rows, width = checks.vectors("gate_up", gate_up)
-    result = gate_up.new_empty(rows, width // 2)
-    arguments = (address(gate_up), c_int(width // 2), address(result))
-    _launch(gate_up, "elementwise.cu", "silu_mul", {}, Grid(-(-width // 2 // _ROW), rows, _ROW), arguments)
+    rows, width = len(gate_up), checks.halves("gate_up", gate_up)
+    result = gate_up.new_empty(rows, width)
+    arguments = (address(gate_up), c_int(width), address(result))
+    _launch(gate_up, "elementwise.cu", "silu_mul", {}, Grid(-(-width // _ROW), rows, _ROW), arguments)
     return result
 
 
@@ -66,8 +70,8 @@ def embed(embedding: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     vocabulary, width = embedding.shape
     if embedding.dtype not in TYPE_NAMES or not embedding.is_contiguous():
         raise ValueError("embedding must be contiguous, and float32, bfloat16 or float16")
-    if tokens.dtype != torch.int64 or tokens.dim() != 1:
-        raise ValueError("tokens must be int64 of one dimension")
+    if tokens.dtype != torch.int64 or tokens.dim() != 1 or not tokens.is_contiguous():
+        raise ValueError("tokens must be contiguous int64 of one dimension")
     result = embedding.new_empty(len(tokens), width, dtype=torch.float32)
     table = Vector.of("embedding", embedding.view(-1), embedding.numel())
     arguments = (table, c_longlong(vocabulary), c_int(width), address(tokens), address(result))
@@ -91,8 +95,7 @@ def rms_norm_top_k(
 
 def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
     """See `silu_mul_top_k_reference`."""
-    _, width = checks.vectors("gate_up", gate_up)
-    return _select("GATED", gate_up, width // 2, k, score)
+    return _select("GATED", gate_up, checks.halves("gate_up", gate_up), k, score)
 
 
 def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,11 +120,13 @@ def sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the matrices are column-major.
+    """See `sparse_linear_reference`; the matrices are column-major. With a `count`, the host waits for it.
 
-    With an adapter, the residual must not be what one of the two kernels launched just before this one writes.
+    With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
+    values, indices = counted(values, indices, count)
     rows, k = checks.selection(values, indices)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
@@ -152,7 +157,7 @@ def top_k_linear(
 ) -> torch.Tensor:
     """See `top_k_linear_reference`.
 
-    With an adapter, the residual must not be what the kernel launched just before this one writes.
+    With an adapter, the residual is read early: the kernel launched just before may not write it.
     """
     checks.board(board)
     if adapter is None:
@@ -250,8 +255,8 @@ def attend(
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
-    The position, and keys and values of earlier ones, must not be what one of the two kernels launched just before this
-    one writes.
+    The position, and keys and values of earlier ones, are read early: neither of the two kernels launched just before
+    may write them.
 
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.

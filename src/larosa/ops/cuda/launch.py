@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -22,6 +24,23 @@ Argument = ctypes.c_int | ctypes.c_uint | ctypes.c_longlong | ctypes.c_float | c
 _SHARED_PERCENT = 50
 
 
+_early: ContextVar[bool] = ContextVar("early", default=False)
+
+
+@contextmanager
+def early_launches() -> Iterator[None]:
+    """Let the kernels launched in here, by this thread, begin before those in front of them have finished.
+
+    They then read some operands early (see `kernels.py`). So it is for a fixed sequence of operators that is known to
+    write none of those just before: the decode engine's step.
+    """
+    token = _early.set(True)
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the kernels want to know of a GPU."""
@@ -37,7 +56,7 @@ class Machine:
 
     @property
     def overlaps(self) -> bool:
-        """Has clusters of blocks, and launches kernels before those they depend on have finished."""
+        """Has clusters of blocks, and can launch kernels before those they depend on have finished."""
         return self.capability >= (9, 0)
 
 
@@ -85,11 +104,8 @@ def launch(
     """
     with torch.cuda.device(device):
         loaded = _load(device, source, kernel, tuple(sorted(macros.items())))
-        _start(
-            _configuration(machine(device), grid, loaded.shared, torch.cuda.current_stream().cuda_stream),
-            loaded,
-            arguments,
-        )
+        gpu, stream = machine(device), torch.cuda.current_stream().cuda_stream
+        _start(_configuration(gpu, grid, loaded.shared, stream), loaded, arguments)
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ def _configuration(gpu: Machine, grid: Grid, shared: int, stream: int) -> Any:
     config.sharedMemBytes = shared
     config.hStream = stream
     attributes = []
-    if gpu.overlaps:
+    if gpu.overlaps and _early.get():
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1

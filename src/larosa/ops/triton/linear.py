@@ -13,6 +13,7 @@ import triton.language as tl
 from larosa.ops import checks
 from larosa.ops.adapter import HIGH
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.select import counted
 
 _ROWS, _STEP = 8, 512  # of a dense tile: outputs, inputs at a time
 _OUTPUTS, _ENTRIES = 256, 16  # of a sparse tile: outputs, entries at a time
@@ -45,8 +46,10 @@ def sparse_linear(
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
     adapter_scale: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the matrices are column-major."""
+    """See `sparse_linear_reference`; the matrices are column-major. With a `count`, the host waits for it."""
+    values, indices = counted(values, indices, count)
     checks.selection(values, indices)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
     checks.residual(residual, adapter, len(values), outputs, weights[0].dtype, adapter_scale)

@@ -23,10 +23,10 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor | None, eps: float) -> torch.Te
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See `silu_mul_reference`."""
-    rows, width = checks.vectors("gate_up", gate_up)
-    result = gate_up.new_empty(rows, width // 2)
+    rows, width = len(gate_up), checks.halves("gate_up", gate_up)
+    result = gate_up.new_empty(rows, width)
     if result.numel():
-        _silu_mul_kernel[(rows, triton.cdiv(width // 2, _BLOCK))](gate_up, result, width // 2, _BLOCK)
+        _silu_mul_kernel[(rows, triton.cdiv(width, _BLOCK))](gate_up, result, width, _BLOCK)
     return result
 
 

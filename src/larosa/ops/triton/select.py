@@ -29,8 +29,7 @@ def rms_norm_top_k(
 
 def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = None) -> Selection:
     """See `silu_mul_top_k_reference`."""
-    _, width = checks.vectors("gate_up", gate_up)
-    return _select(_GATED, gate_up, width // 2, k, score)
+    return _select(_GATED, gate_up, checks.halves("gate_up", gate_up), k, score)
 
 
 def _select(

@@ -1,4 +1,5 @@
 // The C interface: checks what could lead outside of memory, and cuts the work into tasks for the threads.
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <vector>
@@ -132,6 +133,16 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
     return LAROSA_OK;
 }
 
+// `kept` has room for one more than x: an entry is written before it is known to be kept.
+int64_t keep_above(const float *x, int64_t width, float threshold, const larosa_vector &score, float *kept,
+                   float *values, int32_t *indices) {
+    int32_t *where = scratch<int32_t>(width + 1);
+    const int64_t count = kernels().above(x, score, width, threshold, kept, where);
+    std::fill_n(std::copy_n(kept, count, values), width - count, 0.0f);
+    std::fill_n(std::copy_n(where, count, indices), width - count, 0);
+    return count;
+}
+
 int adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const larosa_matrix *matrix, float *out,
           int64_t threads, bool later) {
     static thread_local std::vector<float> digits;
@@ -148,6 +159,8 @@ int adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const laro
 }  // namespace larosa
 
 using namespace larosa;
+
+int64_t larosa_interface(void) { return LAROSA_INTERFACE; }
 
 void larosa_rms_norm(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width, float *out) {
     for (int64_t row = 0; row < rows; ++row) kernels().rms_norm(x + row * width, *gain, eps, width, out + row * width);
@@ -189,15 +202,27 @@ void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, in
     });
 }
 
-int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices) {
-    float *kept = scratch<float>(width + 1);  // one more: an entry is written before it is known to be kept
-    int32_t *where = scratch<int32_t>(width + 1);
-    const int64_t count = kernels().above(x, width, threshold, kept, where);
-    for (int64_t i = 0; i < count; ++i) {
-        values[i] = kept[i];
-        indices[i] = where[i];
-    }
-    return count;
+void larosa_above(const float *x, int64_t width, float threshold, const larosa_vector *score, float *values,
+                  int32_t *indices, int64_t *count) {
+    *count = keep_above(x, width, threshold, *score, scratch<float>(width + 1), values, indices);
+}
+
+void larosa_rms_norm_above(const float *x, const larosa_vector *gain, double eps, int64_t width, float threshold,
+                           const larosa_vector *score, float *values, int32_t *indices, int64_t *count) {
+    parallel(1, deferred_threads(), [&](int64_t) {
+        float *normed = scratch<float>(2 * width + 1);
+        kernels().rms_norm(x, *gain, eps, width, normed);
+        *count = keep_above(normed, width, threshold, *score, normed + width, values, indices);
+    });
+}
+
+void larosa_silu_mul_above(const float *gate_up, int64_t width, float threshold, const larosa_vector *score,
+                           float *values, int32_t *indices, int64_t *count) {
+    parallel(1, deferred_threads(), [&](int64_t) {
+        float *product = scratch<float>(2 * width + 1);
+        larosa_silu_mul(gate_up, 1, width, product);
+        *count = keep_above(product, width, threshold, *score, product + width, values, indices);
+    });
 }
 
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
@@ -224,8 +249,9 @@ int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t 
 
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const larosa_matrix *matrices, int64_t count, const float *residual, float *out,
-                         int64_t threads) {
+                         const int64_t *listed, int64_t threads) {
     if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (listed) k = clamp(*listed, 0, k);
     if (!kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
     int64_t outputs = 0;
     for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;

@@ -38,6 +38,11 @@ struct larosa_matrix {
     struct larosa_vector scale;
 };
 
+/* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
+ * another header is told apart before anything else of it is called. */
+enum { LAROSA_INTERFACE = 2 };
+int64_t larosa_interface(void);
+
 /* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the processor has. */
 const char *larosa_isa(void);
 /* Use another one. 0, or 1: not known, or 2: known, but not to this processor or this build. */
@@ -62,8 +67,16 @@ void larosa_rms_norm_top_k(const float *x, const struct larosa_vector *gain, dou
                            int64_t k, const struct larosa_vector *score, float *values, int32_t *indices);
 void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k,
                            const struct larosa_vector *score, float *values, int32_t *indices);
-/* The entries of x[width] that are not of a magnitude up to the threshold; returns how many. Room for width. */
-int64_t larosa_above(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
+/* The entries of x[width] whose magnitude, times the score if any, is not up to the threshold, and how many they are:
+ * values and indices have room for width, and end in zeros. */
+void larosa_above(const float *x, int64_t width, float threshold, const struct larosa_vector *score, float *values,
+                  int32_t *indices, int64_t *count);
+/* The same of rms_norm and of silu_mul, whose results are not kept. */
+void larosa_rms_norm_above(const float *x, const struct larosa_vector *gain, double eps, int64_t width,
+                           float threshold, const struct larosa_vector *score, float *values, int32_t *indices,
+                           int64_t *count);
+void larosa_silu_mul_above(const float *gate_up, int64_t width, float threshold, const struct larosa_vector *score,
+                           float *values, int32_t *indices, int64_t *count);
 
 /* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
@@ -79,10 +92,11 @@ int larosa_adapt(const float *x, int64_t rows, int64_t width, int64_t depth, con
                  float *out, int64_t threads);
 int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t depth,
                            const struct larosa_matrix *matrix, float *out, int64_t threads);
-/* larosa_linear of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. */
+/* larosa_linear of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. Where `listed` is not
+ * null, rows is 1, and the first *listed of the k entries are meant. */
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
-                         int64_t threads);
+                         const int64_t *listed, int64_t threads);
 
 /* One position's attention over a cache [key_heads, capacity, size]. qkv holds `heads` query heads, then key_heads
  * key heads, then as many value heads, of `size` each. */
@@ -119,7 +133,10 @@ enum larosa_function {
     LAROSA_ATTEND = 7,
     LAROSA_LINEAR_MEANWHILE = 8,
     LAROSA_ADAPT = 9,
-    LAROSA_ADAPT_MEANWHILE = 10
+    LAROSA_ADAPT_MEANWHILE = 10,
+    LAROSA_ABOVE = 11,
+    LAROSA_RMS_NORM_ABOVE = 12,
+    LAROSA_SILU_MUL_ABOVE = 13
 };
 
 /* An argument: an address or an integer, or a floating-point number of any size. */
@@ -128,7 +145,7 @@ union larosa_value {
     double real;
 };
 
-enum { LAROSA_MOST_ARGUMENTS = 10 };
+enum { LAROSA_MOST_ARGUMENTS = 11 };
 
 /* One of these functions, and its arguments in their order. */
 struct larosa_call {

@@ -22,7 +22,8 @@ struct Kernels {
     // `magnitudes` has room for `width` words.
     void (*top_k)(const float *x, const larosa_vector &score, int64_t width, int64_t k, uint32_t *magnitudes,
                   float *values, int32_t *indices);
-    int64_t (*above)(const float *x, int64_t width, float threshold, float *values, int32_t *indices);
+    int64_t (*above)(const float *x, const larosa_vector &score, int64_t width, float threshold, float *values,
+                     int32_t *indices);
 
     bool (*all_below)(const int32_t *indices, int64_t count, int64_t bound);
     // Sums of columns, for outputs [first, first + count) of one matrix, count <= kStrip. Room for padded(count) sums.

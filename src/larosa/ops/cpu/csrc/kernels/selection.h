@@ -89,13 +89,18 @@ inline void top_k(const float *x, const larosa_vector &score, int64_t width, int
     gather(x, magnitudes, width, k, threshold, room, values, indices);
 }
 
-inline int64_t above(const float *x, int64_t width, float threshold, float *values, int32_t *indices) {
+inline int64_t above(const float *x, const larosa_vector &score, int64_t width, float threshold, float *values,
+                     int32_t *indices) {
     int64_t taken = 0;
-    for (int64_t i = 0; i < width; ++i) {
-        values[taken] = x[i];
-        indices[taken] = int32_t(i);
-        taken += !(__builtin_fabsf(x[i]) <= threshold);
-    }
+    for_vectors(width, [&](int64_t at, int64_t count) {
+        Floats weighted = load_at(x, at, count);
+        if (score.data) weighted *= load_vector(score, at, count);
+        for (int64_t i = 0; i < count; ++i) {
+            values[taken] = x[at + i];
+            indices[taken] = int32_t(at + i);
+            taken += !(__builtin_fabsf(weighted[i]) <= threshold);
+        }
+    });
     return taken;
 }
 

@@ -1,0 +1,125 @@
+"""Thresholds for every site of every layer from one price of a weight, the same for all tokens.
+
+An entry is worth its square times its score's square and its site's coherence: that is what dropping it costs by
+estimate (see `sensitivity.fisher_costs`). It is kept where that is more than a price times the weights it reads. So a
+token keeps more where more of its entries matter, and another less: counts that are the same for all tokens cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from larosa.architectures import Architecture
+from larosa.config import SITES, Thresholds
+from larosa.models import set_thresholds
+from larosa.sparsity.sensitivity import LEAST_KEPT, Coherence, Place, observed
+from larosa.sparsity.sites import SiteSizes
+
+#: Passes with thresholds set: what is dropped before a site changes what arrives there, and so how much of it is.
+_ROUNDS = 2
+
+#: Bits of a float32 magnitude that a histogram tells apart: its exponent and 7 of its mantissa.
+_SHIFT = 16
+_BINS = 1 << (31 - _SHIFT)
+
+
+def no_thresholds(sizes: SiteSizes) -> Thresholds:
+    """Thresholds that drop nothing."""
+    zeros = {site: [0.0] * sizes.layers for site in SITES}
+    return Thresholds(values=zeros, dropped=zeros)
+
+
+class PricedThresholds:
+    """The thresholds of a model for any sparsity, calibrated with what comes before each site sparse too.
+
+    Args:
+        model: sparsified by thresholds on Fisher scores, whose thresholds are changed.
+        run: runs it on the calibration sequences.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, run: Callable[[], object]) -> None:
+        self._model, self._architecture, self._run = model, architecture, run
+        self._sizes = SiteSizes.of(model.config)
+        set_thresholds(model, architecture, no_thresholds(self._sizes))
+        self._dense, coherences = observed(model, architecture, run, Histogram, Coherence)
+        # A threshold is on the root of an entry's worth, the same for all weights: this times the root of the price.
+        self._scale = {
+            (layer, site): math.sqrt(self._sizes.outputs[site] / max(found.ratio(), torch.finfo(torch.float32).tiny))
+            for (layer, site), found in coherences.items()
+        }
+
+    def __call__(self, sparsity: float) -> Thresholds:
+        """Thresholds that skip `sparsity` of all weights on average over the calibration tokens."""
+        if sparsity == 0:
+            return no_thresholds(self._sizes)
+        found = self._skipping(sparsity, self._dense)
+        for _ in range(_ROUNDS):
+            set_thresholds(self._model, self._architecture, found)
+            (seen,) = observed(self._model, self._architecture, self._run, Histogram)
+            found = self._skipping(sparsity, seen)
+        return found
+
+    def _skipping(self, sparsity: float, seen: Mapping[Place, Histogram]) -> Thresholds:
+        """Those of the price at which the tokens seen skip `sparsity` of all weights."""
+        # The estimate knows nothing of an empty site.
+        most = {place: histogram.quantile(max(1 - LEAST_KEPT, sparsity)) for place, histogram in seen.items()}
+        budget = sparsity * self._sizes.linear_weights
+
+        def at(root: float) -> dict[Place, float]:
+            return {place: min(root * scale, most[place]) for place, scale in self._scale.items()}
+
+        def skipped(root: float) -> float:
+            return sum(
+                seen[place].below(threshold) * self._sizes.weights(place[1]) for place, threshold in at(root).items()
+            )
+
+        low, high = 0.0, max(most[place] / scale for place, scale in self._scale.items())
+        for _ in range(60):  # halvings: more than a float32's bits
+            middle = (low + high) / 2
+            low, high = (middle, high) if skipped(middle) < budget else (low, middle)
+        found, layers = at(high), range(self._sizes.layers)
+        return Thresholds(
+            values={site: [found[layer, site] for layer in layers] for site in SITES},
+            dropped={site: [seen[layer, site].below(found[layer, site]) for layer in layers] for site in SITES},
+        )
+
+
+class Histogram:
+    """How the magnitudes of a site's entries times scores are distributed, to within a hundredth of each."""
+
+    def __init__(self, selector: Any, _weights: list[torch.Tensor]) -> None:
+        self._selector = selector
+        self._counts: torch.Tensor | int = 0
+        self._below: torch.Tensor | None = None
+
+    def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        x = self._selector.dense.sparse_tokens(inputs[0]).float()
+        if self._selector.score is not None:
+            x = x * self._selector.score.float()
+        bins = (x.abs().contiguous().view(torch.int32) >> _SHIFT).flatten()
+        self._counts = self._counts + torch.bincount(bins, minlength=_BINS).cpu()
+
+    def below(self, magnitude: float) -> float:
+        """The share of the entries up to a magnitude; within a bin they are taken for evenly spread."""
+        shares = self._shares()
+        word = int(torch.tensor(magnitude).view(torch.int32))
+        at, within = word >> _SHIFT, (word & ((1 << _SHIFT) - 1)) / (1 << _SHIFT)
+        return float(shares[at] + within * (shares[at + 1] - shares[at]))
+
+    def quantile(self, share: float) -> float:
+        """The magnitude up to which this share of the entries goes, rounded down to where its bin begins."""
+        at = max(int(torch.searchsorted(self._shares(), torch.tensor(share, dtype=torch.float64))) - 1, 0)
+        return float(torch.tensor(at << _SHIFT, dtype=torch.int32).view(torch.float32))
+
+    def _shares(self) -> torch.Tensor:
+        """The share of the entries below each bin, and at last that of all."""
+        if self._below is None:
+            assert isinstance(self._counts, torch.Tensor), "the model has run"
+            below = torch.cat([torch.zeros(1, dtype=torch.int64), self._counts]).cumsum(0)
+            self._below = below.double() / below[-1]
+        return self._below

@@ -1,0 +1,57 @@
+"""How kernels are launched: what the driver is told, and when one may begin before those in front of it end."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from larosa.decoding.cuda_graph import GraphLoop
+from larosa.decoding.sampling import Sampler
+from larosa.ops.cuda import launch
+
+pytest.importorskip("cuda.bindings")
+
+
+def test_launch_attributes():
+    """The structures that go to the driver, as its bindings make them."""
+    gpu = launch.Machine((9, 0), 132, 232448)
+    with launch.early_launches():
+        config = launch._configuration(gpu, launch.Grid(384, 2, 256, 8), 17000, 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (384, 2, 1)
+    assert (config.blockDimX, config.sharedMemBytes, config.numAttrs) == (256, 17000, 2)
+    early, cluster = config.attrs
+    assert early.value.programmaticStreamSerializationAllowed == 1
+    assert (cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z) == (8, 1, 1)
+    ampere = launch.Machine((8, 0), 108, 166912)
+    with launch.early_launches():
+        assert launch._configuration(ampere, launch.Grid(1, 1, 256), 0, 0).numAttrs == 0
+
+
+def starts_early() -> bool:
+    """Whether a kernel launched now, on a GPU that can do so, begins before those in front of it have finished."""
+    config = launch._configuration(launch.Machine((9, 0), 132, 232448), launch.Grid(1, 1, 256), 0, 0)
+    return any(attribute.value.programmaticStreamSerializationAllowed == 1 for attribute in config.attrs)
+
+
+def test_launches_are_early_only_where_asked_for_and_in_that_thread():
+    assert not starts_early()
+    with launch.early_launches():
+        assert starts_early()
+        with ThreadPoolExecutor(1) as other:
+            assert not other.submit(starts_early).result()
+    assert not starts_early()
+    with pytest.raises(KeyError), launch.early_launches():
+        raise KeyError
+    assert not starts_early()
+
+
+def test_the_engines_graph_is_captured_with_early_launches(monkeypatch):
+    """Without a GPU: what a step would be launched like, where the loop would try and capture it."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(GraphLoop, "_capture", lambda loop: seen.append(starts_early()))
+    GraphLoop(SimpleNamespace(device=torch.device("cpu")), Sampler())
+    assert seen == [True]
+    assert not starts_early()
