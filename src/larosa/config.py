@@ -248,6 +248,18 @@ class CalibrationRecord(_Block):
     seed: int
 
 
+class RecoveryRecord(_Block):
+    """What the model was trained on after conversion; kept for the record, never read again."""
+
+    source: str
+    num_sequences: int = Field(gt=0)
+    sequence_length: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    seed: int
+
+
 class LarosaConfig(_Block):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
@@ -278,6 +290,7 @@ class LarosaConfig(_Block):
     prefill: Prefill = Prefill.SPARSE
     dense_first_token: bool = False
     calibration: CalibrationRecord | None = None
+    recovery: RecoveryRecord | None = None
 
     @field_validator("keep", "thresholds")
     @classmethod

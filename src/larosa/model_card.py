@@ -93,6 +93,12 @@ def model_card(
         settings["calibration"] = (
             f"{record.source}, {record.num_sequences} x {record.sequence_length} tokens, seed {record.seed}"
         )
+    if block.recovery is not None:
+        trained = block.recovery
+        settings["recovery"] = (
+            f"{trained.steps} steps of {trained.batch} x {trained.sequence_length} tokens from {trained.source}, "
+            f"learning rate {trained.learning_rate:g}, seed {trained.seed}"
+        )
     text += "\n## Settings\n\n" + _table(("setting", "value"), [(k, str(v)) for k, v in settings.items()])
     text += "\n## What is skipped\n\n" + _table(
         ("", ""),

@@ -17,6 +17,7 @@ from larosa.cli.demo import demo
 from larosa.cli.evaluate import evaluate
 from larosa.cli.generate import generate
 from larosa.cli.inspect import inspect
+from larosa.cli.recover import recover
 from larosa.cli.reproduce import reproduce
 from larosa.errors import LarosaError
 from larosa.version import __version__
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command("eval")(evaluate)
+app.command()(recover)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)

@@ -1,0 +1,372 @@
+"""Recovery: train a converted model towards the dense one through its own selections (knowledge distillation).
+
+Conversion itself trains nothing. Where more sparsity is wanted than a model bears, its weights can learn to do without
+the entries that are dropped: the loss is the divergence of its predictions from the dense model's, and gradients pass
+where entries are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+
+from larosa.architectures import Architecture, find_architecture
+from larosa.calibration import calibration_sequences
+from larosa.calibration.sources import BUNDLED, SELF
+from larosa.checkpoint import check_output, find_device, load, load_config, save
+from larosa.config import LarosaConfig, RecoveryRecord
+from larosa.context import context_length
+from larosa.errors import LarosaError
+from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.evaluation.zeros import sparse_prompts
+from larosa.finite import not_finite
+from larosa.memory import peak_memory
+from larosa.model_card import model_card
+from larosa.progress import advance
+from larosa.sparsity.report import inspect_config
+
+#: Sequences that are never trained on, by which training is stopped.
+_HELD_OUT = 16
+#: Evaluations in a row without a gain that end it.
+_PATIENCE = 3
+#: Positions whose logits are held at a time, to bound memory on large vocabularies.
+_POSITIONS = 512
+#: Sequences sampled from the model at a time.
+_SAMPLED = 64
+_STATE_SUFFIX = ".recovery.pt"
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How a recovery trains.
+
+    `data` is a calibration source; `num_sequences` of `sequence_length` tokens are read from it, `batch` of them a
+    step. The held-out divergence is measured every `evaluate_every` steps.
+    """
+
+    data: str = SELF
+    num_sequences: int = 512
+    sequence_length: int = 512
+    steps: int = 300
+    batch: int = 16
+    learning_rate: float = 1e-4
+    evaluate_every: int = 25
+    seed: int = 0
+
+    def checked(self, context: int) -> RecoverySettings:
+        """These, if they make sense, with sequences that a model of so large a context takes.
+
+        Raises:
+            LarosaError: a number out of range.
+        """
+        for name in ("num_sequences", "steps", "batch", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise LarosaError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1:
+            raise LarosaError(f"--learning-rate {self.learning_rate:g}: give a number between 0 and 1, as 1e-4")
+        if not 2 <= self.sequence_length <= context:
+            raise LarosaError(
+                f"--sequence-length {self.sequence_length} is outside the model's context of 2 to {context}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery gained: held-out divergences in nats per token, and measurements on the bundled text."""
+
+    output: str
+    larosa: dict[str, Any]
+    held_out_before: float
+    held_out_after: float
+    steps: int
+    before: Evaluation
+    after: Evaluation
+    peak_memory_bytes: dict[str, int]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def recover_checkpoint(
+    source: str,
+    output: Path,
+    *,
+    reference: str,
+    settings: RecoverySettings,
+    device: str = "auto",
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> RecoveryReport:
+    """Train a converted checkpoint towards the dense one it came from, into a new folder.
+
+    Training keeps its state beside `output`, so that the same call goes on where an interrupted one stopped.
+
+    Args:
+        source: folder or hub name of a converted model; it is trained in float32 and written in its own dtype.
+        output: a folder that does not exist yet.
+        reference: folder or hub name of the dense model, or a GGUF file.
+        settings: how to train.
+        device: where both models are.
+
+    Raises:
+        LarosaError: anything a user can mend, or no step has lowered the held-out divergence.
+    """
+    started = time.perf_counter()
+    check_output(output, max_shard_size)
+    stored_as = load_config(source, trust_remote_code=trust_remote_code).dtype
+    loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    model, tokenizer = load(source, dtype="float32", **loading)
+    # A CPU multiplies faster in float32; a GPU has better use for the memory.
+    dense = load(reference, dtype="float32" if find_device(device).type == "cpu" else "auto", **loading).model
+    block = _check_pair(source, reference, model, dense)
+    settings = settings.checked(context_length(model.config))
+    windows = evaluation_windows(model, tokenizer, BUNDLED, min(512, context_length(model.config)), 8)
+    recorded = RecordedLogits(dense, windows)
+    dense_loss, before = evaluate_windows(dense, windows, None), evaluate_windows(model, windows, recorded)
+    sequences = _sequences(dense, tokenizer, settings)
+    state = output.with_name(output.name + _STATE_SUFFIX)
+    training = Training(model, dense, sequences, settings, state)
+    training.run()
+    if training.best >= training.history[0]:
+        raise LarosaError(
+            f"{settings.steps} steps have not lowered the held-out divergence of {training.history[0]:.4f}: "
+            "give another --learning-rate or more text"
+        )
+    model.to(stored_as or torch.float32)
+    record = RecoveryRecord(
+        source=settings.data,
+        num_sequences=settings.num_sequences,
+        sequence_length=settings.sequence_length,
+        steps=training.best_step,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+    )
+    block = block.model_copy(update={"recovery": record})
+    model.config.larosa = block.model_dump(mode="json")
+    after = evaluate_windows(model, windows, recorded)
+    card = model_card(output.name, reference, block, inspect_config(model.config), dense_loss, after)
+    save(model, tokenizer, output, card, max_shard_size, source=source, trust_remote_code=trust_remote_code)
+    state.unlink(missing_ok=True)
+    return RecoveryReport(
+        output=str(output),
+        larosa=model.config.larosa,
+        held_out_before=training.history[0],
+        held_out_after=training.best,
+        steps=training.best_step,
+        before=before,
+        after=after,
+        peak_memory_bytes=peak_memory(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_pair(source: str, reference: str, model: Any, dense: Any) -> LarosaConfig:
+    if getattr(model.config, "larosa", None) is None:
+        raise LarosaError(f"{source}: not a converted model; convert it first, then recover what that lost")
+    if getattr(dense.config, "larosa", None) is not None:
+        raise LarosaError(f"{reference}: a converted model, but --reference is the dense one")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        if getattr(model.config, name) != getattr(dense.config, name):
+            raise LarosaError(
+                f"{reference}: {name} is {getattr(dense.config, name)}, in {source} it is "
+                f"{getattr(model.config, name)}: not the model it was converted from"
+            )
+    return LarosaConfig.parse(model.config.larosa)
+
+
+def _sequences(dense: Any, tokenizer: Any, settings: RecoverySettings) -> torch.Tensor:
+    """Token sequences [held out + trained on, length]."""
+    wanted = _HELD_OUT + settings.num_sequences
+    shared = {"sequence_length": settings.sequence_length}
+    if settings.data != SELF:
+        return calibration_sequences(
+            settings.data, dense, tokenizer, num_sequences=wanted, seed=settings.seed, **shared
+        )
+    parts = [
+        calibration_sequences(
+            SELF, dense, tokenizer, num_sequences=min(_SAMPLED, wanted - at), seed=settings.seed + at, **shared
+        )
+        for at in range(0, wanted, _SAMPLED)
+    ]
+    return torch.cat(parts)
+
+
+class Training:
+    """Distillation of `dense` into `model`, in place; after `run` the model is the best that was seen.
+
+    Args:
+        model: converted, in float32.
+        dense: the reference, on the same device.
+        sequences: token ids [number, length], of which the first `_HELD_OUT` are held out.
+        settings: how to train.
+        state: the file that training goes on from and keeps its state in.
+    """
+
+    def __init__(
+        self, model: Any, dense: Any, sequences: torch.Tensor, settings: RecoverySettings, state: Path
+    ) -> None:
+        self._model, self._dense, self._settings, self._state = model, dense, settings, state
+        self._architecture = find_architecture(model.config.model_type)
+        self._device = self._architecture.embedding(model).weight.device
+        self._held_out, self._trained = sequences[:_HELD_OUT], sequences[_HELD_OUT:]
+        self._weights = dict(_trainable(model, self._architecture))
+        for weight in self._weights.values():
+            weight.requires_grad_(True)
+        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self._optimizer.param_groups[0]["weight_decay"] = 0.0
+        #: The held-out divergence before the first step and at each evaluation since.
+        self.history: list[float] = []
+        self.best = math.inf
+        self.best_step = 0
+        self._best_weights: dict[str, torch.Tensor] = {}
+        self._step = 0
+
+    def run(self) -> None:
+        """Train to the end, or until the held-out divergence has not fallen for some evaluations.
+
+        Raises:
+            LarosaError: the loss is NaN or Inf, or the state on disk is of other settings.
+        """
+        self._resume()
+        settings = self._settings
+        with advance("Recovering", total=settings.steps) as tick, sparse_prompts(self._model):
+            if not self.history:
+                self._evaluate()
+            for _ in range(self._step):
+                tick()
+            while self._step < settings.steps and not self._stalled():
+                self._train_step()
+                tick()
+                if self._step % settings.evaluate_every == 0 or self._step == settings.steps:
+                    self._evaluate()
+                    self._save()
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(self._best_weights[name])
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    def _stalled(self) -> bool:
+        return len(self.history) > _PATIENCE and min(self.history[-_PATIENCE:]) > self.best
+
+    def _train_step(self) -> None:
+        settings = self._settings
+        chance = torch.Generator().manual_seed(settings.seed + self._step)
+        rows = torch.randperm(len(self._trained), generator=chance)[: settings.batch]
+        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * _schedule(self._step, settings.steps)
+        for row in rows:
+            self._divergence(self._trained[row], backwards=lambda loss: (loss / len(rows)).backward())
+        torch.nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+
+    def _evaluate(self) -> None:
+        with torch.no_grad():
+            found = sum(self._divergence(ids) for ids in self._held_out) / len(self._held_out)
+        if not math.isfinite(found):
+            raise not_finite("the divergence while recovering is", torch.float32)
+        self.history.append(found)
+        if found < self.best:
+            self.best, self.best_step = found, self._step
+            self._best_weights = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    def _divergence(self, ids: torch.Tensor, backwards: Callable[[torch.Tensor], None] | None = None) -> float:
+        """KL divergence from the dense model on one sequence, nats per token; `backwards` gets it piece by piece."""
+        decoders = [self._architecture.decoder(model) for model in (self._dense, self._model)]
+        ids = ids[None].to(self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            with torch.no_grad():
+                expected = decoders[0](ids, use_cache=False).last_hidden_state[0]
+            hidden = decoders[1](ids, use_cache=False).last_hidden_state[0]
+            total, leaf = 0.0, hidden.detach().requires_grad_(backwards is not None)
+            for rows in torch.arange(len(hidden)).split(_POSITIONS):
+                log_p = self._architecture.head(self._model)(leaf[rows]).float().log_softmax(-1)
+                with torch.no_grad():
+                    dense_head = self._architecture.head(self._dense)
+                    target = dense_head(expected[rows].to(dense_head.weight.dtype)).float().log_softmax(-1)
+                loss = F.kl_div(log_p, target, log_target=True, reduction="sum") / len(hidden)
+                if backwards is not None:
+                    backwards(loss)
+                total += float(loss.detach())
+        if backwards is not None:
+            hidden.backward(leaf.grad)
+        return total
+
+    def _identity(self) -> dict[str, Any]:
+        first = next(iter(self._weights.values()))
+        return {
+            **asdict(self._settings),
+            "tokens": int(self._trained.sum()),
+            "weights": len(self._weights),
+            "shape": list(first.shape),
+        }
+
+    def _save(self) -> None:
+        content = {
+            "settings": self._identity(),
+            "step": self._step,
+            "history": self.history,
+            "best": (self.best, self.best_step),
+            "weights": {name: weight.detach() for name, weight in self._weights.items()},
+            "best_weights": self._best_weights,
+            "optimizer": self._optimizer.state_dict(),
+        }
+        partial = self._state.with_name(self._state.name + ".partial")
+        try:
+            torch.save(content, partial)
+            os.replace(partial, self._state)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
+            partial.unlink(missing_ok=True)
+            raise LarosaError(f"{self._state}: the state of training cannot be written ({error})") from None
+
+    def _resume(self) -> None:
+        if not self._state.exists():
+            return
+        try:
+            content = torch.load(self._state, map_location=self._device, weights_only=True)
+            settings = content["settings"]
+        except Exception:  # of many types: a damaged file
+            raise LarosaError(f"{self._state}: not the state of a recovery; delete it") from None
+        if settings != self._identity():
+            changed = ", ".join(sorted(key for key, value in self._identity().items() if settings.get(key) != value))
+            raise LarosaError(
+                f"{self._state}: a recovery with other settings ({changed}); delete it or go on with them"
+            )
+        self._step, self.history = content["step"], content["history"]
+        self.best, self.best_step = content["best"]
+        self._best_weights = content["best_weights"]
+        self._optimizer.load_state_dict(content["optimizer"])
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(content["weights"][name])
+
+
+def _trainable(model: Any, architecture: Architecture) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Weights, biases and gains of the decoder's layers and the last norm; scores decide, and are not trained."""
+    for index, layer in enumerate(architecture.layers(model)):
+        for name, parameter in layer.named_parameters():
+            if parameter.is_floating_point() and name.rpartition(".")[2] not in ("score", "scale"):
+                yield f"{index}.{name}", parameter
+    for name, parameter in architecture.final_norm(model).named_parameters():
+        yield f"norm.{name}", parameter
+
+
+def _schedule(step: int, steps: int) -> float:
+    """The learning rate's factor: a linear warm-up, then half a cosine down to a tenth."""
+    warm = max(steps // 20, 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
