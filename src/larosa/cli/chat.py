@@ -65,7 +65,7 @@ def chat(
     options.note_unused_settings(loaded)
     interactive = sys.stdin.isatty()
     if interactive:
-        stderr.print(_HELP, highlight=False)
+        stderr.print(_HELP, highlight=False, soft_wrap=True)
         with suppress(ImportError):
             import readline  # noqa: F401 - with it, input() edits lines and remembers them
     while True:

@@ -110,7 +110,7 @@ class _SparseModel(_LoadedByShim):
         if config.tie_word_embeddings:
             raise LarosaError("config.json, key 'tie_word_embeddings': must be false, rotation unties them")
         if getattr(config, "quantization_config", None) is not None:
-            # Quantizers replace every linear, by its class, and with it what sparsifies its input.
+            # Quantizers know linears by their class: a SparseLinear would stay as it is, and the rest is untried.
             raise LarosaError("a converted model is not quantized as it is loaded: leave quantization_config out")
         super().__init__(config)  # type: ignore[call-arg]
         sparsify_layers(self, find_architecture(config.model_type), block)  # type: ignore[arg-type]
