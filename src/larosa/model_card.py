@@ -25,7 +25,8 @@ pipeline_tag: text-generation
 {base} sparsified by larosa {version}{method}: {weights:.1%} of the decoder's weights are not read
 per token{fluctuating}.
 
-This checkpoint needs the larosa package. `pip install larosa`, then
+This checkpoint needs the larosa package: `pip install larosa`. Tools load it with `trust_remote_code=True`
+(`modeling_larosa.py` imports that package and does nothing else), Python code also after `import larosa`:
 
 ```python
 import larosa

@@ -6,7 +6,7 @@ import torch
 from larosa.decoding import Engine
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.loop import continue_prompt
-from larosa.decoding.sampling import Sampler
+from larosa.decoding.sampling import Sampler, Sampling
 from larosa.errors import LarosaError
 
 pytestmark = pytest.mark.gpu
@@ -23,10 +23,20 @@ def prompts(token_ids):
     return [token_ids(1, length, seed=length) for length in (3, 17, 1)]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.8, 1.0), (1.0, 0.7)])
-def test_gives_the_tokens_of_separate_steps(model, token_ids, temperature, top_p):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.8, seed=7),
+        Sampling(1.0, top_p=0.7, seed=7),
+        Sampling(repetition_penalty=1.5),
+        Sampling(1.0, 20, 0.9, 0.02, 1.5, seed=7),
+    ],
+    ids=["greedy", "drawn", "top_p", "penalised", "all"],
+)
+def test_gives_the_tokens_of_separate_steps(model, token_ids, sampling):
     for prompt in prompts(token_ids):
-        samplers = [Sampler(temperature, top_p, seed=7, device=DEVICE, kernels=kernels) for kernels in (False, True)]
+        samplers = [Sampler(sampling, device=DEVICE, kernels=kernels) for kernels in (False, True)]
         expected = list(continue_prompt(Engine(model, 64), prompt, 40, samplers[0]))
         assert list(GraphLoop(Engine(model, 64), samplers[1]).continue_prompt(prompt, 40)) == expected
 

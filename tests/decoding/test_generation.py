@@ -126,7 +126,7 @@ def test_stops_after_an_end_token(make_model, tokenizer, engine, several):
     end = expected[7]
     model.generation_config.eos_token_id = [end, 3] if several else end
     result = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=12, engine=engine)
-    assert result.tokens == expected.index(end) + 1
+    assert (result.tokens, result.finish_reason) == (expected.index(end) + 1, "stop")
 
 
 @pytest.mark.parametrize("ends", [None, 2, [2, 5]])
@@ -137,12 +137,56 @@ def test_end_tokens_of_a_generation_configuration(make_model, ends):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_settings_for_chatting_do_not_apply(make_model, tokenizer, engine):
-    model = make_model("llama")
-    options = {"max_new_tokens": 12, "engine": engine}
-    expected = larosa.generate(model, tokenizer, "w9", **options).text
-    model.generation_config.update(do_sample=True, top_k=3, repetition_penalty=3.0, no_repeat_ngram_size=1)
+def test_the_checkpoints_settings_apply_as_in_transformers(make_model, tokenizer, engine):
+    model, ids = make_model("llama"), torch.tensor([tokenizer("w9 w10")["input_ids"]])
+    model.generation_config.update(repetition_penalty=1.7, top_k=3, eos_token_id=None)
+    expected = tokenizer.decode(model.generate(ids, max_new_tokens=20)[0, 2:], skip_special_tokens=True)
+    plain = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=20, engine=engine, repetition_penalty=1.0)
+    found = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=20, engine=engine)
+    assert found.text == " " + expected != plain.text
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stop_string_ends_the_text_and_is_not_in_it(make_model, tokenizer, engine):
+    model, pieces = make_model("llama"), []
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 20, "engine": engine}
+    whole = larosa.generate(model, tokenizer, "w9", **options)
+    assert whole.finish_reason == "length"
+    words = whole.text.split(" ")
+    stop = f"{words[6][1:]} {words[7][:-1]}"  # from within a token to within the next
+    expected = whole.text[: whole.text.index(stop)]
+    for given in ([stop], ["w9999", stop, "never"]):
+        pieces.clear()
+        result = larosa.generate(model, tokenizer, "w9", stop=given, on_text=pieces.append, **options)
+        assert result.text == "".join(pieces) == expected
+        assert result.finish_reason == "stop"
+        assert result.tokens < 20
+    model.generation_config.stop_strings = stop
     assert larosa.generate(model, tokenizer, "w9", **options).text == expected
+
+
+def test_a_stop_string_that_does_not_come_changes_nothing(make_model, tokenizer):
+    model = make_model("llama")
+    model.generation_config.eos_token_id = None
+    expected = larosa.generate(model, tokenizer, "w9", max_new_tokens=12).text
+    stop = expected[-3:] + "never"  # the end of the text is its beginning
+    assert larosa.generate(model, tokenizer, "w9", max_new_tokens=12, stop=[stop]).text == expected
+
+
+def test_a_special_token_is_a_stop_string_too(make_model, tokenizer):
+    model, ids = make_model("llama"), torch.tensor([tokenizer("w9 w10")["input_ids"]])
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight[2] = 3 * model.lm_head.weight[greedy(model, ids, 6)[-1]]
+    tokens = greedy(model, ids, 12)
+    assert 2 in tokens
+    result = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=12, stop=["</s>"])
+    assert (result.tokens, result.finish_reason) == (tokens.index(2) + 1, "stop")
+
+
+def test_an_empty_stop_string(make_model, tokenizer):
+    with pytest.raises(LarosaError, match="--stop must not be empty"):
+        larosa.generate(make_model("llama"), tokenizer, "w9", stop=["x", ""])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -186,15 +230,16 @@ def test_a_stopped_generation_leaves_nothing_broken(make_model, quick_convert, t
     expected = list(continue_prompt(engine, ids, 20, Sampler()))
 
     for after in (0, 3):
-        draw, calls = Sampler(), iter(range(20))
+        calls = iter(range(20))
 
-        def interrupted(logits, draw=draw, calls=calls, after=after):
-            if next(calls) == after:
-                raise KeyboardInterrupt
-            return draw(logits)
+        class Interrupted(Sampler):
+            def __call__(self, logits, calls=calls, after=after):
+                if next(calls) == after:
+                    raise KeyboardInterrupt
+                return super().__call__(logits)
 
         with pytest.raises(KeyboardInterrupt):
-            list(continue_prompt(engine, ids, 20, interrupted))
+            list(continue_prompt(engine, ids, 20, Interrupted()))
         assert list(continue_prompt(engine, ids, 20, Sampler())) == expected
 
 

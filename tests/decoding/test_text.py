@@ -19,14 +19,16 @@ def bytes_tokenizer():
     return AutoTokenizer.from_pretrained(bundled_model())
 
 
-def stream(tokenizer, prompt, tokens):
+def stream(tokenizer, prompt, tokens, stop=()):
     pieces = []
-    output = TextStream(tokenizer, prompt, pieces.append)
+    output = TextStream(tokenizer, prompt, pieces.append, stop)
     for token in tokens:
         output.put(token)
+        if output.stopped:
+            break
     output.end()
     assert "".join(pieces) == output.text
-    assert output.tokens == len(tokens)
+    assert output.stopped or output.tokens == len(tokens)
     return output.text, pieces
 
 
@@ -47,6 +49,15 @@ def test_any_text(bytes_tokenizer, text, cut):
     if not before.endswith("\ufffd"):
         whole = bytes_tokenizer.decode(ids, skip_special_tokens=True)
         assert before + stream(bytes_tokenizer, ids[:cut], ids[cut:])[0] == whole
+
+
+@given(text=st.text("ab 日🙂é", max_size=30), stop=st.lists(st.text("ab 日🙂é", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_first_stop_string(bytes_tokenizer, text, stop):
+    ids = bytes_tokenizer(text)["input_ids"]
+    found, _ = stream(bytes_tokenizer, [], ids, stop)
+    # One token may hold several: then that which is complete first counts.
+    ends = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
+    assert found == text[: min(ends)[1] if ends else None]
 
 
 def test_a_character_cut_off_at_the_end_is_shown_as_such(bytes_tokenizer):
@@ -103,6 +114,21 @@ class TestByteFallback:
             found, pieces = stream(fallback, ids[:cut], ids[cut:])
             assert before + found == text
             assert max(map(len, pieces), default=0) <= 2  # as it comes, not all at the end
+
+    @pytest.mark.parametrize(
+        ("text", "stop", "expected"),
+        [
+            ("abc 🙂🙂 def", "🙂 d", "abc 🙂"),
+            ("ភាសាខ្មែរ abc", "ខ្", "ភាសា"),
+            ("日本語 abc", "本", "日"),
+            ("日本語 abc", "c日", "日本語 abc"),
+        ],
+    )
+    def test_stop_strings_of_several_bytes(self, fallback, text, stop, expected):
+        ids = fallback(text)["input_ids"]
+        found, pieces = stream(fallback, ids[:1], ids[1:], [stop])
+        assert found == expected
+        assert not any("\ufffd" in piece for piece in pieces)
 
     def test_a_long_word_that_the_prompt_ends_in(self, fallback):
         ids = fallback("ភាសាខ្មែរ" * 20)["input_ids"]

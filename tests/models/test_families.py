@@ -100,27 +100,6 @@ def test_checkpoints_are_sharded(saved):
         assert len(list((saved / family).glob("*.safetensors"))) > 2
 
 
-def test_without_the_import_loading_fails_and_says_what_to_install(saved):
-    code = """
-import sys
-from transformers import AutoConfig, AutoModelForCausalLM
-answers = []
-for auto in (AutoModelForCausalLM, AutoConfig):
-    for trust in (None, True, False):
-        try:
-            auto.from_pretrained(sys.argv[1], trust_remote_code=trust)
-        except Exception as error:
-            answers.append("pip install larosa" in str(error))
-        else:
-            answers.append("loaded")
-print("answers", answers)
-assert "larosa" not in sys.modules
-"""
-    result = run_python(code, saved / "llama")
-    assert result.returncode == 0, result.stderr
-    assert f"answers {[True] * 6}" in result.stdout, result.stdout
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loads_in_this_process_in_evaluation_mode_with_the_block(saved, family):
     model = AutoModelForCausalLM.from_pretrained(saved / family, device_map={"": "cpu"})

@@ -6,6 +6,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
 import larosa
 from larosa import PerSite
 from larosa.config import SITES
+from larosa.models import SparseLinear
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.report import inspect_config, sparsity_of
 
@@ -126,7 +127,7 @@ def test_counts_equal_a_walk_over_the_modules(make_model, quick_convert, model_t
     for index, layer in enumerate(model.model.layers):
         scores += sum(p.numel() for name, p in layer.named_parameters() if name.endswith("score"))
         for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear | SparseLinear):
                 continue
             if name.endswith("adapter"):
                 adapters += module.weight.numel()
@@ -168,7 +169,7 @@ def test_expected_sparsity_of_thresholds_equals_a_walk_over_the_modules(make_mod
     total = skipped = 0
     for index, layer in enumerate(teal.model.layers):
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | SparseLinear):
                 total += module.weight.numel()
                 skipped += module.weight.numel() * dropped[SITE_OF[name.rpartition(".")[2]]][index]
     report = larosa.inspect(teal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None
         module: whose linears and embedding of 16 bits are meant; with others, or off the CPU, nothing changes.
         device: where it runs.
     """
-    changed: list[nn.Linear] = []
+    changed: list[nn.Module] = []
     hooks = []
     try:
         for part in module.modules() if device.type == "cpu" else ():
@@ -29,8 +30,8 @@ def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None
             if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
                 continue
             # A forward of its own (someone's wrapper, or this one further out) stays.
-            if isinstance(part, nn.Linear) and "forward" not in vars(part):
-                part.forward = partial(_wide_linear, part)  # type: ignore[method-assign]
+            if (isinstance(part, nn.Linear) or _selector(part) is not None) and "forward" not in vars(part):
+                part.forward = partial(_wide_linear, part)
                 changed.append(part)
             elif isinstance(part, nn.Embedding):
                 hooks.append(part.register_forward_hook(lambda _module, _inputs, output: output.float()))
@@ -42,7 +43,12 @@ def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None
             hook.remove()
 
 
-def _wide_linear(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    selector = getattr(linear, "selector", None)  # of a `SparseLinear`
+def _selector(part: nn.Module) -> nn.Module | None:
+    """That of a `SparseLinear`, which is no `nn.Linear` and has a weight; others have none."""
+    return getattr(part, "selector", None)
+
+
+def _wide_linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    selector = _selector(linear)
     bias = None if linear.bias is None else linear.bias.float()
     return F.linear(x if selector is None else selector(x), linear.weight.float(), bias)

@@ -82,15 +82,15 @@ def check_text(text: str, name: str) -> None:
         raise LarosaError(f"{name}: not UTF-8 text (character {error.start + 1})") from None
 
 
-def tokenize(text: str, tokenizer: Any, vocab_size: int) -> torch.Tensor:
-    """All of `text` as one row of token ids, int64, with the tokenizer's usual special tokens.
+def tokenize(text: str, tokenizer: Any, vocab_size: int, special: bool = True) -> torch.Tensor:
+    """All of `text` as one row of token ids, int64, with the tokenizer's usual special tokens unless not `special`.
 
     Raises:
         LarosaError: it is no Unicode text, or an id is outside the model's vocabulary.
     """
     check_text(text, "the text")
     # verbose=False: a text longer than the model's context is meant, it is cut into windows.
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= vocab_size:
         raise LarosaError(
             f"the tokenizer gives token id {int(ids.max())} but the model's vocabulary has {vocab_size}: "

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from larosa.cli.bench import bench
+from larosa.cli.chat import chat
 from larosa.cli.convert import convert
 from larosa.cli.demo import demo
 from larosa.cli.evaluate import evaluate
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command("eval")(evaluate)
 app.command()(recover)
 app.command()(generate)
+app.command()(chat)
 app.command()(inspect)
 app.command()(demo)
 app.command()(reproduce)
@@ -67,6 +69,9 @@ def _prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+    # What is no text where text is read is refused by name.
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     # As an interrupt does, so that what is half-written is removed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)

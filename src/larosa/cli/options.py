@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from larosa.benchmarks.results import DecodeRow
-from larosa.decoding import CacheDtype
+from larosa.decoding import CacheDtype, EngineName, Generation
+from larosa.decoding.sampling import unused_settings
 from larosa.errors import LarosaError
+from larosa.progress import stderr
 from larosa.sparsity.report import Sparsity
 
 #: Names, paths and text are printed as they are: what looks like markup in them is none.
@@ -44,6 +46,20 @@ KvCacheDtype = Annotated[
     CacheDtype,
     typer.Option("--kv-cache-dtype", help="How larosa's engine keeps keys and values; auto is as the weights."),
 ]
+EngineOption = Annotated[
+    EngineName | None,
+    typer.Option("--engine", help="What runs the model; larosa's own engine where the device has kernels for it."),
+]
+#: Of these None is what the checkpoint's generation_config.json says.
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy. Default: as generation_config.json, like the other options of sampling; else 0."),
+]
+TopK = Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens; 0: from all.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set of tokens this probable.")]
+MinP = Annotated[float | None, typer.Option(help="Sample from tokens this times as probable as the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens of the text so far less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in the checkpoint to run; never needed by larosa.")
@@ -68,6 +84,18 @@ def write_text(text: str) -> None:
     """Write a model's text to standard output, untouched: rich would expand tabs and drop carriage returns."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def tell_speed(result: Generation) -> None:
+    """How many tokens came, how fast and by what, on standard error."""
+    speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
+    stderr.print(f"{result.tokens} tokens{speed}, {result.engine} engine", highlight=False)
+
+
+def note_unused_settings(model: Any) -> None:
+    """Say on standard error what of the checkpoint's generation settings has no effect here."""
+    if unused := unused_settings(model.generation_config):
+        stderr.print(f"Not used of generation_config.json: {', '.join(unused)}", highlight=False, soft_wrap=True)
 
 
 def check_json_file(path: Path | None) -> None:

@@ -34,6 +34,7 @@ class GraphLoop:
         self._position = torch.zeros(1, dtype=torch.int64, device=engine.device)
         # A step's operators follow each other as early launches ask for it.
         with torch.cuda.device(engine.device), sampler.unchanged(), early_launches():
+            sampler.start(torch.zeros(1, 0, dtype=torch.int64), engine.vocabulary)  # its memory, before it is captured
             self._graph = self._capture()
 
     @torch.inference_mode()
@@ -66,7 +67,9 @@ class GraphLoop:
     def start(self, prompt: torch.Tensor) -> None:
         """Run a prompt [1, length] and draw the first token, without waiting for it."""
         with torch.cuda.device(self._engine.device):
-            self._token.copy_(self._sampler(self._engine.prefill(prompt)))
+            logits = self._engine.prefill(prompt)
+            self._sampler.start(prompt, logits.shape[-1])
+            self._token.copy_(self._sampler(logits))
             self._position.fill_(prompt.shape[1])
 
     def advance(self) -> None:

@@ -67,6 +67,11 @@ class Engine:
         """Whether steps can be captured: on a GPU, products wait for how many entries are above a threshold."""
         return self._replays or not any(layer.compares for layer in self._layers)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        return len(self._embedding)
+
     @torch.inference_mode()
     def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         """Run a prompt and keep its keys and values, in place of all that was kept before.

@@ -41,6 +41,7 @@ def continue_prompt(
         LarosaError: the prompt does not fit the engine, or the logits are NaN or Inf.
     """
     logits = engine.prefill(prompt)
+    sampler.start(prompt, logits.shape[-1])
     position = torch.tensor([prompt.shape[1]], device=engine.device)
     for drawn in range(1, max_new_tokens + 1):
         token = sampler(logits)

@@ -3,69 +3,183 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from larosa.errors import LarosaError
 from larosa.ops.greedy import NO_TOKEN
 
+#: What divides logits is no less, so that it is not rounded to zero; the likeliest token has everything long before.
+_LEAST_TEMPERATURE = 1e-30
 
-class Sampler:
-    """Draws tokens: greedily at temperature 0, else from the smallest set of tokens with `top_p` probability.
+#: What `model.generate` keeps where neither a checkpoint nor its caller says how many.
+_TOP_K = 50
 
-    Its own generator makes it follow its seed alone.
+#: What else generation settings can say about which token comes next, and the values that mean nothing.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+}
+
+
+def unused_settings(config: Any) -> list[str]:
+    """The names of a checkpoint's generation settings that would change its text elsewhere and do not here."""
+    return [name for name, idle in _UNUSED.items() if getattr(config, name, None) not in (None, *idle)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; what transformers' logits processors of these names do, in their order.
 
     Args:
-        temperature: divides the logits.
-        top_p: in (0, 1].
+        temperature: divides the logits; 0 takes the likeliest token, whatever top_k, top_p, min_p and seed are.
+        top_k: keep so many of the likeliest tokens, and those that are as likely as the last of them; 0 keeps all.
+        top_p: of those keep the smallest set with this much of their probability, in (0, 1].
+        min_p: of those keep what is at least this times as likely as the likeliest, in [0, 1].
+        repetition_penalty: before all else, divides positive logits of tokens in the prompt or the text so far, and
+            multiplies negative ones; above 0, and 1 does nothing.
         seed: of the generator; the same seed and logits give the same tokens on the same device.
+
+    Raises:
+        LarosaError: one is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(field.default, int)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+                raise LarosaError(f"{field.name} must be a {'whole ' if whole else ''}number, not {value!r}")
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0")
+        _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "in [-2^63, 2^64)")
+
+    @classmethod
+    def of(cls, config: Any, **given: Any) -> Sampling:
+        """What is given, and for what is None what `model.generate` takes from a checkpoint's generation settings.
+
+        Where they say `do_sample` that is temperature 1 and top_k 50 for want of others. Else it is temperature 0, and
+        what they say beside that takes effect once a temperature is given.
+
+        Args:
+            config: a transformers `GenerationConfig`.
+            given: fields of this class.
+
+        Raises:
+            LarosaError: one is out of its range.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        names = [field.name for field in fields(cls) if field.name not in ("seed", *chosen)]
+        usual = {"temperature": 1.0, "top_k": _TOP_K} if config.do_sample else {}
+        read = usual | {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+        if not config.do_sample:
+            read["temperature"] = 0.0
+        try:
+            found = cls(**{name: read[name] for name in names if name in read})
+        except LarosaError as error:
+            raise LarosaError(f"generation_config.json: {error}") from None
+        return replace(found, **chosen)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def _check(name: str, value: float, right: bool, wanted: str) -> None:
+    if not right:
+        raise LarosaError(f"{name} must be {wanted}, not {value}")
+
+
+class Sampler:
+    """Draws the tokens of a text, or of several at once.
+
+    Its own generator makes it follow its seed alone. With a repetition penalty it keeps track of the tokens that it has
+    drawn: `start` begins a new text.
+
+    Args:
         banned: token ids that are never drawn.
         device: of the logits.
         kernels: take the likeliest token by `torch.ops.larosa.greedy`, for which a GPU's kernels must be there.
-
-    Raises:
-        LarosaError: an option is out of its range.
     """
 
     def __init__(
         self,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
+        *,
         banned: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
         kernels: bool = False,
     ) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise LarosaError(f"--temperature must be at least 0, not {temperature:g}")
-        if not 0 < top_p <= 1:
-            raise LarosaError(f"--top-p must be in (0, 1], not {top_p:g}")
-        self._temperature = temperature
-        self._top_p = top_p
+        self._sampling = sampling or Sampling()
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
         self._kernels = kernels
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self._device = device
+        self._seen: torch.Tensor | None = None
+        self.generator = torch.Generator(device).manual_seed(self._sampling.seed)
+
+    def start(self, prompts: torch.Tensor, vocabulary: int) -> None:
+        """Begin texts after prompts [B, length] int64, with logits [B, vocabulary] for each next token.
+
+        It may be left out without a repetition penalty. Where it is called again, the same memory is used.
+        """
+        if self._sampling.repetition_penalty == 1:
+            return
+        if self._seen is None or self._seen.shape != (len(prompts), vocabulary):
+            self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self._device)
+        self._seen.zero_().scatter_(1, prompts.to(self._device), True)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """The token drawn from logits [1, vocabulary] float32: [1] int64, `NO_TOKEN` where they are unusable."""
-        greedy = self._banned is None and self._temperature == 0
-        if greedy and self._kernels:
+        """The tokens drawn from logits [B, vocabulary] float32: [B] int64, `NO_TOKEN` where they are unusable."""
+        greedy = self._sampling.temperature == 0
+        changed = self._banned is not None or self._sampling.repetition_penalty != 1
+        if greedy and self._kernels and not changed:
             token: torch.Tensor = torch.ops.larosa.greedy(logits)
             return token
         # Of a row with NaN, the maximum is NaN.
         highest, best = logits.max(dim=-1)
         # On the CPU looking costs less than to go on without.
-        if greedy and logits.is_cpu and all(map(math.isfinite, highest.tolist())):
+        if greedy and not changed and logits.is_cpu and all(map(math.isfinite, highest.tolist())):
             return best
         usable = highest.isfinite()
-        if self._banned is not None:
-            logits = logits.index_fill(-1, self._banned, -torch.inf)
+        if changed:
+            logits = self.changed(logits)
             best = logits.argmax(dim=-1)
-        if self._temperature > 0:
-            logits = torch.where(usable[:, None], logits, 0)
-            best = self._draw(torch.softmax(logits / self._temperature, dim=-1))
+        if not greedy:
+            best = self._draw(torch.where(usable[:, None], logits, 0))
+        if self._seen is not None:
+            self._seen.scatter_(1, best[:, None], True)
         return torch.where(usable, best, NO_TOKEN)
 
     @contextmanager
@@ -75,24 +189,20 @@ class Sampler:
         yield
         self.generator.set_state(state)
 
-    def _draw(self, probabilities: torch.Tensor) -> torch.Tensor:
-        if self._top_p == 1:
-            return self._drawn_index(probabilities)
-        ranked, tokens = probabilities.topk(self._candidates(probabilities), dim=-1)
-        # A token belongs to the set if those before it do not reach top_p.
-        before = ranked.cumsum(dim=-1) - ranked
-        chosen = self._drawn_index(torch.where(before < self._top_p, ranked, 0))
-        return tokens.gather(-1, chosen[:, None])[:, 0]
+    def changed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [B, vocabulary] after the penalty and the ban, from which `candidates` goes on."""
+        penalty = self._sampling.repetition_penalty
+        if penalty != 1:
+            assert self._seen is not None, "a repetition penalty needs start()"
+            # An extreme penalty overflows.
+            penalised = torch.where(logits < 0, logits * penalty, logits / penalty).nan_to_num()
+            logits = torch.where(self._seen, penalised, logits)
+        return logits if self._banned is None else logits.index_fill(-1, self._banned, -torch.inf)
 
-    def _candidates(self, probabilities: torch.Tensor) -> int:
-        """How many tokens are likely enough for the set: all that are less so than this have not 1 - top_p together.
-
-        Few, as a rule, so that a large vocabulary need not be sorted; elsewhere than on the CPU counting would wait.
-        """
-        vocabulary = probabilities.shape[-1]
-        if probabilities.device.type != "cpu":
-            return vocabulary
-        return int((probabilities > (1 - self._top_p) / vocabulary).sum(dim=-1).max().clamp_min(1))
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        weights, tokens = candidates(logits, self._sampling)
+        drawn = self._drawn_index(weights)
+        return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
 
     def _drawn_index(self, weights: torch.Tensor) -> torch.Tensor:
         """An index of each row of `weights` [B, N], in proportion to them; never one whose weight is 0."""
@@ -100,3 +210,34 @@ class Sampler:
         shape = (len(weights), 1)
         drawn = torch.rand(shape, dtype=torch.float64, generator=self.generator, device=weights.device) * sums[:, -1:]
         return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp_max(weights.shape[-1] - 1)
+
+
+def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens that may be drawn from logits [B, vocabulary], by temperature, top_k, top_p and min_p.
+
+    Returns:
+        Weights [B, N], in proportion to which to draw, and their tokens [B, N], or None where they are in the
+        vocabulary's order. Tokens that are never drawn have no weight, or are not there.
+    """
+    highest = logits.amax(dim=-1, keepdim=True)
+    scores = (logits - highest) / max(sampling.temperature, _LEAST_TEMPERATURE)  # does not overflow upwards
+    vocabulary = logits.shape[-1]
+    if sampling.top_k:
+        last = scores.topk(min(sampling.top_k, vocabulary), dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < last, -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    if not sampling.truncates:
+        return probabilities, None
+    least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+    size = vocabulary
+    if logits.is_cpu:  # elsewhere counting would wait
+        # Few, as a rule, so that a large vocabulary need not be sorted: all that are less likely than this have not
+        # 1 - top_p together.
+        bound = least.clamp_min((1 - sampling.top_p) / vocabulary)
+        size = int(((probabilities >= bound) & (probabilities > 0)).sum(dim=-1).max().clamp_min(1))
+    ranked, tokens = probabilities.topk(size, dim=-1)
+    kept = ranked >= least
+    if sampling.top_p < 1:
+        # A token belongs to the set if those before it do not reach top_p.
+        kept &= ranked.cumsum(dim=-1) - ranked < sampling.top_p
+    return torch.where(kept, ranked, 0), tokens

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from larosa.decoding.stops import StopStrings
 
 #: What a tokenizer shows for the bytes of an incomplete character.
 _INCOMPLETE = "\ufffd"
@@ -24,16 +26,25 @@ class TextStream:
 
     Args:
         prompt: token ids that the text goes on from: many tokenizers drop the space before a first token.
-        on_text: called with each piece of text as soon as it is complete.
+        on_text: called with each piece of text as soon as it is complete, and cannot belong to a stop string.
+        stop: strings that end the text, and are not in it.
     """
 
-    def __init__(self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None] | None, stop: Sequence[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._pieces: list[str] = []
         self._times: list[float] = []
         self._last = self._context(prompt)
         self._pending: list[int] = []
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stop.stopped
 
     @property
     def text(self) -> str:
@@ -66,6 +77,7 @@ class TextStream:
         piece = self._pending_text()
         if piece:
             self._hand_on(piece)
+        self._write(self._stop.end())
 
     def _context(self, prompt: list[int]) -> list[int]:
         """The prompt's last tokens, from the beginning of a character on.
@@ -88,6 +100,11 @@ class TextStream:
 
     def _hand_on(self, piece: str) -> None:
         self._last, self._pending = self._pending, []
-        self._pieces.append(piece)
-        if self._on_text is not None:
-            self._on_text(piece)
+        if not self._stop.stopped:
+            self._write(self._stop.put(piece))
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            if self._on_text is not None:
+                self._on_text(text)

@@ -15,8 +15,6 @@ from larosa.models.modules import (
 )
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
 
-register_families()
-
 __all__ = [
     "DenseTokens",
     "Family",
@@ -28,6 +26,7 @@ __all__ = [
     "TopK",
     "column_norms",
     "family_of",
+    "register_families",
     "selectors",
     "set_adapter",
     "set_keep_counts",
@@ -35,3 +34,5 @@ __all__ = [
     "set_thresholds",
     "sparsify_layers",
 ]
+
+register_families()

@@ -8,8 +8,10 @@ own, checkpoints cannot load as something else by accident.
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -23,12 +25,8 @@ from larosa.errors import LarosaError
 from larosa.migrations import check_weights_follow, loading_weights, migrate_weights
 from larosa.models.modules import sparsify_layers
 
-#: transformers shows what stands before "--" when a checkpoint of an unknown type with an `auto_map` is
-#: loaded: the one place where a checkpoint can say what it needs. It names no repository, so nothing can
-#: be fetched or run, whatever `trust_remote_code` says.
-_LOAD_HINT = (
-    "This checkpoint needs larosa: run `pip install larosa` and `import larosa` before loading it; no remote code"
-)
+#: The file beside a checkpoint's configuration that imports the classes from here, for `trust_remote_code=True`.
+SHIM = Path(__file__).with_name("modeling_larosa.py")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class Family:
         config.larosa = block.model_dump(mode="json")
         config.tie_word_embeddings = False
         config.architectures = [self.causal_lm_class.__name__]
-        config.auto_map = self._auto_map()
         for module in model.modules():
             if getattr(module, "config", None) is dense:
                 module.config = config
@@ -60,22 +57,33 @@ class Family:
         model.all_tied_weights_keys = {}
         sparsify_layers(model, self.architecture, block)
 
-    def _auto_map(self) -> dict[str, str]:
-        """The `auto_map` of saved checkpoints, which tells whoever loads one without larosa what to do."""
+    @property
+    def auto_classes(self) -> dict[str, str]:
+        """The names of the classes, by that of the Auto class that finds each."""
         return {
-            auto: f"{_LOAD_HINT}--larosa.{cls.__name__}"
-            for auto, cls in (
-                ("AutoConfig", self.config_class),
-                ("AutoModel", self.model_class),
-                ("AutoModelForCausalLM", self.causal_lm_class),
-            )
+            "AutoConfig": self.config_class.__name__,
+            "AutoModel": self.model_class.__name__,
+            "AutoModelForCausalLM": self.causal_lm_class.__name__,
         }
 
 
-class _SparseConfig:
+class _LoadedByShim:
+    """Mixed into all classes: transformers marks those that a checkpoint's `auto_map` led to, and would from then on
+
+    save this package's own source beside the model. The shim is saved instead, with the configuration.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Leave the class as it is."""
+
+
+class _SparseConfig(_LoadedByShim):
     """Mixed into a family's configuration: validates the `larosa` block as soon as it is read."""
 
     larosa: dict[str, Any] | None
+    auto_map: dict[str, str]
+    model_type: str
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -83,8 +91,15 @@ class _SparseConfig:
         if self.larosa is not None:
             LarosaConfig.parse(self.larosa)
 
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write config.json, and beside it the shim that its `auto_map` names."""
+        names = family_of(find_architecture(self.model_type)).auto_classes
+        self.auto_map = {auto: f"{SHIM.stem}.{name}" for auto, name in names.items()}
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        shutil.copyfile(SHIM, Path(save_directory, SHIM.name))
 
-class _SparseModel:
+
+class _SparseModel(_LoadedByShim):
     """Mixed into a family's models: sparsifies the layers that the dense constructor has built."""
 
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers reads it as a class attribute
@@ -95,7 +110,7 @@ class _SparseModel:
         if config.tie_word_embeddings:
             raise LarosaError("config.json, key 'tie_word_embeddings': must be false, rotation unties them")
         if getattr(config, "quantization_config", None) is not None:
-            # Quantizers replace every linear, by its class, and with it what sparsifies its input.
+            # Quantizers know linears by their class: a SparseLinear would stay as it is, and the rest is untried.
             raise LarosaError("a converted model is not quantized as it is loaded: leave quantization_config out")
         super().__init__(config)  # type: ignore[call-arg]
         sparsify_layers(self, find_architecture(config.model_type), block)  # type: ignore[arg-type]
@@ -147,7 +162,10 @@ def family_of(architecture: Architecture) -> Family:
 
 
 def register_families() -> None:
-    """Make the Auto classes, pipelines and serving tools find the sparsified families."""
+    """Make the Auto classes, pipelines and serving tools find the sparsified families.
+
+    Importing larosa does so; vLLM does by the entry point `vllm.general_plugins`, in each of its processes.
+    """
     package = sys.modules[__name__.rpartition(".")[0]]
     for family in _FAMILIES.values():
         model_type = family.architecture.converted_model_type
@@ -157,5 +175,15 @@ def register_families() -> None:
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = family.causal_lm_class.__name__
         for cls in (family.config_class, family.model_class, family.causal_lm_class):
             setattr(package, cls.__name__, cls)
+            if cls.__name__ not in package.__all__:  # what the shim imports
+                package.__all__.append(cls.__name__)
             # `transformers serve` and vLLM's transformers backend look classes up by name here.
-            setattr(transformers, cls.__name__, cls)
+            for module in _transformers_modules():
+                setattr(module, cls.__name__, cls)
+
+
+def _transformers_modules() -> list[Any]:
+    """The module `transformers`, and the one that others may hold from before: it can replace itself while imported."""
+    held = (getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values()))
+    found = {id(module): module for module in held if getattr(module, "__name__", None) == "transformers"}
+    return list((found | {id(transformers): transformers}).values())

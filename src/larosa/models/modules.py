@@ -17,14 +17,26 @@ from larosa.ops.adapter import adapt_reference, leading_entries
 from larosa.rotation.adapters import Adapter
 
 
-class SparseLinear(nn.Linear):
-    """A linear that sparsifies its input first; same parameters and state-dict keys as `nn.Linear`."""
+class SparseLinear(nn.Module):
+    """A linear that sparsifies its input first; parameters, attributes and state-dict keys are those of `nn.Linear`.
 
+    It is none itself: quantizers and serving engines replace every `nn.Linear` by one of their own, which would drop
+    the selection without a word.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     selector: Selector
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = S(x) W^T + b."""
         return F.linear(self.selector(x), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class SparseActivation(nn.Module):
@@ -160,13 +172,13 @@ class _Place(NamedTuple):
 
 
 def _put_in_linear(architecture: Architecture, layer: Any, site: str, selector: Selector) -> None:
-    (linear,) = architecture.linears(layer, site)
+    linear: Any = architecture.linears(layer, site)[0]
     linear.__class__ = SparseLinear
     linear.selector = selector
 
 
 def _get_from_linear(architecture: Architecture, layer: Any, site: str) -> Selector:
-    (linear,) = architecture.linears(layer, site)
+    linear: Any = architecture.linears(layer, site)[0]
     assert isinstance(linear, SparseLinear), "the model is sparsified"
     return linear.selector
 
