@@ -12,6 +12,7 @@ import time
 import pytest
 
 import larosa
+from larosa.cli.main import main
 
 from .conftest import QUICK
 
@@ -19,6 +20,21 @@ from .conftest import QUICK
 MOMENTS = int(os.environ.get("LAROSA_KILLS", "3"))
 _START = "import sys, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from larosa.cli.main import main; "
 _READY = "print('ready', flush=True); signal.signal(signal.SIGINT, signal.default_int_handler); main()"
+
+
+def test_an_interrupt_before_the_command_has_begun(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.main.get_command", interrupted)  # where typer makes commands of functions
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Aborted.\n"
 
 
 @pytest.mark.parametrize("search", ["grid", "none"])

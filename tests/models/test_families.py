@@ -287,7 +287,7 @@ def test_lm_eval_scores_it(saved, tokenizer, words):
         (lambda c: c["larosa"].update(surprise=1), r"larosa\.surprise"),
         (lambda c: c["larosa"].update(format_version=3), "format version 3.*pip install --upgrade larosa"),
         (lambda c: c["larosa"].update(sparsity=50), r"larosa\.sparsity"),
-        (lambda c: c["larosa"].pop("keep"), r"larosa\.keep"),
+        (lambda c: c["larosa"].pop("keep"), r"larosa\.thresholds"),
         (lambda c: c.pop("larosa"), "no 'larosa' block"),
         (lambda c: c["larosa"].update(keep={s: [3, 3] for s in ("h1", "h2", "h3", "h4")}), "2 layers, the model has 3"),
         (lambda c: c["larosa"]["keep"]["h4"].__setitem__(1, 57), r"larosa\.keep.*h4.*57"),

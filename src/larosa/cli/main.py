@@ -23,6 +23,8 @@ from larosa.cli.serve import serve
 from larosa.errors import LarosaError
 from larosa.version import __version__
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     help="Training-free activation sparsity for LLM inference (LaRoSA).",
     no_args_is_help=True,
@@ -58,12 +60,15 @@ def larosa(
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 1."""
-    _prepare()
     try:
+        _prepare()
         app(standalone_mode=True)
     except LarosaError as error:
         print(f"larosa: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # typer looks for it within commands alone, not while it makes them
+        print("Aborted.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 def _prepare() -> None:
