@@ -37,6 +37,15 @@ def test_an_interrupt_before_the_command_has_begun(monkeypatch, capsys):
     assert capsys.readouterr().err == "Aborted.\n"
 
 
+def test_an_interrupt_when_all_is_done():
+    """While the interpreter exits, where PyTorch still takes things down."""
+    late = "import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "
+    command = late + "from larosa.cli.main import main; main()"
+    result = subprocess.run([sys.executable, "-c", command, "--version"], capture_output=True, check=False)
+    assert result.stdout.startswith(b"larosa ")
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize("search", ["grid", "none"])
 def test_random_moments(checkpoint, tmp_path, text_file, search):
     chance = random.Random(search)

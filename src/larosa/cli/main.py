@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
 import threading
@@ -82,6 +83,15 @@ def _prepare() -> None:
     # As an interrupt does, so that what is half-written is removed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
+    # Before what PyTorch does then: callbacks run in the opposite order of their registration.
+    atexit.unregister(_end_at_once)
+    atexit.register(_end_at_once)
+
+
+def _end_at_once() -> None:
+    """Once the interpreter exits, an interrupt ends the process: an exception could go nowhere any more."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _end(number: int, _: object) -> NoReturn:

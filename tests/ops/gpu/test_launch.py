@@ -52,6 +52,6 @@ def test_the_engines_graph_is_captured_with_early_launches(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(GraphLoop, "_capture", lambda loop: seen.append(starts_early()))
-    GraphLoop(SimpleNamespace(device=torch.device("cpu")), Sampler())
+    GraphLoop(SimpleNamespace(device=torch.device("cpu"), vocabulary=5), Sampler())
     assert seen == [True]
     assert not starts_early()
