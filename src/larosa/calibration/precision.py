@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
+#: Bytes of widened weights that may be kept, where the same are used step after step.
+_KEPT = 2**29
+
 
 @contextmanager
-def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None]:
+def float32_arithmetic(module: nn.Module, device: torch.device, steps: bool = False) -> Iterator[None]:
     """Let a model or a part of it compute in float32 for the time being, where it runs on a CPU in 16 bits.
 
     Weights stay as they are: each linear widens its own for as long as it runs, so that only one is held twice.
@@ -21,9 +24,11 @@ def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None
     Args:
         module: whose linears and embedding of 16 bits are meant; with others, or off the CPU, nothing changes.
         device: where it runs.
+        steps: it takes many steps of few tokens, of which widening is a good part: a small model's weights stay wide.
     """
     changed: list[nn.Module] = []
     hooks = []
+    room = _KEPT if steps else 0
     try:
         for part in module.modules() if device.type == "cpu" else ():
             weight = getattr(part, "weight", None)
@@ -31,7 +36,9 @@ def float32_arithmetic(module: nn.Module, device: torch.device) -> Iterator[None
                 continue
             # A forward of its own (someone's wrapper, or this one further out) stays.
             if (isinstance(part, nn.Linear) or _selector(part) is not None) and "forward" not in vars(part):
-                part.forward = partial(_wide_linear, part)
+                wide = weight.float() if 4 * weight.numel() <= room else None
+                room -= 0 if wide is None else 4 * wide.numel()
+                part.forward = partial(_wide_linear, part, wide)
                 changed.append(part)
             elif isinstance(part, nn.Embedding):
                 hooks.append(part.register_forward_hook(lambda _module, _inputs, output: output.float()))
@@ -48,7 +55,7 @@ def _selector(part: nn.Module) -> nn.Module | None:
     return getattr(part, "selector", None)
 
 
-def _wide_linear(linear: Any, x: torch.Tensor) -> torch.Tensor:
+def _wide_linear(linear: Any, wide: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     selector = _selector(linear)
     bias = None if linear.bias is None else linear.bias.float()
-    return F.linear(x if selector is None else selector(x), linear.weight.float(), bias)
+    return F.linear(x if selector is None else selector(x), linear.weight.float() if wide is None else wide, bias)

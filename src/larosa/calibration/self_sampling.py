@@ -40,7 +40,7 @@ def sample_sequences(model: Any, num_sequences: int, sequence_length: int, seed:
         steps = sequence_length - 1
         if steps == 0:
             return start
-        with advance("Sampling tokens", total=steps) as tick, float32_arithmetic(model, device):
+        with advance("Sampling tokens", total=steps) as tick, float32_arithmetic(model, device, steps=True):
             ids = _generate(model, start.to(device), steps, tick)
     return ids.cpu()
 

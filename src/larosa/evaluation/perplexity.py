@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from larosa.architectures import cache_argument
+from larosa.architectures import cache_argument, find_architecture
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.context import context_length
@@ -234,14 +235,22 @@ class _Logits:
 
 
 class RecordedLogits:
-    """Logits of a model, kept on the CPU in its dtype: for when it is about to change, or to save time."""
+    """Logits of a model that is about to change, kept as what its head reads, with a copy of that head.
+
+    Logits themselves would take a vocabulary's width for each position.
+    """
 
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
-        logits_of = _Logits(model)
-        dtype = model.get_input_embeddings().weight.dtype
-        self._rows = cycle([logits_of(window[None]).to("cpu", dtype) for window in windows])
+        architecture = find_architecture(model.config.model_type)
+        decoder, self._head = architecture.decoder(model), copy.deepcopy(architecture.head(model))
+        device = model.get_input_embeddings().weight.device
+        with _device_arithmetic(model):
+            found = [decoder(window[None].to(device), use_cache=False).last_hidden_state for window in windows]
+        self._rows = cycle(found)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """The next window's logits; windows come in the order they were recorded in, over and over."""
-        return next(self._rows)
+        with float32_arithmetic(self._head, self._head.weight.device):
+            logits: torch.Tensor = self._head(next(self._rows).to(self._head.weight.device))
+        return logits
