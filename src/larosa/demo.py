@@ -33,8 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Recipe best, rotated": {"rotation": Rotation.LAYER},
 }
 
-_SAMPLE: dict[str, Any] = {"num_sequences": 16, "sequence_length": 512}
-_MAX_SEQUENCES = 12
+_SAMPLE: dict[str, Any] = {"num_sequences": 64, "sequence_length": 128}
+_MEASURED_LENGTH, _MEASURED_WINDOWS = 512, 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
     """
     folder = bundled_model()
     reference, tokenizer = load(folder, dtype="float32", device=device)
-    windows = evaluation_windows(reference, tokenizer, BUNDLED, _SAMPLE["sequence_length"], _MAX_SEQUENCES)
+    windows = evaluation_windows(reference, tokenizer, BUNDLED, _MEASURED_LENGTH, _MEASURED_WINDOWS)
     dense = RecordedLogits(reference, windows)
     rows: list[DemoRow] = []
 
