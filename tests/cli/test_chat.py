@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -132,26 +133,38 @@ class TestTerminal:
             os.execv(COMMAND[0], [*COMMAND, "chat", str(folder), *options])
         shown = ""
 
-        def until(pattern):
-            """Read on until the pattern, and give what came before and with it."""
+        def until(pattern, seconds=300.0):
+            """Read on until the pattern, and give what came before and with it; None where it does not come."""
             nonlocal shown
-            ends = time.monotonic() + 300
+            ends = time.monotonic() + seconds
             while not (found := re.search(pattern, shown, re.S)):
-                assert time.monotonic() < ends, shown
-                shown += os.read(terminal, 4096).decode(errors="replace")
+                if time.monotonic() > ends:
+                    return None
+                if select.select([terminal], [], [], 0.1)[0]:
+                    shown += os.read(terminal, 4096).decode(errors="replace")
             before, shown = shown[: found.end()], shown[found.end() :]
             return before
 
-        until("> ")
+        def say(message):
+            # What is typed between a prompt and its line editor may be dropped: nobody is that quick.
+            for _ in range(20):
+                os.write(terminal, message.encode() + b"\n")
+                if until(re.escape(message), seconds=10):
+                    return
+            raise AssertionError(shown)
+
+        assert until("> ")
         for message in ("The river flows", "And the sea"):
-            os.write(terminal, message.encode() + b"\n")
-            until(re.escape(message) + ".{60}")
+            say(message)
+            assert until(".{60}"), shown
             os.write(terminal, b"\x03")
             after = until("\n> ")
+            assert after, shown
             assert "Traceback" not in after
             assert "tokens" not in after.rpartition("^C")[2]  # no speed of an answer that did not end
         os.write(terminal, b"half a line\x03")  # at the prompt it drops what has been typed
-        until("\n> ")
+        assert until("\n> "), shown
+        time.sleep(0.5)  # as above
         os.write(terminal, b"\x04")
         with suppress(OSError):  # Linux says so when the other side has closed
             while rest := os.read(terminal, 4096):
