@@ -48,8 +48,8 @@ class Engine:
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether steps can be captured: on a GPU, products wait for how many entries are above a threshold."""
-        return self._replays or not any(layer.compares for layer in self.weights.layers)
+        """Whether a GPU's graph can capture steps: its products wait for how many entries are above a threshold."""
+        return not any(layer.compares for layer in self.weights.layers)
 
     @property
     def vocabulary(self) -> int:
