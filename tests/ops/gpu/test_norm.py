@@ -49,5 +49,5 @@ def test_what_cannot_be_embedded(target):
     assert target("embed", torch.ones(3, 4), torch.tensor([3])).isnan().all()
     with pytest.raises(ValueError, match="embedding must be contiguous"):
         target("embed", torch.zeros(3, 4).t(), torch.tensor([0]))
-    with pytest.raises(ValueError, match="tokens must be int64"):
+    with pytest.raises(ValueError, match="tokens must be contiguous int64"):
         target("embed", torch.zeros(3, 4), torch.tensor([0], dtype=torch.int32))
