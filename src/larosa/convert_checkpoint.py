@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from larosa.architectures import find_architecture
-from larosa.calibration.sources import BUNDLED
 from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
 from larosa.context import context_length
 from larosa.conversion import check_reach, sparsify
 from larosa.errors import LarosaError
-from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
 from larosa.finite import check_weights
 from larosa.memory import peak_memory
 from larosa.model_card import model_card
@@ -28,10 +27,6 @@ from larosa.rotation import usual_format
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
-
-#: What the card's measurement reads: small, so that the dense logits fit in memory beside the model.
-_MEASURED_WINDOWS = 8
-_MEASURED_LENGTH = 512
 
 #: Beyond this there is nothing left of a model, and at every site an entry has to stay.
 _HIGHEST_PERCENT = 90
@@ -187,8 +182,7 @@ class Conversion:
         self._windows = self._recorded = self._dense = None
         with stage_seconds() as self._stages:
             if measure:
-                length = min(_MEASURED_LENGTH, context_length(model.config))
-                self._windows = evaluation_windows(model, self._tokenizer, BUNDLED, length, _MEASURED_WINDOWS)
+                self._windows = report_windows(model, self._tokenizer)
                 self._recorded = RecordedLogits(model, self._windows)
                 self._dense = evaluate_windows(model, self._windows, None)
             self._converted = sparsify(model, self._tokenizer, chosen, device=target, search_log=self._log)

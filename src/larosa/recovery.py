@@ -20,12 +20,12 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture, find_architecture
 from larosa.calibration import calibration_sequences
-from larosa.calibration.sources import BUNDLED, SELF
+from larosa.calibration.sources import SELF
 from larosa.checkpoint import check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig, RecoveryRecord
 from larosa.context import context_length
 from larosa.errors import LarosaError
-from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
+from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
 from larosa.evaluation.zeros import sparse_prompts
 from larosa.finite import not_finite
 from larosa.memory import peak_memory
@@ -124,14 +124,15 @@ def recover_checkpoint(
     """
     started = time.perf_counter()
     check_output(output, max_shard_size)
-    stored_as = load_config(source, trust_remote_code=trust_remote_code).dtype
+    # Refuse bad options before a long load.
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    settings = settings.checked(context_length(config))
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     model, tokenizer = load(source, dtype="float32", **loading)
     # A CPU multiplies faster in float32; a GPU has better use for the memory.
     dense = load(reference, dtype="float32" if find_device(device).type == "cpu" else "auto", **loading).model
     block = _check_pair(source, reference, model, dense)
-    settings = settings.checked(context_length(model.config))
-    windows = evaluation_windows(model, tokenizer, BUNDLED, min(512, context_length(model.config)), 8)
+    windows = report_windows(model, tokenizer)
     recorded = RecordedLogits(dense, windows)
     dense_loss, before = evaluate_windows(dense, windows, None), evaluate_windows(model, windows, recorded)
     sequences = _sequences(dense, tokenizer, settings)
@@ -143,7 +144,7 @@ def recover_checkpoint(
             f"{settings.steps} steps have not lowered the held-out divergence of {training.history[0]:.4f}: "
             "give another --learning-rate or more text"
         )
-    model.to(stored_as or torch.float32)
+    model.to(config.dtype or torch.float32)
     record = RecoveryRecord(
         source=settings.data,
         num_sequences=settings.num_sequences,

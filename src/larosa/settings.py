@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Self, TypeVar
+from typing import Self
 
 from larosa.config import (
     AdapterFormat,
@@ -25,9 +24,7 @@ from larosa.config import (
     check_layers_per_rotation,
     check_sparsity,
 )
-from larosa.errors import LarosaError
-
-Choice = TypeVar("Choice", bound=StrEnum)
+from larosa.errors import LarosaError, choose
 
 
 @dataclass(frozen=True)
@@ -168,14 +165,14 @@ class Settings:
             LarosaError: an unknown choice, a number out of range, options that exclude each other, or one
                 that does not apply to the method.
         """
-        chosen_recipe = _choose(Recipe, recipe, "recipe")
-        chosen_method = _choose(Method, method, "method")
+        chosen_recipe = choose(Recipe, recipe, "recipe")
+        chosen_method = choose(Method, method, "method")
         applicable = METHODS[chosen_method]
         defaults = _defaults(chosen_recipe, chosen_method)
-        chosen_rotation = _choose(Rotation, rotation or defaults.rotation, "rotation")
-        chosen_budget = _choose(Budget, budget or defaults.budget, "budget")
-        chosen_covariance = _choose(Covariance, covariance or defaults.covariance, "covariance")
-        chosen_objective = _choose(
+        chosen_rotation = choose(Rotation, rotation or defaults.rotation, "rotation")
+        chosen_budget = choose(Budget, budget or defaults.budget, "budget")
+        chosen_covariance = choose(Covariance, covariance or defaults.covariance, "covariance")
+        chosen_objective = choose(
             RotationObjective, rotation_objective or defaults.rotation_objective, "rotation objective"
         )
         if chosen_rotation is Rotation.RANDOM:  # the control is to be free of calibration, unless a part is asked for
@@ -184,17 +181,17 @@ class Settings:
             defaults = replace(defaults, adapters=AdapterFormat.FULL)
         chosen_adapters = defaults.adapters
         if adapters is not None:
-            chosen_adapters = check_adapters(_choose(AdapterFormat, adapters, "adapters"), chosen_rotation)
+            chosen_adapters = check_adapters(choose(AdapterFormat, adapters, "adapters"), chosen_rotation)
         if value_rotation is None:
             value_rotation = defaults.value_rotation
-        chosen_score = _choose(Score, score or defaults.score, "score")
-        chosen_selection = _choose(Selection, selection or defaults.selection, "selection")
+        chosen_score = choose(Score, score or defaults.score, "score")
+        chosen_selection = choose(Selection, selection or defaults.selection, "selection")
         if alphas is not None or (
             defaults.search is Search.FISHER
             and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
         ):
             defaults = replace(defaults, search=Search.NONE)
-        chosen_search = _choose(Search, search or defaults.search, "search")
+        chosen_search = choose(Search, search or defaults.search, "search")
         _check_applicable(
             chosen_method,
             {
@@ -224,8 +221,8 @@ class Settings:
             and chosen_search is not Search.FISHER
         ):
             raise LarosaError("--selection threshold finds its thresholds by --search fisher: add it")
-        chosen_prefill = _choose(Prefill, prefill, "prefill")
-        chosen_compensation = _choose(Compensation, compensation, "compensation")
+        chosen_prefill = choose(Prefill, prefill, "prefill")
+        chosen_compensation = choose(Compensation, compensation, "compensation")
         compensates = chosen_compensation is not Compensation.NONE
         if compensates and chosen_selection is not Selection.TOP_K:
             raise LarosaError("--compensation linear refits to counted entries: leave --selection threshold out")
@@ -301,13 +298,6 @@ _WHAT_APPLIES = {
     Method.TEAL: "it rotates nothing, compares magnitudes, budgets by weights, and its searches are none and greedy",
     Method.CATS: "it rotates nothing, compares magnitudes, budgets by weights, and has no search",
 }
-
-
-def _choose(enum: type[Choice], value: str, name: str) -> Choice:
-    try:
-        return enum(value)
-    except ValueError:
-        raise LarosaError(f"unknown {name} '{value}': one of {', '.join(list(enum))}") from None
 
 
 def _positive(value: int | None, default: int, name: str) -> int:

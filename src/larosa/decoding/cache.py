@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from larosa.architectures import Heads
-from larosa.errors import LarosaError
+from larosa.errors import LarosaError, choose
 from larosa.memory import available_memory
 from larosa.ops.attend import digits
 
@@ -29,10 +29,7 @@ class CacheDtype(StrEnum):
         Raises:
             LarosaError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise LarosaError(f"unknown kv_cache_dtype '{name}': one of {', '.join(cls)}") from None
+        return choose(cls, name, "kv_cache_dtype")
 
     def beside(self, weights: torch.dtype) -> torch.dtype:
         """What that is beside weights of a dtype."""

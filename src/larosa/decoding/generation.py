@@ -20,7 +20,7 @@ from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
 from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
-from larosa.errors import LarosaError
+from larosa.errors import LarosaError, choose
 from larosa.ops.schema import has_kernels
 
 
@@ -171,10 +171,7 @@ def stop_strings(model: Any, given: Sequence[str]) -> list[str]:
 def _engine(name: str | None, device: torch.device) -> EngineName:
     if name is None:
         return EngineName.LAROSA if has_kernels(device.type) else EngineName.TRANSFORMERS
-    try:
-        return EngineName(name)
-    except ValueError:
-        raise LarosaError(f"unknown engine '{name}': one of {', '.join(EngineName)}") from None
+    return choose(EngineName, name, "engine")
 
 
 def _cache_dtype(name: str, engine: EngineName) -> CacheDtype:

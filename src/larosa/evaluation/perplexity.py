@@ -17,7 +17,7 @@ from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
 from larosa.context import context_length
 from larosa.decoding.cache import CacheDtype, RoundedCache
-from larosa.errors import LarosaError
+from larosa.errors import LarosaError, choose
 from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
 from larosa.finite import not_finite
@@ -25,6 +25,9 @@ from larosa.progress import track
 from larosa.sparsity.report import Sparsity, sparsity_of
 
 DEFAULT_SEQUENCE_LENGTH = 2048
+
+#: Of reports: small, so that a conversion is not held up by what it tells.
+_REPORTED_WINDOWS, _REPORTED_LENGTH = 8, 512
 
 
 class Protocol(StrEnum):
@@ -44,10 +47,7 @@ class Protocol(StrEnum):
         Raises:
             LarosaError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise LarosaError(f"unknown protocol '{name}': one of {', '.join(cls)}") from None
+        return choose(cls, name, "protocol")
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,12 @@ def evaluation_windows(
     if count == 0:
         raise LarosaError(f"'{data}' has {len(ids)} tokens, less than one window: lower --sequence-length")
     return ids[: count * length].view(count, length)
+
+
+def report_windows(model: Any, tokenizer: Any) -> torch.Tensor:
+    """What reports and cards measure on: few windows of the bundled text, [number, length] int64."""
+    length = min(_REPORTED_LENGTH, context_length(model.config))
+    return evaluation_windows(model, tokenizer, BUNDLED, length, _REPORTED_WINDOWS)
 
 
 @torch.inference_mode()
