@@ -49,11 +49,13 @@ def reproduce(
     search_sequences: Annotated[int, typer.Option(help="Calibration sequences that score a grid search.")] = 4,
     task_data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of task files for table1 and accuracy; without it, downloads."),
+        typer.Option(metavar="DIR", help="Folder of task files for table1, accuracy (both else download) and table4."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Items of each task for these, and a twentieth of it per MMLU subject.")
     ] = None,
+    samples: Annotated[int, typer.Option(help="Answers to each problem of table4.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Cut answers of table4 off after so many tokens.")] = 32768,
     lengths: Annotated[
         str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
     ] = ",".join(map(str, LENGTHS)),
@@ -82,6 +84,8 @@ def reproduce(
         search_sequences=search_sequences,
         task_data=task_data,
         limit=limit,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
         lengths=options.numbers("--lengths", lengths, int, "numbers of tokens separated by commas, 128,2048"),
         kv_cache_dtype=kv_cache_dtype,
         seed=seed,

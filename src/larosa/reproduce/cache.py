@@ -37,8 +37,7 @@ class Cache:
             measure: gives the result; must survive JSON.
         """
         request = json.loads(json.dumps({"kind": kind, **self._identity, "settings": settings}))
-        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        path = self._folder / f"{kind}-{key[:24]}.json"
+        path = self._path(kind, request, ".json")
         try:
             content = json.loads(path.read_text("utf-8"))
             if content["request"] == request:
@@ -49,6 +48,14 @@ class Cache:
         result: dict[str, Any] = json.loads(json.dumps(measure()))
         write_whole(path, json.dumps({"request": request, "result": result}, indent=1) + "\n")
         return result
+
+    def log(self, kind: str, settings: dict[str, Any]) -> Path:
+        """Where a measurement that takes long may keep what it has so far, line by line."""
+        return self._path(kind, {"kind": kind, **self._identity, "settings": settings}, ".jsonl")
+
+    def _path(self, kind: str, request: dict[str, Any], ending: str) -> Path:
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{kind}-{key[:24]}{ending}"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

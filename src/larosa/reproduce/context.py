@@ -132,6 +132,10 @@ class Context:
         """A measurement from disk, or made now and kept; `settings` is what it depends on beside the model."""
         return self._cache.get(kind, {**self.number_format, **settings}, run)
 
+    def log(self, kind: str, settings: dict[str, Any]) -> Path:
+        """A file for what a long measurement has so far; `settings` is what it depends on beside the model."""
+        return self._cache.log(kind, {**self.number_format, **settings})
+
     # Models and tokens.
 
     def dense(self) -> Any:

@@ -29,9 +29,9 @@ class ReproduceSettings:
     `sequence_length` is of calibration and evaluation alike; None is 2048, or the model's context where that
     is shorter. By `protocol` evaluation runs every token sparse or the first half of each window dense, and then scores
     the other half alone. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
-    folder of task files, without which tasks are downloaded; `limit` is the number of items of each task. `lengths` are
-    the numbers of tokens that are decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and
-    values there.
+    folder of task files, without which tasks are downloaded; `limit` is the number of items of each task, `samples` of
+    answers to each problem of Table 4, each of at most `max_new_tokens`. `lengths` are the numbers of tokens that are
+    decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and values there.
     """
 
     data: str = BUNDLED
@@ -44,6 +44,8 @@ class ReproduceSettings:
     search_sequences: int = 4
     task_data: Path | None = None
     limit: int | None = None
+    samples: int = 4
+    max_new_tokens: int = 32768
     lengths: tuple[int, ...] = LENGTHS
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO
     seed: int = 0
@@ -52,7 +54,15 @@ class ReproduceSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "max_sequences", "search_sequences", "limit", "sequence_length"):
+        for name in (
+            "num_sequences",
+            "max_sequences",
+            "search_sequences",
+            "limit",
+            "samples",
+            "max_new_tokens",
+            "sequence_length",
+        ):
             value = getattr(self, name)
             least = 2 if name == "sequence_length" else 1
             if value is not None and value < least:

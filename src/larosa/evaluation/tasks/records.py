@@ -116,6 +116,11 @@ def csv_archive(path: Path) -> dict[str, list[Record]]:
     return files
 
 
+def csv_records(path: Path) -> list[Record]:
+    """The items of a .csv file, which has a header line with the keys."""
+    return _csv_records(_content(path), str(path))
+
+
 def _csv_records(content: bytes, name: str) -> list[Record]:
     try:
         text = content.decode("utf-8-sig")
