@@ -124,55 +124,88 @@ class TestTerminal:
         file.write_text(json.dumps({**config, "eos_token_id": None}), "utf-8")
         return tmp_path / "model"
 
-    def test_ctrl_c_ends_an_answer_and_not_the_program(self, folder):
+    @pytest.fixture
+    def terminal(self, folder):
         pid, terminal = pty.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background jobs with it ignored
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb")
             options = ("--max-new-tokens", "1900", "--temperature", "1", "--engine", "transformers", "--device", "cpu")
             os.execv(COMMAND[0], [*COMMAND, "chat", str(folder), *options])
-        shown = ""
+        yield Terminal(pid, terminal)
+        with suppress(ChildProcessError):  # the test has waited for it
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
 
-        def until(pattern, seconds=300.0):
-            """Read on until the pattern, and give what came before and with it; None where it does not come."""
-            nonlocal shown
-            ends = time.monotonic() + seconds
-            while not (found := re.search(pattern, shown, re.S)):
-                if time.monotonic() > ends:
-                    return None
-                if select.select([terminal], [], [], 0.1)[0]:
-                    shown += os.read(terminal, 4096).decode(errors="replace")
-            before, shown = shown[: found.end()], shown[found.end() :]
-            return before
-
-        def say(message):
-            # What is typed between a prompt and its line editor may be dropped: nobody is that quick.
-            for _ in range(20):
-                os.write(terminal, message.encode() + b"\n")
-                if until(re.escape(message), seconds=10):
-                    return
-            raise AssertionError(shown)
-
-        assert until("> ")
+    def test_ctrl_c_ends_an_answer_and_not_the_program(self, terminal):
+        terminal.until("> ")
         for message in ("The river flows", "And the sea"):
-            say(message)
-            assert until(".{60}"), shown
-            os.write(terminal, b"\x03")
-            after = until("\n> ")
-            assert after, shown
+            terminal.type(message + "\n", until=re.escape(message))
+            terminal.until(".{60}")
+            after = terminal.type("\x03", until="\n> ")
             assert "Traceback" not in after
             assert "tokens" not in after.rpartition("^C")[2]  # no speed of an answer that did not end
-        os.write(terminal, b"half a line\x03")  # at the prompt it drops what has been typed
-        assert until("\n> "), shown
-        time.sleep(0.5)  # as above
-        os.write(terminal, b"\x04")
-        with suppress(OSError):  # Linux says so when the other side has closed
-            while rest := os.read(terminal, 4096):
-                shown += rest.decode(errors="replace")
-        _, status = os.waitpid(pid, 0)
-        os.close(terminal)
-        assert os.waitstatus_to_exitcode(status) == 0, shown
-        assert "Traceback" not in shown
+        terminal.type("half a line", until="half a line")
+        terminal.type("\x03", until="\n> ")  # at the prompt it drops what has been typed
+        assert terminal.ends_by("\x04") == 0, terminal.shown
+        assert "Traceback" not in terminal.shown
+
+
+class Terminal:
+    """The near side of a program's pseudo-terminal.
+
+    A key is pressed again while nothing comes of it: the kernel drops what waits when Ctrl-C arrives, and a line
+    editor that is not waiting yet misses the signal.
+    """
+
+    PATIENCE = 240.0  # seconds, on a machine that does much else
+
+    def __init__(self, pid, file):
+        self.pid, self.file = pid, file
+        self.shown = ""
+
+    def read(self):
+        """Take what is shown within a tenth of a second; False where the other side has closed."""
+        if not select.select([self.file], [], [], 0.1)[0]:
+            return True
+        try:
+            text = os.read(self.file, 4096)
+        except OSError:  # Linux says so when the other side has closed
+            return False
+        self.shown += text.decode(errors="replace")
+        return bool(text)
+
+    def until(self, pattern, seconds=PATIENCE):
+        """Read on until the pattern, and give what came before and with it."""
+        ends = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.shown, re.S)):
+            if not self.read() or time.monotonic() > ends:
+                raise AssertionError(f"{pattern!r} is not in {self.shown!r}")
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, keys, until):
+        for _ in range(int(self.PATIENCE / 10) - 1):
+            os.write(self.file, keys.encode())
+            with suppress(AssertionError):
+                return self.until(until, seconds=10)
+        return self.until(until, seconds=10)
+
+    def ends_by(self, keys):
+        """The exit status of the program, which these keys end."""
+        ends = time.monotonic() + self.PATIENCE
+        pressed = 0.0
+        while time.monotonic() < ends:
+            if time.monotonic() > pressed + 10:
+                with suppress(OSError):
+                    os.write(self.file, keys.encode())
+                pressed = time.monotonic()
+            self.read()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"still running after {keys!r}: {self.shown!r}")
 
 
 class TestGenerate:
