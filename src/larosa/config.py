@@ -59,6 +59,11 @@ class Rotation(StrEnum):
     BLOCK = "block"
 
     @property
+    def rotates(self) -> bool:
+        """Whether the residual stream is in another basis than the dense model's, which unties a head."""
+        return self is not Rotation.NONE
+
+    @property
     def has_adapters(self) -> bool:
         """Whether the residual stream changes its basis on the way."""
         return self in (Rotation.LAYER, Rotation.BLOCK)

@@ -222,7 +222,8 @@ def sparsify(
     selection = _selection(model, architecture, settings, sizes, sequences, where)
     block = _block(settings, adapters=settings.adapters or usual_format(dtype), **selection)
 
-    _untie(model, architecture)
+    if settings.rotation.rotates:
+        _untie(model, architecture)
     fisher = _fisher(model, architecture, settings, sequences, where)
     bases = _bases(model, architecture, settings, sequences, where, fisher)
     frames = connect(bases, block.adapters, dtype)
@@ -341,10 +342,8 @@ def _fisher(
         return []
     assert sequences is not None, "gradients have sequences"
     heads = Heads.of(model.config)
-    rotated = settings.rotation is not Rotation.NONE
-    found = layer_fisher(
-        model, architecture, sequences, device, settings.seed, int(settings.dense_first_token), rotated
-    )
+    first, rotated = int(settings.dense_first_token), settings.rotation.rotates
+    found = layer_fisher(model, architecture, sequences, device, settings.seed, first, rotated)
     return [
         UnitFisher(layer, architecture, partial(found.__getitem__, index), heads, device)
         for index, layer in enumerate(architecture.layers(model))

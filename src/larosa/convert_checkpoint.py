@@ -261,7 +261,7 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and settings.rotation.rotates:
         needed += head.numel() * head.element_size()
     sizes, item = SiteSizes.of(config), head.element_size()
     adapters = settings.adapters or usual_format(head.dtype)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitNetQuantConfig, Mxfp4Config, pipeline
 
 from larosa import LarosaError
@@ -44,7 +45,8 @@ def saved(make_model, quick_convert, token_ids, tokenizer, tmp_path_factory):
     """A folder with a sharded checkpoint of each family, and its logits before saving in logits.pt."""
     root = tmp_path_factory.mktemp("checkpoints")
     for family, rotation in zip(FAMILIES, ROTATIONS, strict=True):
-        model = quick_convert(make_model(family, tie_word_embeddings=family == "llama"), rotation=rotation)
+        tied = rotation in ("layer", "none")  # the one unties it, the other keeps it
+        model = quick_convert(make_model(family, tie_word_embeddings=tied), rotation=rotation)
         model.save_pretrained(root / family, max_shard_size="20KB")
         tokenizer.save_pretrained(root / family)
         torch.save(model(token_ids(2, 15)).logits, root / family / "logits.pt")
@@ -93,6 +95,15 @@ for family in families:
     assert result.returncode == 0, result.stderr
     expected = [f"{family} Larosa{name}ForCausalLM Larosa{name}Model" for family, name in CLASSES.items()]
     assert result.stdout.splitlines() == expected
+
+
+def test_a_tied_head_is_stored_once_unless_the_rotation_unties_it(saved):
+    for family, rotation in zip(FAMILIES, ROTATIONS, strict=True):
+        names = {name for file in (saved / family).glob("*.safetensors") for name in load_file(file)}
+        assert ("lm_head.weight" in names) == (rotation != "none")
+        model = AutoModelForCausalLM.from_pretrained(saved / family)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (rotation == "none")
+        assert model.config.tie_word_embeddings == (rotation == "none")
 
 
 def test_checkpoints_are_sharded(saved):
@@ -291,7 +302,7 @@ def test_lm_eval_scores_it(saved, tokenizer, words):
         (lambda c: c.pop("larosa"), "no 'larosa' block"),
         (lambda c: c["larosa"].update(keep={s: [3, 3] for s in ("h1", "h2", "h3", "h4")}), "2 layers, the model has 3"),
         (lambda c: c["larosa"]["keep"]["h4"].__setitem__(1, 57), r"larosa\.keep.*h4.*57"),
-        (lambda c: c.update(tie_word_embeddings=True), "'tie_word_embeddings': must be false"),
+        (lambda c: c.update(tie_word_embeddings=True), "'tie_word_embeddings': must be false, for the rotation"),
     ],
     ids=["unknown-key", "newer", "bad-value", "missing-key", "no-block", "layers", "count", "tied"],
 )

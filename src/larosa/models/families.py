@@ -47,14 +47,16 @@ class Family:
         dense, config = model.config, copy.deepcopy(model.config)
         config.__class__ = self.config_class
         config.larosa = block.model_dump(mode="json")
-        config.tie_word_embeddings = False
+        head, embedding = self.architecture.head(model), self.architecture.embedding(model)
+        config.tie_word_embeddings = head.weight is embedding.weight
         config.architectures = [self.causal_lm_class.__name__]
         for module in model.modules():
             if getattr(module, "config", None) is dense:
                 module.config = config
         # The base model keeps its dense class, as it has in a loaded checkpoint: only its layers differ.
         model.__class__ = self.causal_lm_class
-        model.all_tied_weights_keys = {}
+        if not config.tie_word_embeddings:
+            model.all_tied_weights_keys = {}
         sparsify_layers(model, self.architecture, block)
 
     @property
@@ -102,13 +104,11 @@ class _SparseConfig(_LoadedByShim):
 class _SparseModel(_LoadedByShim):
     """Mixed into a family's models: sparsifies the layers that the dense constructor has built."""
 
-    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012 - transformers reads it as a class attribute
-
     def __init__(self, config: Any) -> None:
         block = LarosaConfig.parse(config.larosa)
         check_weights_follow(config.larosa)
-        if config.tie_word_embeddings:
-            raise LarosaError("config.json, key 'tie_word_embeddings': must be false, rotation unties them")
+        if config.tie_word_embeddings and block.rotation.rotates:
+            raise LarosaError("config.json, key 'tie_word_embeddings': must be false, for the rotation unties them")
         if getattr(config, "quantization_config", None) is not None:
             # Quantizers know linears by their class: a SparseLinear would stay as it is, and the rest is untried.
             raise LarosaError("a converted model is not quantized as it is loaded: leave quantization_config out")

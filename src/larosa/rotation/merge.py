@@ -41,7 +41,7 @@ def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFr
     the norms keep their gains.
 
     Args:
-        model: a dense causal language model whose head is not tied to its embedding.
+        model: a dense causal language model, its head not tied to its embedding where the residual stream is rotated.
         frames: as many sets as the model has layers.
 
     Returns:
