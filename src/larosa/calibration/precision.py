@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
-#: Bytes of widened weights that may be kept, where the same are used step after step.
+#: Bytes of widened weights that may be kept, where the same are used step after step and that is half of them.
 _KEPT = 2**29
 
 
@@ -24,16 +24,16 @@ def float32_arithmetic(module: nn.Module, device: torch.device, steps: bool = Fa
     Args:
         module: whose linears and embedding of 16 bits are meant; with others, or off the CPU, nothing changes.
         device: where it runs.
-        steps: it takes many steps of few tokens, of which widening is a good part: a small model's weights stay wide.
+        steps: it takes many steps of few tokens, of which widening is a good part: a small model's weights stay wide,
+            as many as there is room for.
     """
     changed: list[nn.Module] = []
     hooks = []
-    room = _KEPT if steps else 0
+    narrow = [part for part in module.modules() if _is_narrow(part)] if device.type == "cpu" else []
+    room = _KEPT if steps and sum(4 * _numel(part) for part in narrow) <= 2 * _KEPT else 0
     try:
-        for part in module.modules() if device.type == "cpu" else ():
-            weight = getattr(part, "weight", None)
-            if not isinstance(weight, torch.Tensor) or weight.dtype not in (torch.bfloat16, torch.float16):
-                continue
+        for part in narrow:
+            weight: Any = part.weight
             # A forward of its own (someone's wrapper, or this one further out) stays.
             if (isinstance(part, nn.Linear) or _selector(part) is not None) and "forward" not in vars(part):
                 wide = weight.float() if 4 * weight.numel() <= room else None
@@ -48,6 +48,15 @@ def float32_arithmetic(module: nn.Module, device: torch.device, steps: bool = Fa
             del linear.forward  # the instance's; the class has its own
         for hook in hooks:
             hook.remove()
+
+
+def _is_narrow(part: nn.Module) -> bool:
+    weight = getattr(part, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _numel(part: Any) -> int:
+    return 0 if isinstance(part, nn.Embedding) else int(part.weight.numel())
 
 
 def _selector(part: nn.Module) -> nn.Module | None:
