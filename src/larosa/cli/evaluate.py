@@ -16,6 +16,7 @@ from larosa.decoding import CacheDtype
 from larosa.evaluation.divergence import Comparison, Distribution, Estimate
 from larosa.evaluation.perplexity import Evaluation, Protocol
 from larosa.evaluation.perplexity import evaluate as evaluate_model
+from larosa.evaluation.verdict import verdict
 
 #: The percentiles that are printed, a row a group; the others are in the JSON.
 _UPPER = (("50",), ("90", "95", "99", "99.9"))
@@ -96,6 +97,10 @@ def _print(model: str, data: str, kv_cache_dtype: CacheDtype, found: list[Evalua
         table.add_row(rows[0][0], *(value for _, value in rows))
     options.print_whole(table)
     console.print("Errors (±) are standard errors over tokens, taken as independent.")
+    for result in found:
+        if result.kl_divergence is not None:
+            protocol = f"{result.protocol}: " if len(found) > 1 else ""
+            console.print(f"{protocol}{verdict(result.kl_divergence)}", soft_wrap=True)
 
 
 def _rows(result: Evaluation) -> list[tuple[str, str]]:
