@@ -126,17 +126,18 @@ class TestTerminal:
 
     @pytest.fixture
     def terminal(self, folder):
-        pid, terminal = pty.fork()
+        pid, file = pty.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts background jobs with it ignored
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb")
             options = ("--max-new-tokens", "1900", "--temperature", "1", "--engine", "transformers", "--device", "cpu")
             os.execv(COMMAND[0], [*COMMAND, "chat", str(folder), *options])
-        yield Terminal(pid, terminal)
-        with suppress(ChildProcessError):  # the test has waited for it
+        terminal = Terminal(pid, file)
+        yield terminal
+        if not terminal.ended:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        os.close(terminal)
+        os.close(file)
 
     def test_ctrl_c_ends_an_answer_and_not_the_program(self, terminal):
         terminal.until("> ")
@@ -164,6 +165,7 @@ class Terminal:
     def __init__(self, pid, file):
         self.pid, self.file = pid, file
         self.shown = ""
+        self.ended = False
 
     def read(self):
         """Take what is shown within a tenth of a second; False where the other side has closed."""
@@ -204,6 +206,7 @@ class Terminal:
             self.read()
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                self.ended = True
                 return os.waitstatus_to_exitcode(status)
         raise AssertionError(f"still running after {keys!r}: {self.shown!r}")
 
