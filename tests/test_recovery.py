@@ -105,3 +105,10 @@ def test_training_stops_when_it_no_longer_gains(pair, token_ids, tmp_path):
     training.run()
     assert len(training.history) < 60
     assert training.best == min(training.history)
+
+
+def test_sequences_are_no_longer_than_the_context_unless_asked_to_be():
+    assert [RecoverySettings().checked(context).sequence_length for context in (64, 8192)] == [64, 512]
+    assert RecoverySettings(sequence_length=32).checked(64).sequence_length == 32
+    with pytest.raises(LarosaError, match="outside the model's context of 2 to 64"):
+        RecoverySettings(sequence_length=65).checked(64)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ _PATIENCE = 3
 _POSITIONS = 512
 #: Sequences sampled from the model at a time.
 _SAMPLED = 64
+#: Tokens of a sequence where nobody says how many, or the model's context.
+_LENGTH = 512
 _STATE_SUFFIX = ".recovery.pt"
 
 
@@ -49,12 +51,13 @@ class RecoverySettings:
     """How a recovery trains.
 
     `data` is a calibration source; `num_sequences` of `sequence_length` tokens are read from it, `batch` of them a
-    step. The held-out divergence is measured every `evaluate_every` steps.
+    step; a length of None is 512, or the model's context where that is shorter. The held-out divergence is measured
+    every `evaluate_every` steps.
     """
 
     data: str = SELF
     num_sequences: int = 512
-    sequence_length: int = 512
+    sequence_length: int | None = None
     steps: int = 300
     batch: int = 16
     learning_rate: float = 1e-4
@@ -72,11 +75,10 @@ class RecoverySettings:
                 raise LarosaError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.learning_rate < 1:
             raise LarosaError(f"--learning-rate {self.learning_rate:g}: give a number between 0 and 1, as 1e-4")
-        if not 2 <= self.sequence_length <= context:
-            raise LarosaError(
-                f"--sequence-length {self.sequence_length} is outside the model's context of 2 to {context}"
-            )
-        return self
+        length = min(_LENGTH, context) if self.sequence_length is None else self.sequence_length
+        if not 2 <= length <= context:
+            raise LarosaError(f"--sequence-length {length} is outside the model's context of 2 to {context}")
+        return replace(self, sequence_length=length)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def recover_checkpoint(
     record = RecoveryRecord(
         source=settings.data,
         num_sequences=settings.num_sequences,
-        sequence_length=settings.sequence_length,
+        sequence_length=sequences.shape[1],
         steps=training.best_step,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
@@ -190,7 +192,7 @@ def _check_pair(source: str, reference: str, model: Any, dense: Any) -> LarosaCo
 def _sequences(dense: Any, tokenizer: Any, settings: RecoverySettings) -> torch.Tensor:
     """Token sequences [held out + trained on, length]."""
     wanted = _HELD_OUT + settings.num_sequences
-    shared = {"sequence_length": settings.sequence_length}
+    shared: dict[str, Any] = {"sequence_length": settings.sequence_length}
     if settings.data != SELF:
         return calibration_sequences(
             settings.data, dense, tokenizer, num_sequences=wanted, seed=settings.seed, **shared

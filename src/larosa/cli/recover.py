@@ -28,7 +28,7 @@ def recover(
         ),
     ] = _DEFAULTS.data,
     num_sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = _DEFAULTS.num_sequences,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in each.")] = _DEFAULTS.sequence_length,
+    sequence_length: options.SequenceLength = _DEFAULTS.sequence_length,
     steps: Annotated[int, typer.Option(help="Steps at most.")] = _DEFAULTS.steps,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = _DEFAULTS.batch,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = _DEFAULTS.learning_rate,
