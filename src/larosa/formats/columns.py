@@ -1,0 +1,142 @@
+"""Weights of few bits, stored by input columns, in groups that lie inside one column (docs/low-bit.md).
+
+A product that skips entries of its input skips their columns with all their scales, and in a column that it reads a
+group's scale is multiplied with the activation once: y[n] += (x[d] * scales[d, n // group]) * q[n, d].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from larosa.errors import LarosaError
+
+#: How many outputs share a scale, in one column.
+GROUPS = (32, 64, 128)
+
+#: Of scales. With the range of float32 it neither over- nor underflows, and what its 8 bits round a scale by costs
+#: nothing, as whole numbers are chosen for the rounded scale. A scale times a whole number is exact in float32.
+SCALE_DTYPE = torch.bfloat16
+
+#: Columns dequantised at a time, so that no matrix needs a whole float32 copy beside the one that is wanted.
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class ColumnFormat(ABC):
+    """How a linear W [N outputs, D inputs] is stored: W[n, d] = scales[d, n // group] * q[n, d].
+
+    `codes` hold the whole numbers q of column d in row d, `scales` [D, ceil(N / group)] are bfloat16; the last group of
+    a column may be short. Scales may be negative.
+    """
+
+    group: int
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    #: The range of q.
+    lowest: ClassVar[int]
+    highest: ClassVar[int]
+    codes_dtype: ClassVar[torch.dtype]
+
+    def __post_init__(self) -> None:
+        check_group(self.group)
+
+    @abstractmethod
+    def codes_width(self, outputs: int) -> int:
+        """How many elements a column of so many outputs has in `codes`."""
+
+    @abstractmethod
+    def pack(self, q: torch.Tensor) -> torch.Tensor:
+        """Codes [D, `codes_width`] of whole numbers q [D, N], of any dtype, `lowest` to `highest`."""
+
+    @abstractmethod
+    def unpack(self, codes: torch.Tensor, outputs: int) -> torch.Tensor:
+        """q [D, N] int8 of codes [D, `codes_width`]."""
+
+    def groups(self, outputs: int) -> int:
+        """How many scales a column of so many outputs has."""
+        return -(-outputs // self.group)
+
+    def column_bytes(self, outputs: int) -> int:
+        """Bytes of a column of so many outputs, codes and scales."""
+        codes = self.codes_width(outputs) * self.codes_dtype.itemsize
+        return codes + self.groups(outputs) * SCALE_DTYPE.itemsize
+
+    def empty(self, outputs: int, inputs: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of a linear of these sizes, for the caller or a checkpoint to fill."""
+        codes = torch.empty(inputs, self.codes_width(outputs), dtype=self.codes_dtype, device=device)
+        return codes, torch.empty(inputs, self.groups(outputs), dtype=SCALE_DTYPE, device=device)
+
+    def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, outputs: int, dtype: torch.dtype) -> torch.Tensor:
+        """The linear's transpose W^T [D, N]: exact in float32 and float64, in 16 bits rounded once."""
+        weight = torch.empty(len(codes), outputs, dtype=dtype, device=codes.device)
+        for at in range(0, len(codes), _COLUMNS):
+            rows = slice(at, at + _COLUMNS)
+            wide = scales[rows].to(torch.promote_types(dtype, torch.float32))
+            wide = wide.repeat_interleave(self.group, dim=1)[:, :outputs]
+            weight[rows] = wide * self.unpack(codes[rows], outputs)
+        return weight
+
+
+class Int8(ColumnFormat):
+    """A byte for each weight, two's complement; -128 is not used."""
+
+    name = "int8"
+    bits = 8
+    lowest, highest = -127, 127
+    codes_dtype = torch.int8
+
+    def codes_width(self, outputs: int) -> int:
+        """As many."""
+        return outputs
+
+    def pack(self, q: torch.Tensor) -> torch.Tensor:
+        """The same as int8."""
+        return q.to(torch.int8)
+
+    def unpack(self, codes: torch.Tensor, outputs: int) -> torch.Tensor:
+        """The same."""
+        return codes
+
+
+class Int4(ColumnFormat):
+    """Two weights a byte, each as q + 8: output 2b in the low four bits of byte b, 2b + 1 in the high ones.
+
+    Behind an odd number of outputs the last four bits hold 8, which is 0.
+    """
+
+    name = "int4"
+    bits = 4
+    lowest, highest = -8, 7
+    codes_dtype = torch.uint8
+
+    def codes_width(self, outputs: int) -> int:
+        """Half as many, rounded up."""
+        return -(-outputs // 2)
+
+    def pack(self, q: torch.Tensor) -> torch.Tensor:
+        """Two whole numbers a byte."""
+        digits = torch.full(
+            (len(q), 2 * self.codes_width(q.shape[1])), -self.lowest, dtype=torch.uint8, device=q.device
+        )
+        digits[:, : q.shape[1]] = (q - self.lowest).to(torch.uint8)
+        return digits[:, ::2] | digits[:, 1::2] << 4
+
+    def unpack(self, codes: torch.Tensor, outputs: int) -> torch.Tensor:
+        """Two whole numbers of each byte."""
+        digits = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :outputs]
+        return digits.to(torch.int8) + self.lowest
+
+
+def check_group(group: int) -> int:
+    """Return `group` if so many outputs can share a scale.
+
+    Raises:
+        LarosaError: they cannot.
+    """
+    if group not in GROUPS:
+        raise LarosaError(f"a weight group of {group}: one of {', '.join(map(str, GROUPS))}")
+    return group
