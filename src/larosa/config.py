@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from larosa.errors import LarosaError
+from larosa.formats import Quantization
 from larosa.migrations import FORMAT_VERSION, migrate_settings
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
@@ -270,8 +271,9 @@ class LarosaConfig(_Block):
 
     `keep` (counts of entries) or `thresholds` is what the model runs by, one of them being null; the
     other keys say how it came about, but for `prefill` and `dense_first_token`, which say what tokens stay
-    dense. `alphas`, `covariance` and `rotation_objective` are null where the
-    method has none. With a `score` other than magnitude every site has a vector in the checkpoint.
+    dense, and `quantization`, which says what is stored by few bits (null: nothing). `alphas`, `covariance` and
+    `rotation_objective` are null where the method has none. With a `score` other than magnitude every site has a
+    vector in the checkpoint.
     """
 
     format_version: int = FORMAT_VERSION
@@ -292,6 +294,7 @@ class LarosaConfig(_Block):
     score: Score = Score.MAGNITUDE
     search: Search
     compensation: Compensation = Compensation.NONE
+    quantization: Quantization | None = None
     prefill: Prefill = Prefill.SPARSE
     dense_first_token: bool = False
     calibration: CalibrationRecord | None = None
@@ -331,6 +334,12 @@ class LarosaConfig(_Block):
         if method in (Method.TEAL, Method.CATS) and value is not Score.MAGNITUDE:
             raise ValueError(f"method '{method}' compares magnitudes")
         return value
+
+    @field_validator("quantization")
+    @classmethod
+    def _check_quantization(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
+        method = info.data.get("method")
+        return value if method is None else check_quantization(value, method)
 
     @property
     def layers(self) -> int:
@@ -401,3 +410,16 @@ def check_adapters(adapters: AdapterFormat, rotation: Rotation) -> AdapterFormat
     if adapters is not AdapterFormat.FULL and not rotation.has_adapters:
         raise LarosaError(f"adapters '{adapters}': rotation '{rotation}' has none: leave it out")
     return adapters
+
+
+def check_quantization(quantization: Quantization | None, method: Method) -> Quantization | None:
+    """Return `quantization` if a model sparsified by this method can be stored so.
+
+    Raises:
+        LarosaError: it skips rows of a matrix, which formats of few bits store by columns.
+    """
+    if quantization is not None and quantization.linear_format is not None and GATE in method.sites:
+        raise LarosaError(
+            f"method '{method}' skips rows of weights, which {quantization.weights} stores by columns: leave it out"
+        )
+    return quantization

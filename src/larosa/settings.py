@@ -22,9 +22,11 @@ from larosa.config import (
     Selection,
     check_adapters,
     check_layers_per_rotation,
+    check_quantization,
     check_sparsity,
 )
 from larosa.errors import LarosaError, choose
+from larosa.formats import Quantization, Quantizer
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Settings:
     selection: Selection
     search: Search
     compensation: Compensation
+    quantization: Quantization | None
     prefill: Prefill
     dense_first_token: bool
     alphas: PerSite | None
@@ -150,6 +153,10 @@ class Settings:
         selection: str | None = None,
         search: str | None = None,
         compensation: str = Compensation.NONE,
+        weights: str | None = None,
+        weight_group: int | None = None,
+        quantizer: str | None = None,
+        head: str | None = None,
         prefill: str = Prefill.SPARSE,
         dense_first_token: bool | None = None,
         alphas: PerSite | None = None,
@@ -228,8 +235,12 @@ class Settings:
             raise LarosaError("--compensation linear refits to counted entries: leave --selection threshold out")
         if compensates and chosen_prefill is Prefill.DENSE:
             raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
+        quantization = check_quantization(Quantization.complete(weights, head, weight_group, quantizer), chosen_method)
+        fits = quantization is not None and quantization.quantizer is Quantizer.GPTQ
         record = None
-        calibrated = chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
+        calibrated = (
+            fits or chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
+        )
         if calibrated or chosen_search is not Search.NONE or chosen_selection is not Selection.TOP_K:
             record = CalibrationRecord(
                 source=calibration or defaults.calibration,
@@ -258,6 +269,7 @@ class Settings:
             selection=chosen_selection,
             search=chosen_search,
             compensation=chosen_compensation,
+            quantization=quantization,
             prefill=chosen_prefill,
             dense_first_token=defaults.dense_first_token if dense_first_token is None else dense_first_token,
             alphas=(alphas or PerSite()) if applicable.coefficients else None,

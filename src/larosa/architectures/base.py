@@ -113,6 +113,11 @@ class Architecture:
         head: nn.Linear = model.lm_head
         return head
 
+    def replace_head(self, model: Any, make: Callable[[Any], nn.Module]) -> None:
+        """Put in the place of the language-model head, where there is one, what `make` makes of it."""
+        if hasattr(model, "lm_head"):
+            model.lm_head = make(model.lm_head)
+
     def attention(self, layer: nn.Module) -> nn.Module:
         """The attention block of a decoder layer."""
         return layer.get_submodule(self.attention_name)
@@ -127,14 +132,24 @@ class Architecture:
 
     def linears(self, layer: nn.Module, site: str) -> list[nn.Linear]:
         """The linears that read a site, in the order of the paper's Figure 2."""
+        block, names = self._readers(layer, site)
+        return [getattr(block, name) for name in names]
+
+    def replace_linears(self, layer: nn.Module, site: str, make: Callable[[Any], nn.Module]) -> None:
+        """Put in the place of each linear that reads a site what `make` makes of it."""
+        block, names = self._readers(layer, site)
+        for name in names:
+            setattr(block, name, make(getattr(block, name)))
+
+    def _readers(self, layer: nn.Module, site: str) -> tuple[nn.Module, tuple[str, ...]]:
+        """The block with the linears that read a site, and their names in it."""
         attention, mlp = self.attention(layer), self.mlp(layer)
-        block, names = {
+        return {
             "h1": (attention, self.query_key_value_names),
             "h2": (attention, (self.attention_output_name,)),
             "h3": (mlp, self.gate_up_names),
             "h4": (mlp, (self.down_name,)),
         }[site]
-        return [getattr(block, name) for name in names]
 
     def value(self, layer: nn.Module) -> nn.Linear:
         """The linear that gives the values, [keys x size, hidden], first head first."""

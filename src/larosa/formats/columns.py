@@ -39,6 +39,8 @@ class ColumnFormat(ABC):
     #: The range of q.
     lowest: ClassVar[int]
     highest: ClassVar[int]
+    #: What a search of scales tries to map a group's largest magnitude to, sign included.
+    targets: ClassVar[tuple[float, ...]]
     codes_dtype: ClassVar[torch.dtype]
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Int8(ColumnFormat):
     name = "int8"
     bits = 8
     lowest, highest = -127, 127
+    targets = (127.0,)
     codes_dtype = torch.int8
 
     def codes_width(self, outputs: int) -> int:
@@ -111,6 +114,8 @@ class Int4(ColumnFormat):
     name = "int4"
     bits = 4
     lowest, highest = -8, 7
+    # The lowest is one farther from 0 than the highest, and cutting the largest off serves the others.
+    targets = tuple(-(70 + 2 * step) / 10 for step in range(13)) + tuple((60 + 2 * step) / 10 for step in range(13))
     codes_dtype = torch.uint8
 
     def codes_width(self, outputs: int) -> int:
@@ -119,9 +124,8 @@ class Int4(ColumnFormat):
 
     def pack(self, q: torch.Tensor) -> torch.Tensor:
         """Two whole numbers a byte."""
-        digits = torch.full(
-            (len(q), 2 * self.codes_width(q.shape[1])), -self.lowest, dtype=torch.uint8, device=q.device
-        )
+        width = 2 * self.codes_width(q.shape[1])
+        digits = torch.full((len(q), width), -self.lowest, dtype=torch.uint8, device=q.device)
         digits[:, : q.shape[1]] = (q - self.lowest).to(torch.uint8)
         return digits[:, ::2] | digits[:, 1::2] << 4
 

@@ -6,6 +6,7 @@ from larosa.models.modules import (
     SparseActivation,
     SparseLinear,
     column_norms,
+    quantize_linears,
     selectors,
     set_adapter,
     set_keep_counts,
@@ -13,12 +14,14 @@ from larosa.models.modules import (
     set_thresholds,
     sparsify_layers,
 )
+from larosa.models.quantized import QuantizedLinear
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
 
 __all__ = [
     "DenseTokens",
     "Family",
     "Int8Adapter",
+    "QuantizedLinear",
     "Selector",
     "SparseActivation",
     "SparseLinear",
@@ -26,6 +29,7 @@ __all__ = [
     "TopK",
     "column_norms",
     "family_of",
+    "quantize_linears",
     "register_families",
     "selectors",
     "set_adapter",

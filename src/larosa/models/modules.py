@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import GATE, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
+from larosa.config import GATE, SITES, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
 from larosa.errors import LarosaError
+from larosa.formats import Quantization
+from larosa.models.quantized import QuantizedLinear, quantized_like
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
 from larosa.rotation.adapters import Adapter
@@ -157,6 +160,21 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         adapts = config.rotation is Rotation.BLOCK
         layer.attention_adapter = _adapter(layer, architecture, config.adapters) if adapts else None
         layer.residual_adapter = _adapter(layer, architecture, config.adapters) if index in before_change else None
+    if config.quantization is not None:
+        quantize_linears(model, architecture, config.quantization)
+
+
+def quantize_linears(model: Any, architecture: Architecture, quantization: Quantization) -> None:
+    """Put linears of few bits in the place of those of a sparsified model, their codes and scales uninitialised.
+
+    Biases and selectors stay as they are. A model without a head may be given.
+    """
+    if (linears := quantization.linear_format) is not None:
+        for layer in architecture.layers(model):
+            for site in SITES:
+                architecture.replace_linears(layer, site, partial(quantized_like, linears))
+    if (head := quantization.head_format) is not None:
+        architecture.replace_head(model, partial(quantized_like, head))
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:
@@ -179,7 +197,8 @@ def _put_in_linear(architecture: Architecture, layer: Any, site: str, selector: 
 
 def _get_from_linear(architecture: Architecture, layer: Any, site: str) -> Selector:
     linear: Any = architecture.linears(layer, site)[0]
-    assert isinstance(linear, SparseLinear), "the model is sparsified"
+    assert isinstance(linear, SparseLinear | QuantizedLinear), "the model is sparsified"
+    assert isinstance(linear.selector, Selector)
     return linear.selector
 
 

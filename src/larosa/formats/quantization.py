@@ -1,0 +1,106 @@
+"""What of a model is stored by few bits: the `quantization` block of a sparsified model's settings."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from larosa.errors import LarosaError, choose
+from larosa.formats.columns import ColumnFormat, Int4, Int8, check_group
+
+#: Outputs that share a scale where the user does not say.
+DEFAULT_GROUP = 64
+
+
+class WeightFormat(StrEnum):
+    """What linears are stored as: the model's own dtype (`full`), or 8 or 4 bits with scales."""
+
+    FULL = "full"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+_FORMATS: dict[WeightFormat, type[ColumnFormat]] = {WeightFormat.INT8: Int8, WeightFormat.INT4: Int4}
+
+
+class Quantizer(StrEnum):
+    """How whole numbers are found: each weight rounded to the nearest (`rtn`), or with what its rounding does to the
+
+    outputs made up for by the columns that follow (`gptq`, which needs calibration).
+    """
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+class Quantization(BaseModel):
+    """What the decoder's linears and the language-model head are stored as; one of them at least by few bits.
+
+    `quantizer` says how the linears' codes came about, and is null where they are `full`; the head is always rounded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: WeightFormat = WeightFormat.FULL
+    head: WeightFormat = Field(default=WeightFormat.FULL, validate_default=True)
+    group: Annotated[int, AfterValidator(check_group)]
+    quantizer: Quantizer | None = Field(default=None, validate_default=True)
+
+    @field_validator("head")
+    @classmethod
+    def _check_head(cls, value: WeightFormat, info: ValidationInfo) -> WeightFormat:
+        if value is WeightFormat.FULL and info.data.get("weights") is WeightFormat.FULL:
+            raise ValueError("nothing is stored by few bits: leave 'quantization' out")
+        return value
+
+    @field_validator("quantizer")
+    @classmethod
+    def _check_quantizer(cls, value: Quantizer | None, info: ValidationInfo) -> Quantizer | None:
+        weights = info.data.get("weights")
+        if weights is not None and (value is None) != (weights is WeightFormat.FULL):
+            raise ValueError(f"weights '{weights}' " + ("need one" if value is None else "have none"))
+        return value
+
+    @property
+    def linear_format(self) -> ColumnFormat | None:
+        """Of the decoder's linears; None where they are in the model's own dtype."""
+        return _format(self.weights, self.group)
+
+    @property
+    def head_format(self) -> ColumnFormat | None:
+        """Of the language-model head; None where it is in the model's own dtype."""
+        return _format(self.head, self.group)
+
+    @classmethod
+    def complete(
+        cls, weights: str | None, head: str | None, group: int | None, quantizer: str | None
+    ) -> Quantization | None:
+        """Check the user's options and take the rest from what suits the format; None where nothing is quantized.
+
+        Raises:
+            LarosaError: an unknown choice, or one that means nothing without another.
+        """
+        chosen = choose(WeightFormat, weights or WeightFormat.FULL, "format of weights")
+        full = chosen is WeightFormat.FULL
+        chosen_head = choose(
+            WeightFormat, head or (WeightFormat.FULL if full else WeightFormat.INT8), "format of the head"
+        )
+        if full and quantizer is not None:
+            raise LarosaError(f"--quantizer {quantizer} is of weights of few bits: add --weights int4 or int8")
+        if full and chosen_head is WeightFormat.FULL:
+            if group is not None:
+                raise LarosaError(f"--weight-group {group} is of weights of few bits: add --weights int4 or int8")
+            return None
+        usual = Quantizer.GPTQ if chosen is WeightFormat.INT4 else Quantizer.RTN
+        return cls(
+            weights=chosen,
+            head=chosen_head,
+            group=DEFAULT_GROUP if group is None else check_group(group),
+            quantizer=None if full else choose(Quantizer, quantizer or usual, "quantizer"),
+        )
+
+
+def _format(name: WeightFormat, group: int) -> ColumnFormat | None:
+    return _FORMATS[name](group) if name in _FORMATS else None
