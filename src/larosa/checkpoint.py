@@ -23,7 +23,7 @@ from larosa.config_checks import check_config, check_counts, dry_run
 from larosa.errors import LarosaError
 from larosa.gguf import find_gguf, load_gguf, load_gguf_config
 from larosa.migrations import loading_weights
-from larosa.models import family_of
+from larosa.models.families import model_class
 from larosa.plain import check_plain
 from larosa.tokenizer_files import check_tokenizer_files, save_tokenizer
 from larosa.weight_files import check_loaded, check_no_adapter, check_no_pointer, check_weight_files
@@ -114,7 +114,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
         raise LarosaError(f"{path}: the checkpoint is quantized; convert the original weights instead")
     check_config(path, config)
     with _quiet_transformers(), _loading(path), loading_weights():
-        dry_run(_model_class(config), config)
+        dry_run(model_class(config), config)
     return config
 
 
@@ -148,12 +148,6 @@ def _check_type(file: Path) -> None:
         raise LarosaError(f"{file}: no key 'model_type'")
     check_counts(str(file.parent), content)
     find_architecture(content["model_type"])
-
-
-def _model_class(config: Any) -> type[Any]:
-    architecture = find_architecture(config.model_type)
-    converted = config.model_type == architecture.converted_model_type
-    return family_of(architecture).causal_lm_class if converted else architecture.causal_lm_class
 
 
 def _means_a_folder(path: str) -> bool:

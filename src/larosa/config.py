@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from larosa.errors import LarosaError
-from larosa.formats import Quantization
+from larosa.formats import ColumnFormat, Quantization
 from larosa.migrations import FORMAT_VERSION, migrate_settings
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
@@ -358,6 +358,16 @@ class LarosaConfig(_Block):
         limits = self.keep if self.thresholds is None else self.thresholds
         assert limits is not None, "validated"
         return limits
+
+    @property
+    def linear_format(self) -> ColumnFormat | None:
+        """What the decoder's linears are stored in; None for the model's own dtype."""
+        return None if self.quantization is None else self.quantization.linear_format
+
+    @property
+    def head_format(self) -> ColumnFormat | None:
+        """The same of the language-model head."""
+        return None if self.quantization is None else self.quantization.head_format
 
     @classmethod
     def parse(cls, block: Any) -> LarosaConfig:

@@ -34,6 +34,7 @@ from larosa.finite import check_converted, check_weights
 from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.plain import check_changeable, check_plain
 from larosa.progress import track
+from larosa.quantizers import quantize
 from larosa.rotation import (
     Adapters,
     LayerBases,
@@ -79,6 +80,10 @@ def convert(
     selection: str | None = None,
     search: str | None = None,
     compensation: str = Compensation.NONE,
+    weights: str | None = None,
+    weight_group: int | None = None,
+    quantizer: str | None = None,
+    head: str | None = None,
     alphas: PerSite | None = None,
     prefill: str = Prefill.SPARSE,
     dense_first_token: bool | None = None,
@@ -121,6 +126,12 @@ def convert(
             `sensitivity` (measured) or `fisher` (estimated from the scores; all three larosa, topk);
             `greedy` for TEAL's allocation within each layer (teal).
         compensation: `linear` refits the weights to the entries that are kept; `none` leaves them.
+        weights: store the decoder's linears in the model's dtype (`full`, the default), in 8 bits (`int8`) or in 4
+            (`int4`).
+        weight_group: how many weights of a column share a scale: 32, 64 or 128.
+        quantizer: round each weight (`rtn`), or let the columns that follow make up for it (`gptq`). None is `gptq` for
+            4 bits.
+        head: store the language-model head `full` or in `int8` or `int4`. None is `int8` where weights are of few bits.
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).
         dense_first_token: leave the first token of a text dense, the attention sink on which every head leans.
@@ -154,6 +165,10 @@ def convert(
         selection=selection,
         search=search,
         compensation=compensation,
+        weights=weights,
+        weight_group=weight_group,
+        quantizer=quantizer,
+        head=head,
         prefill=prefill,
         dense_first_token=dense_first_token,
         alphas=alphas,
@@ -246,6 +261,8 @@ def sparsify(
         assert keep is not None, "the method counts"
         compensate(model, architecture, keep, sequences, where)
         limits = None
+    if settings.quantization is not None:  # last: what it rounds are the weights that the model runs by
+        quantize(model, architecture, settings.quantization, sequences, where)
     check_converted(model, sequences)
     return Sparsified(model, architecture, limits)
 

@@ -27,6 +27,7 @@ from larosa.rotation import usual_format
 from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
+from larosa.sparsity.sites import column_bytes
 
 #: Beyond this there is nothing left of a model, and at every site an entry has to stay.
 _HIGHEST_PERCENT = 90
@@ -268,6 +269,10 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item
+    if settings.quantization is not None:
+        linears, of_head = settings.quantization.linear_format, settings.quantization.head_format
+        needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
+        needed -= sizes.hidden * (column_bytes([len(head)], None, item) - column_bytes([len(head)], of_head, item))
     needed *= copies
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:

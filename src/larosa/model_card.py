@@ -84,6 +84,7 @@ def model_card(
         "budget": block.budget,
         "search": block.search,
         "compensation": block.compensation,
+        **_quantization(block),
         "prompts": block.prefill,
         "first token": "dense" if block.dense_first_token else "sparse",
     }
@@ -108,6 +109,9 @@ def model_card(
             ("the same net of residual adapters", f"{sparsity.weights_net_of_adapters:.1%}"),
             ("weight bytes per token, dense", f"{inspection.bytes_dense_total:,}"),
             ("weight bytes per token, sparse", f"{inspection.bytes_sparse_total:,}"),
+            ("bytes of the head, which every token reads", f"{inspection.head_bytes:,}"),
+            ("bits of a weight, scales included", f"{inspection.weight_bits:.3g}"),
+            ("bytes of all parameters", f"{inspection.parameter_bytes:,}"),
         ],
     )
     text += "\n" + _selection(block, inspection)
@@ -124,6 +128,19 @@ def model_card(
         ]
         text += _table(("", "dense", "sparse"), rows)
     return text
+
+
+def _quantization(block: LarosaConfig) -> dict[str, Any]:
+    """What is stored by few bits; nothing where all is in the model's own dtype."""
+    found = block.quantization
+    if found is None:
+        return {}
+    return {
+        "weights": found.weights,
+        "head": found.head,
+        "weights that share a scale": found.group,
+        "quantizer": found.quantizer,
+    }
 
 
 def _selection(block: LarosaConfig, inspection: Inspection) -> str:

@@ -186,7 +186,12 @@ def _check_pair(source: str, reference: str, model: Any, dense: Any) -> LarosaCo
                 f"{reference}: {name} is {getattr(dense.config, name)}, in {source} it is "
                 f"{getattr(model.config, name)}: not the model it was converted from"
             )
-    return LarosaConfig.parse(model.config.larosa)
+    block = LarosaConfig.parse(model.config.larosa)
+    if block.quantization is not None:
+        raise LarosaError(
+            f"{source}: weights of few bits are not trained; convert with --weights full, and recover that"
+        )
+    return block
 
 
 def _sequences(dense: Any, tokenizer: Any, settings: RecoverySettings) -> torch.Tensor:

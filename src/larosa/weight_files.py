@@ -18,6 +18,8 @@ ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs.github.com/spec"
 #: Of a dense model's weights and of 8-bit adapters; anything else is quantised, or was not written as weights.
 _DTYPES = ("F16", "BF16", "F32", "F64", "I8")
+#: Of weights of few bits, by the end of their names: other dtypes transformers would turn into these without a word.
+_FEW_BITS = {"codes": ("I8", "U8"), "scales": ("BF16",)}
 #: The first that matches what is there in place of weights says what to do about it.
 _INSTEAD = (
     ("adapter_model.*", "only an adapter: merge it into its model first (peft: merge_and_unload)"),
@@ -62,8 +64,12 @@ def check_weight_files(folder: Path) -> None:
         for key, dtype in _stored(file).items():
             if key in seen:
                 raise LarosaError(f"{file}: holds '{key}', which {seen[key]} holds too")
-            if dtype not in _DTYPES:
-                raise LarosaError(f"{file}: '{key}' is {dtype}, a quantized weight; convert the original weights")
+            expected = _FEW_BITS.get(key.rpartition(".")[2], _DTYPES)
+            if dtype not in expected:
+                what = "a quantized weight; convert the original weights"
+                if expected is not _DTYPES:
+                    what = f"not {' or '.join(expected)}; convert the model anew"
+                raise LarosaError(f"{file}: '{key}' is {dtype}, {what}")
             seen[key] = name
 
 

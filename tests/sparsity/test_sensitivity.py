@@ -19,7 +19,7 @@ SIZES = SiteSizes(
     vocabulary=9,
     attention_width=4,
     width={"h1": 6, "h2": 4, "h3": 6, "h4": 9},
-    outputs={"h1": 8, "h2": 6, "h3": 18, "h4": 6},
+    matrices={"h1": (4, 2, 2), "h2": (6,), "h3": (9, 9), "h4": (6,)},
 )
 PLACES = [(layer, site) for layer in range(2) for site in SITES]
 

@@ -114,7 +114,7 @@ class Architecture:
         return head
 
     def replace_head(self, model: Any, make: Callable[[Any], nn.Module]) -> None:
-        """Put in the place of the language-model head, where there is one, what `make` makes of it."""
+        """Put in the place of the language-model head, which a base model does not have, what `make` makes of it."""
         if hasattr(model, "lm_head"):
             model.lm_head = make(model.lm_head)
 

@@ -30,6 +30,7 @@ from larosa.convert_checkpoint import ConversionReport, convert_at, convert_chec
 from larosa.convert_checkpoint import sweep as sweep_checkpoint
 from larosa.errors import LarosaError
 from larosa.evaluation.verdict import verdict
+from larosa.formats import Quantizer, WeightFormat
 
 DEFAULT_SPARSITY = 0.5
 
@@ -94,6 +95,19 @@ def convert(
     compensation: Annotated[
         Compensation, typer.Option(help="Refit the weights to the entries that are kept.")
     ] = Compensation.NONE,
+    weights: Annotated[
+        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in 8 or 4 bits.")
+    ] = None,
+    weight_group: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; more take less and lose more.")
+    ] = None,
+    quantizer: Annotated[
+        Quantizer | None,
+        typer.Option(help="Round each weight, or let others make up for it (gptq, the default of 4 bits)."),
+    ] = None,
+    head: Annotated[
+        WeightFormat | None, typer.Option(help="Store the language-model head likewise; int8 beside such weights.")
+    ] = None,
     prefill: Annotated[Prefill, typer.Option(help="Sparsify prompts too, or run them dense.")] = Prefill.SPARSE,
     dense_first_token: Annotated[
         bool | None,
@@ -134,6 +148,10 @@ def convert(
         "selection": selection,
         "search": search,
         "compensation": compensation,
+        "weights": weights,
+        "weight_group": weight_group,
+        "quantizer": quantizer,
+        "head": head,
         "prefill": prefill,
         "dense_first_token": dense_first_token,
     }

@@ -107,6 +107,8 @@ def _check(model: Any, architecture: Architecture) -> None:
     reason, mend = None, ""
     if block is not None and block.method is Method.CATS:
         reason = "method cats"
+    elif block is not None and block.quantization is not None:
+        reason = "weights of few bits"
     elif config.hidden_act not in _SILU or architecture.gate_activation_name is None:
         reason = f"an MLP with activation '{config.hidden_act}'"
     elif len(devices) > 1 or "meta" in devices:

@@ -161,6 +161,13 @@ def family_of(architecture: Architecture) -> Family:
     return _FAMILIES[architecture.model_type]
 
 
+def model_class(config: Any) -> type[Any]:
+    """The causal language model of a supported configuration, dense or sparsified."""
+    architecture = find_architecture(config.model_type)
+    converted = config.model_type == architecture.converted_model_type
+    return family_of(architecture).causal_lm_class if converted else architecture.causal_lm_class
+
+
 def register_families() -> None:
     """Make the Auto classes, pipelines and serving tools find the sparsified families.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 from larosa.architectures import Architecture
 from larosa.config import GATE, SITES, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
 from larosa.errors import LarosaError
-from larosa.formats import Quantization
+from larosa.formats import ColumnFormat
 from larosa.models.quantized import QuantizedLinear, quantized_like
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
@@ -160,21 +160,21 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         adapts = config.rotation is Rotation.BLOCK
         layer.attention_adapter = _adapter(layer, architecture, config.adapters) if adapts else None
         layer.residual_adapter = _adapter(layer, architecture, config.adapters) if index in before_change else None
-    if config.quantization is not None:
-        quantize_linears(model, architecture, config.quantization)
+        if config.linear_format is not None:
+            quantize_layer(layer, architecture, config.linear_format)
+    if config.head_format is not None:
+        quantize_head(model, architecture, config.head_format)
 
 
-def quantize_linears(model: Any, architecture: Architecture, quantization: Quantization) -> None:
-    """Put linears of few bits in the place of those of a sparsified model, their codes and scales uninitialised.
+def quantize_layer(layer: nn.Module, architecture: Architecture, form: ColumnFormat) -> None:
+    """Put linears of few bits in the place of a sparsified layer's, their codes and scales uninitialised."""
+    for site in SITES:
+        architecture.replace_linears(layer, site, partial(quantized_like, form))
 
-    Biases and selectors stay as they are. A model without a head may be given.
-    """
-    if (linears := quantization.linear_format) is not None:
-        for layer in architecture.layers(model):
-            for site in SITES:
-                architecture.replace_linears(layer, site, partial(quantized_like, linears))
-    if (head := quantization.head_format) is not None:
-        architecture.replace_head(model, partial(quantized_like, head))
+
+def quantize_head(model: Any, architecture: Architecture, form: ColumnFormat) -> None:
+    """The same for the language-model head, which a base model does not have."""
+    architecture.replace_head(model, partial(quantized_like, form))
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:

@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        format: ColumnFormat,
+        form: ColumnFormat,
         in_features: int,
         out_features: int,
         bias: nn.Parameter | None = None,
@@ -41,8 +41,8 @@ class QuantizedLinear(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.format, self.in_features, self.out_features = format, in_features, out_features
-        codes, scales = format.empty(out_features, in_features, device)
+        self.format, self.in_features, self.out_features = form, in_features, out_features
+        codes, scales = form.empty(out_features, in_features, device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = bias
@@ -79,10 +79,10 @@ class QuantizedLinear(nn.Module):
         return f"{sizes}, {self.format.name}, group={self.format.group}"
 
 
-def quantized_like(format: ColumnFormat, linear: Any) -> QuantizedLinear:
+def quantized_like(form: ColumnFormat, linear: Any) -> QuantizedLinear:
     """A linear with the sizes, bias, selector and place of another, without its weights."""
     return QuantizedLinear(
-        format,
+        form,
         linear.in_features,
         linear.out_features,
         linear.bias,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from larosa.config import SITES, LarosaConfig
-from larosa.sparsity.sites import SiteSizes
+from larosa.migrations import loading_weights
+from larosa.models.families import model_class
+from larosa.sparsity.sites import SiteSizes, column_bytes
 
 #: The paper's Table 19 counts a sequence of this many tokens.
 _TABLE_19_TOKENS = 2048
@@ -56,7 +58,8 @@ class Inspection:
     adapters, plus attention over a context of 2048, averaged over those 2048 tokens. `flops_converted`
     counts every weight as that table does, `flops_sparse` leaves the skipped ones out.
     `bytes_sparse_total` includes adapters and the sites' score vectors; embedding and head are in neither
-    total.
+    total. `parameter_bytes` is what all parameters take in files and in memory, `weight_bits` what a weight of the
+    decoder linears does, scales included.
     """
 
     model_type: str
@@ -68,6 +71,8 @@ class Inspection:
     adapter_bytes: int
     score_bytes: int
     head_bytes: int
+    parameter_bytes: int
+    weight_bits: float
     flops_dense: int
     flops_converted: int
     flops_sparse: int
@@ -89,7 +94,8 @@ def sparsity_of(config: Any) -> Sparsity:
         return Sparsity(0.0, 0.0, 0.0)
     sizes, item = SiteSizes.of(config), _element_size(config)
     skipped = sizes.skipped_weights(_dropped_entries(block, sizes))
-    net = skipped - sizes.adapter_bytes(block.rotation, block.layers_per_rotation, block.adapters, item) / item
+    adapters = sizes.adapter_bytes(block.rotation, block.layers_per_rotation, block.adapters, item)
+    net = skipped - adapters * sizes.linear_weights / sizes.linear_bytes(block.linear_format, item)
     return Sparsity(block.sparsity, skipped / sizes.linear_weights, net / sizes.linear_weights)
 
 
@@ -109,17 +115,28 @@ def _dropped_entries(block: LarosaConfig, sizes: SiteSizes) -> dict[str, list[fl
     return {site: [sizes.width[site] - k for k in block.keep[site]] for site in SITES}
 
 
+def _parameter_bytes(config: Any, element_size: int) -> int:
+    """What the parameters of a model take: those without a dtype of their own have elements of so many bytes."""
+    own = torch.get_default_dtype()
+    with torch.device("meta"), loading_weights():
+        model = model_class(config)(config)
+    return sum(p.numel() * (element_size if p.dtype is own else p.element_size()) for p in model.parameters())
+
+
 def inspect_config(config: Any) -> Inspection:
     """Everything that follows from a dense or converted model's configuration."""
     block = _block(config)
     sizes = SiteSizes.of(config)
     item = _element_size(config)
     dropped = {} if block is None else _dropped_entries(block, sizes)
+    form = None if block is None else block.linear_format
     sites = []
+    skipped = 0
     for layer in range(sizes.layers):
-        for site, outputs in sizes.readers(None if block is None else block.method).items():
-            width = sizes.width[site]
+        for site, matrices in sizes.readers(None if block is None else block.method).items():
+            width, column = sizes.width[site], column_bytes(matrices, form, item)
             drops = dropped[site][layer] if site in dropped else 0
+            skipped += round(drops * sum(matrices))
             compared = block is not None and block.thresholds is not None and site in dropped
             sites.append(
                 SiteReport(
@@ -129,8 +146,8 @@ def inspect_config(config: Any) -> Inspection:
                     k=None if compared else width - int(drops),
                     threshold=block.limits[site][layer] if block is not None and compared else None,
                     sparsity=drops / width,
-                    bytes_dense=width * outputs * item,
-                    bytes_sparse=round((width - drops) * outputs) * item,
+                    bytes_dense=width * column,
+                    bytes_sparse=round((width - drops) * column),
                 )
             )
     adapters = adapter_bytes = 0
@@ -139,8 +156,8 @@ def inspect_config(config: Any) -> Inspection:
         adapters, adapter_bytes = sizes.adapter_weights(*stored), sizes.adapter_bytes(*stored, item)
     scores = sizes.score_entries if block is not None and block.score.has_vectors else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
-    skipped = (bytes_dense - bytes_sparse) // item
     head = sizes.vocabulary * sizes.hidden
+    head_column = column_bytes([sizes.vocabulary], None if block is None else block.head_format, item)
     # Scores and values: two products over the context for each query width, as the paper counts them.
     attention = 4 * _TABLE_19_TOKENS * sizes.attention_width * sizes.layers
     dense = 2 * (sizes.linear_weights + head) + attention
@@ -153,7 +170,9 @@ def inspect_config(config: Any) -> Inspection:
         bytes_sparse_total=bytes_sparse + adapter_bytes + scores * item,
         adapter_bytes=adapter_bytes,
         score_bytes=scores * item,
-        head_bytes=head * item,
+        head_bytes=sizes.hidden * head_column,
+        parameter_bytes=_parameter_bytes(config, item),
+        weight_bits=8 * bytes_dense / sizes.linear_weights,
         flops_dense=dense,
         flops_converted=dense + 2 * adapters,
         flops_sparse=dense + 2 * (adapters - skipped),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from larosa.config import GATE, SITES, AdapterFormat, Method, Rotation
+from larosa.formats import ColumnFormat
 from larosa.ops.adapter import leading_entries
 
 
@@ -14,8 +16,8 @@ from larosa.ops.adapter import leading_entries
 class SiteSizes:
     """Sizes of a decoder model, in elements; every layer has the same.
 
-    `width` is the number of activations at a site, `outputs` the number of weights that a zero there
-    skips: a column of each matrix that reads the site or, at the gate, a row of up and a column of down.
+    `width` is the number of activations at a site, `matrices` the weights that a zero there skips of each matrix: of
+    those that read the site a column or, at the gate, a row of up and a column of down. `outputs` are their sums.
     """
 
     layers: int
@@ -23,7 +25,7 @@ class SiteSizes:
     vocabulary: int
     attention_width: int
     width: dict[str, int]
-    outputs: dict[str, int]
+    matrices: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, config: Any) -> SiteSizes:
@@ -38,18 +40,29 @@ class SiteSizes:
             vocabulary=config.vocab_size,
             attention_width=queries,
             width={"h1": hidden, "h2": queries, "h3": hidden, "h4": intermediate, GATE: intermediate},
-            outputs={
-                "h1": queries + 2 * keys,
-                "h2": hidden,
-                "h3": 2 * intermediate,
-                "h4": hidden,
-                GATE: 2 * hidden,
+            matrices={
+                "h1": (queries, keys, keys),
+                "h2": (hidden,),
+                "h3": (intermediate, intermediate),
+                "h4": (hidden,),
+                GATE: (hidden, hidden),
             },
         )
+
+    @cached_property
+    def outputs(self) -> dict[str, int]:
+        """Weights that a zero at a site skips, in all."""
+        return {site: sum(parts) for site, parts in self.matrices.items()}
 
     def weights(self, site: str) -> int:
         """Weight elements that one layer's site reads when nothing is skipped."""
         return self.width[site] * self.outputs[site]
+
+    def linear_bytes(self, form: ColumnFormat | None, element_size: int) -> int:
+        """Bytes of the weights of all decoder layers' linears; arguments as for `column_bytes`."""
+        return self.layers * sum(
+            self.width[site] * column_bytes(self.matrices[site], form, element_size) for site in SITES
+        )
 
     @property
     def linear_weights(self) -> int:
@@ -61,15 +74,15 @@ class SiteSizes:
         """Entries of the score vectors of all sites, where there are scores."""
         return self.layers * sum(self.width[site] for site in SITES)
 
-    def readers(self, method: Method | None) -> dict[str, int]:
-        """Every weight of a layer at one site, the one that decides whether it is read: outputs by site.
+    def readers(self, method: Method | None) -> dict[str, tuple[int, ...]]:
+        """Every weight of a layer at one site, the one that decides whether it is read: `matrices` by site.
 
         With a gate site, up and down belong to it, and h3 is left with the gate's own matrix.
         """
         if method is None or GATE not in method.sites:
-            return {site: self.outputs[site] for site in SITES}
-        gate_rows = self.width[GATE]
-        return {"h1": self.outputs["h1"], "h2": self.outputs["h2"], "h3": gate_rows, GATE: self.outputs[GATE]}
+            return {site: self.matrices[site] for site in SITES}
+        own = {"h3": (self.width[GATE],)}
+        return {site: own.get(site, self.matrices[site]) for site in ("h1", "h2", "h3", GATE)}
 
     def reach(self, method: Method) -> float:
         """The largest fraction of the decoder's weights that a method could skip."""
@@ -99,3 +112,15 @@ class SiteSizes:
         if adapters is AdapterFormat.FULL:
             return elements * element_size
         return elements + self.num_adapters(rotation, layers_per_rotation) * self.hidden * element_size
+
+
+def column_bytes(matrices: Sequence[int], form: ColumnFormat | None, element_size: int) -> int:
+    """Bytes of one column of each of some matrices.
+
+    Args:
+        matrices: their numbers of outputs.
+        form: that they are stored in; None where their weights are elements of `element_size` bytes.
+    """
+    if form is None:
+        return sum(matrices) * element_size
+    return sum(form.column_bytes(outputs) for outputs in matrices)

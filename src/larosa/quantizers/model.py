@@ -1,0 +1,112 @@
+"""The merged weights of a sparsified model rounded to few bits, one layer at a time: the last step of a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from larosa.architectures import Architecture
+from larosa.calibration import attached, visit_layers
+from larosa.calibration.observers import SecondMoment
+from larosa.config import SITES, LarosaConfig
+from larosa.formats import ColumnFormat, Quantization, Quantizer
+from larosa.models import SparseLinear, quantize_head, quantize_layer
+from larosa.progress import track
+from larosa.quantizers.gptq import gptq
+from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
+
+#: Codes and scales of each linear that reads a site, by site.
+_Rounded = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+@torch.no_grad()
+def quantize(
+    model: Any,
+    architecture: Architecture,
+    quantization: Quantization,
+    sequences: torch.Tensor | None,
+    device: torch.device,
+) -> None:
+    """Store a sparsified model's linears and head by few bits, in place.
+
+    Args:
+        model: sparsified, with the counts or thresholds that it is to run by.
+        sequences: [number, length] calibration token ids for GPTQ, which sees what sites pass on in the model with the
+            layers before rounded already; else not looked at.
+        device: where layers are rounded, one at a time.
+
+    Raises:
+        LarosaError: a weight or an activation is NaN or Inf; the message names layer and site.
+    """
+    linears, head = quantization.linear_format, quantization.head_format
+    layers = architecture.layers(model)
+    if linears is not None and quantization.quantizer is Quantizer.GPTQ:
+        assert sequences is not None, "GPTQ has calibration sequences"
+        visits = visit_layers(model, architecture, sequences, device)
+        for visit in track(visits, "Quantizing layers", total=len(layers)):
+            moments = {site: SecondMoment(_name(visit.index, site)) for site in SITES}
+            with attached(*(_tap(architecture, visit.layer, site, moments[site].see) for site in SITES)):
+                for hidden in visit.inputs:
+                    visit.run(hidden)
+            rounded = {
+                site: _fitted(architecture.linears(visit.layer, site), moments[site].finish(), linears, visit.index)
+                for site in SITES
+            }
+            _store(visit.layer, architecture, linears, rounded)
+    elif linears is not None:
+        for index, layer in enumerate(track(layers, "Quantizing layers")):
+            rounded = {
+                site: [
+                    round_to_nearest(linear.weight, linears, _name(index, site))
+                    for linear in architecture.linears(layer, site)
+                ]
+                for site in SITES
+            }
+            _store(layer, architecture, linears, rounded)
+    if head is not None:
+        rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
+        quantize_head(model, architecture, head)
+        _fill(architecture.head(model), *rounded_head)
+    block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
+    model.config.larosa = block.model_dump(mode="json")
+
+
+def _name(layer: int, site: str) -> str:
+    return f"layer {layer}, site {site}"
+
+
+def _tap(architecture: Architecture, layer: nn.Module, site: str, see: Callable[[torch.Tensor], None]) -> Any:
+    """Let `see` have what the linears of a site multiply with, zeros included."""
+    linear: Any = architecture.linears(layer, site)[0]
+    if isinstance(linear, SparseLinear):
+        return linear.selector.register_forward_hook(lambda _module, _inputs, output: see(output))
+    return linear.register_forward_pre_hook(lambda _module, inputs: see(inputs[0]))
+
+
+def _fitted(
+    linears: list[nn.Linear], moment: torch.Tensor, form: ColumnFormat, layer: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Codes and scales of the linears that read a site, by GPTQ."""
+    columns = [grouped(linear.weight, form) for linear in linears]
+    scales, q = gptq(torch.cat(columns, dim=1), moment, form)
+    check_scales(scales, f"layer {layer}")
+    groups = [part.shape[1] for part in columns]
+    return [
+        (form.pack(whole.flatten(1)[:, : len(linear.weight)]), of_linear)
+        for linear, of_linear, whole in zip(linears, scales.split(groups, 1), q.split(groups, 1), strict=True)
+    ]
+
+
+def _store(layer: nn.Module, architecture: Architecture, form: ColumnFormat, rounded: _Rounded) -> None:
+    quantize_layer(layer, architecture, form)
+    for site in SITES:
+        for linear, stored in zip(architecture.linears(layer, site), rounded[site], strict=True):
+            _fill(linear, *stored)
+
+
+def _fill(linear: Any, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    linear.codes.copy_(codes)
+    linear.scales.copy_(scales)
