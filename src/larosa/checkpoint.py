@@ -26,7 +26,7 @@ from larosa.migrations import loading_weights
 from larosa.models.families import model_class
 from larosa.plain import check_plain
 from larosa.tokenizer_files import check_tokenizer_files, save_tokenizer
-from larosa.weight_files import check_loaded, check_no_adapter, check_no_pointer, check_weight_files
+from larosa.weight_files import check_dtypes, check_loaded, check_no_adapter, check_no_pointer, check_weight_files
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
@@ -59,8 +59,9 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
         with _quiet_transformers(), _loading(path):
             loaded = load_gguf(file, config, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
         return _placed(path, LoadedModel(*loaded), target)
+    stored: dict[str, str] = {}
     if Path(path).is_dir():
-        check_weight_files(Path(path))
+        stored = check_weight_files(Path(path))
         check_tokenizer_files(Path(path))
     with _quiet_transformers(), _loading(path):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +75,7 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_loaded(path, info)
+    check_dtypes(path, model, stored)
     return _placed(path, LoadedModel(model, tokenizer), target)
 
 

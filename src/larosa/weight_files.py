@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from larosa.errors import LarosaError
@@ -18,8 +19,8 @@ ADAPTER = "adapter_config.json"
 _POINTER = b"version https://git-lfs.github.com/spec"
 #: Of a dense model's weights and of 8-bit adapters; anything else is quantised, or was not written as weights.
 _DTYPES = ("F16", "BF16", "F32", "F64", "I8")
-#: Of weights of few bits, by the end of their names: other dtypes transformers would turn into these without a word.
-_FEW_BITS = {"codes": ("I8", "U8"), "scales": ("BF16",)}
+#: What safetensors calls the dtypes that are a matter of the format and not of the model.
+_NAMES = {torch.int8: "I8", torch.uint8: "U8", torch.bfloat16: "BF16"}
 #: The first that matches what is there in place of weights says what to do about it.
 _INSTEAD = (
     ("adapter_model.*", "only an adapter: merge it into its model first (peft: merge_and_unload)"),
@@ -48,14 +49,18 @@ def check_no_adapter(folder: Path) -> None:
     raise LarosaError(f"{folder / ADAPTER}: {mend}")
 
 
-def check_weight_files(folder: Path) -> None:
+def check_weight_files(folder: Path) -> dict[str, str]:
     """Make sure that the weights that transformers would read are whole, and say which are not.
+
+    Returns:
+        The dtype of each, as safetensors calls it.
 
     Raises:
         LarosaError: a file is missing, damaged, a pointer of git-lfs, of a format that is never read, or holds a
             weight that another holds too.
     """
     seen: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for name in _weight_files(folder):
         file = folder / name
         if not file.is_file():
@@ -64,13 +69,10 @@ def check_weight_files(folder: Path) -> None:
         for key, dtype in _stored(file).items():
             if key in seen:
                 raise LarosaError(f"{file}: holds '{key}', which {seen[key]} holds too")
-            expected = _FEW_BITS.get(key.rpartition(".")[2], _DTYPES)
-            if dtype not in expected:
-                what = "a quantized weight; convert the original weights"
-                if expected is not _DTYPES:
-                    what = f"not {' or '.join(expected)}; convert the model anew"
-                raise LarosaError(f"{file}: '{key}' is {dtype}, {what}")
-            seen[key] = name
+            if dtype not in _DTYPES and not (dtype == "U8" and key.endswith(".codes")):
+                raise LarosaError(f"{file}: '{key}' is {dtype}, a quantized weight; convert the original weights")
+            seen[key], dtypes[key] = name, dtype
+    return dtypes
 
 
 def check_no_pointer(file: Path) -> None:
@@ -111,6 +113,25 @@ def check_loaded(path: str, info: dict[str, Any]) -> None:
         )
     if info.get("error_msgs"):
         raise LarosaError(f"{path}: cannot be loaded ({info['error_msgs'][0]})")
+
+
+def check_dtypes(path: str, model: Any, stored: Mapping[str, str]) -> None:
+    """Refuse whole numbers, or scales of them, that were stored as something else: transformers has converted them.
+
+    Args:
+        path: of the model, for the message.
+        model: as it was loaded.
+        stored: as `check_weight_files` gives it.
+
+    Raises:
+        LarosaError: the message names the weight.
+    """
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not name.endswith(".scales"):
+            continue
+        wanted = _NAMES[weight.dtype]
+        if stored.get(name, wanted) != wanted:
+            raise LarosaError(f"{path}: '{name}' is stored as {stored[name]}, but config.json makes it {wanted}")
 
 
 def _more(found: Iterable[object], one: str, several: str) -> str:

@@ -1,0 +1,75 @@
+"""Weights of few bits on the command line, for real, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from .conftest import QUICK
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_from_conversion_to_text(cli, refused, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ("--weights", "int4", "--weight-group", 32, "--head", "int4", "--sparsity", 0)
+    outcome = cli("convert", checkpoint, out, *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    config = read(out / "config.json")
+    assert config["larosa"]["quantization"] == {"weights": "int4", "head": "int4", "group": 32, "quantizer": "gptq"}
+    card = (out / "README.md").read_text("utf-8")
+    assert "| weights | int4 |\n| head | int4 |\n| weights that share a scale | 32 |\n| quantizer | gptq |" in card
+
+    stored = load_file(out / "model.safetensors")
+    assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0
+    report = read(tmp_path / "i.json")
+    assert report["parameter_bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    few = {name: t.nbytes for name, t in stored.items() if name.endswith(("codes", "scales"))}
+    assert report["head_bytes"] == few.pop("lm_head.codes") + few.pop("lm_head.scales")
+    assert report["bytes_dense_total"] == sum(few.values())
+
+    outcome = cli("eval", out, "--reference", checkpoint, "--sequence-length", 64, "--json", tmp_path / "e.json")
+    assert outcome.code == 0, outcome.err
+    assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 1
+    generate = ("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3)
+    assert cli(*generate, "--engine", "transformers").code == 0
+    assert refused(*generate).endswith("does not run weights of few bits: use --engine transformers")
+    message = refused("recover", out, tmp_path / "again", "--reference", checkpoint, "--sequence-length", 64)
+    assert message.endswith("weights of few bits are not trained; convert with --weights full, and recover that")
+
+
+def test_several_sparsities_share_their_weights(cli, checkpoint, tmp_path):
+    outcome = cli(
+        *("convert", checkpoint, tmp_path / "out", *QUICK, "--weights", "int8", "--sparsity", "0.5,0.25"),
+        *("--no-measure", "--json", tmp_path / "c.json"),
+    )
+    assert outcome.code == 0, outcome.err
+    files = [(tmp_path / f"out-{p}" / "model.safetensors").read_bytes() for p in ("0.5", "0.25")]
+    assert files[0] == files[1]
+    assert [r["sparsity"]["nominal"] for r in read(tmp_path / "c.json")["reports"]] == [0.5, 0.25]
+
+
+def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp_path):
+    options = ("convert", checkpoint, tmp_path / "out", *QUICK, "--weights", "int4", "--quantizer", "rtn", "--max-kl")
+    assert "even at 0% sparsity the divergence is" in refused(*options, "1e-6")
+    outcome = cli(*options, 0.2, "--json", tmp_path / "c.json")
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "c.json")["sparse"]["kl_divergence"] <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "int4", "--weight-group", 48), "a weight group of 48: one of 32, 64, 128"),
+        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int4 or int8"),
+        (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
+        (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
+    ],
+)
+def test_options_that_mean_nothing(refused, checkpoint, tmp_path, options, message):
+    assert message in refused("convert", checkpoint, tmp_path / "out", *QUICK, *options)
+    assert not (tmp_path / "out").exists()

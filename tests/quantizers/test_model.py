@@ -1,0 +1,258 @@
+"""Whole models of few bits: what they compute, how they load, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import larosa
+from larosa import LarosaError
+from larosa.architectures import find_architecture
+from larosa.config import SITES, LarosaConfig
+from larosa.convert_checkpoint import Conversion
+from larosa.decoding.weights import DecoderWeights
+from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
+from larosa.models import QuantizedLinear, SparseLinear, selectors
+from larosa.quantizers import gptq, quantize, round_to_nearest
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+RTN = {"weights": "int4", "weight_group": 32, "quantizer": "rtn"}
+
+
+def linears(model):
+    """Each linear by (layer, site, number), and the head by None."""
+    architecture = find_architecture(model.config.model_type)
+    found = {None: architecture.head(model)}
+    for index, layer in enumerate(architecture.layers(model)):
+        for site in SITES:
+            for number, linear in enumerate(architecture.linears(layer, site)):
+                found[index, site, number] = linear
+    return found
+
+
+def dense_weight(linear):
+    """W [N, D] float64 of codes and scales, by loops over bytes."""
+    rows, group = [], linear.format.group
+    for codes, scales in zip(linear.codes.tolist(), linear.scales.tolist(), strict=True):
+        if linear.codes.dtype is torch.uint8:
+            codes = [digit - 8 for byte in codes for digit in (byte & 15, byte >> 4)]
+        rows.append([scales[n // group] * codes[n] for n in range(linear.out_features)])
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_computes_what_its_codes_say(make_model, quick_convert, token_ids, family, weights):
+    options = {"sparsity": 0.4, "rotation": "block"}
+    model = quick_convert(make_model(family, torch.float64), **RTN | {"weights": weights}, **options)
+    plain = quick_convert(make_model(family, torch.float64), **options)
+    for at, linear in linears(plain).items():
+        quantized = linears(model)[at]
+        expected = round_to_nearest(linear.weight, quantized.format, "")
+        assert torch.equal(quantized.codes, expected[0])
+        assert torch.equal(quantized.scales, expected[1])
+        linear.weight.copy_(dense_weight(quantized))
+    assert {site: [s.k for s in found] for site, found in selectors(model, find_architecture(family)).items()} == {
+        site: plain.config.larosa["keep"][site] for site in SITES
+    }
+    ids = token_ids(2, 15)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_gptq_sees_what_sites_pass_on_behind_rounded_layers(make_model, quick_convert, text_file, tokenizer, first):
+    """Against hooks on the whole model, which runs anew for each layer."""
+    options = {"sparsity": 0.5, "dense_first_token": first}
+    model = quick_convert(make_model("llama", torch.float64), weights="int4", weight_group=32, **options)
+    assert model.config.larosa["quantization"]["quantizer"] == "gptq"
+    plain, architecture = quick_convert(make_model("llama", torch.float64), **options), find_architecture("llama")
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"]).view(4, 32)
+    form = LarosaConfig.parse(model.config.larosa).linear_format
+    for index, layer in enumerate(architecture.layers(plain)):
+        seen = {site: [] for site in SITES}
+        for site in SITES:
+            linear = architecture.linears(layer, site)[0]
+            passes = linear.selector if isinstance(linear, SparseLinear) else getattr(layer, site)
+            passes.register_forward_hook(lambda _m, _x, y, at=seen[site]: at.append(y.flatten(0, -2)) or None)
+        plain(ids)
+        for site in SITES:
+            s = torch.cat(seen[site])
+            for number, linear in enumerate(architecture.linears(layer, site)):
+                columns = linear.weight.T.reshape(linear.in_features, -1)
+                filling = -columns.shape[1] % 32
+                columns = torch.cat([columns, columns.new_zeros(len(columns), filling)], dim=1)
+                scales, q = gptq(columns.unflatten(1, (-1, 32)), s.T @ s / len(s), form)
+                quantized = linears(model)[index, site, number]
+                assert torch.equal(quantized.scales, scales)
+                assert torch.equal(quantized.codes, form.pack(q.flatten(1)[:, : linear.out_features]))
+                linear.weight.copy_(dense_weight(quantized))
+
+
+@pytest.fixture
+def saved(make_model, quick_convert, tokenizer, tmp_path):
+    """A converted model of few bits, and the folder that it is in."""
+    model = quick_convert(make_model("llama", torch.bfloat16), **RTN)
+    model.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    return model, tmp_path / "out"
+
+
+def test_loads_bit_by_bit(saved, token_ids):
+    model, folder = saved
+    for loaded in (AutoModelForCausalLM.from_pretrained(folder), larosa.load(str(folder), device="cpu").model):
+        state = loaded.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        for name, weight in model.state_dict().items():
+            assert state[name].dtype is weight.dtype
+            assert torch.equal(state[name], weight), name
+        assert torch.equal(loaded(token_ids(1, 9)).logits, model(token_ids(1, 9)).logits)
+    base = AutoModel.from_pretrained(folder)
+    assert isinstance(base.layers[0].mlp.down_proj, QuantizedLinear)
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert larosa.inspect(model).parameter_bytes == sum(p.nbytes for p in model.parameters()) < files
+    assert larosa.inspect(str(folder)).parameter_bytes == larosa.inspect(model).parameter_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_codes_and_scales_are_the_same_in_every_dtype(saved, dtype):
+    model, folder = saved
+    wanted = getattr(torch, dtype)
+    moved = copy.deepcopy(model).to(wanted)
+    for other in (larosa.load(str(folder), dtype=dtype, device="cpu").model, moved):
+        assert other.model.norm.weight.dtype is wanted
+        for at, linear in linears(other).items():
+            assert linear.scales.dtype is SCALE_DTYPE
+            assert torch.equal(linear.scales, linears(model)[at].scales)
+            assert torch.equal(linear.codes, linears(model)[at].codes)
+
+
+def test_counts_bytes_as_they_are_stored(saved):
+    model, _ = saved
+    report, found = larosa.inspect(model), linears(model)
+    stored = {at: linear.codes.nbytes + linear.scales.nbytes for at, linear in found.items()}
+    assert report.head_bytes == stored.pop(None)
+    assert report.bytes_dense_total == sum(stored.values())
+    assert report.weight_bits == 8 * sum(stored.values()) / sum(
+        found[at].in_features * found[at].out_features for at in stored
+    )
+    read = 0
+    for (index, site, _), size in ((at, stored[at]) for at in stored):
+        width, k = found[index, site, 0].in_features, model.config.larosa["keep"][site][index]
+        read += size * k // width
+    assert report.bytes_sparse_total == read + report.adapter_bytes + report.score_bytes
+    lost = report.sparsity.weights - report.sparsity.weights_net_of_adapters
+    assert lost == pytest.approx(report.adapter_bytes / report.bytes_dense_total)
+
+
+def change(folder: Path, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj."
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop(UP + "codes"), f"weights are missing, 1 in all; the first is '{UP}codes'"),
+        (lambda w: w.pop(UP + "scales"), f"weights are missing, 1 in all; the first is '{UP}scales'"),
+        (lambda w: w.update({UP + "weight": torch.ones(56, 32)}), f"'{UP}weight' is stored, but config.json makes"),
+        (lambda w: w.update({UP + "codes": w[UP + "codes"][:-1].clone()}), f"'{UP}codes' is stored as .31, 28., but"),
+        (
+            lambda w: w.update({UP + "scales": w[UP + "scales"][:, :1].clone()}),
+            f"'{UP}scales' is stored as .32, 1., but",
+        ),
+        (
+            lambda w: w.update({UP + "scales": w[UP + "scales"].float()}),
+            f"'{UP}scales' is stored as F32, but config.json makes it BF16",
+        ),
+        (
+            lambda w: w.update({UP + "codes": w[UP + "codes"].to(torch.int32)}),
+            f"'{UP}codes' is I32, a quantized weight",
+        ),
+        (
+            lambda w: w.update({UP + "codes": w[UP + "codes"].view(torch.int8)}),
+            f"'{UP}codes' is stored as I8, but config.json makes it U8",
+        ),
+    ],
+)
+def test_tensors_that_are_not_what_the_settings_say(saved, edit, message):
+    _, folder = saved
+    change(folder, edit)
+    with pytest.raises(LarosaError, match=message) as caught:
+        larosa.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_not_what_is_stored(saved):
+    _, folder = saved
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    for quantization in (None, {"weights": "int8", "head": "int8", "group": 32, "quantizer": "rtn"}):
+        config["larosa"]["quantization"] = quantization
+        file.write_text(json.dumps(config), "utf-8")
+        with pytest.raises(LarosaError, match="22 in all; the first is 'lm_head.weight'|_proj.codes' is stored"):
+            larosa.load(str(folder))
+
+
+def test_the_engine_refuses_in_one_line(saved):
+    model, _ = saved
+    with pytest.raises(LarosaError, match=r"does not run weights of few bits: use --engine transformers$"):
+        DecoderWeights(model)
+
+
+def test_a_head_alone(make_model, quick_convert, token_ids):
+    plain, model = quick_convert(make_model("qwen2")), quick_convert(make_model("qwen2"), head="int8")
+    assert not isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
+    hidden = plain.model(token_ids(1, 9)).last_hidden_state
+    expected = hidden.double() @ dense_weight(model.lm_head).T
+    torch.testing.assert_close(model(token_ids(1, 9)).logits.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_stay_when_the_sparsity_changes(make_model, tokenizer, text_file, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = {"calibration": str(text_file), "num_sequences": 4, "sequence_length": 32}
+    conversion = Conversion(str(tmp_path / "dense"), [], sparsity=0.5, weights="int4", device="cpu", **options)
+    before = {at: linear.codes.clone() for at, linear in linears(conversion._converted.model).items()}
+    points = [conversion.sweep_point(sparsity) for sparsity in (0.5, 0.0)]
+    assert points[0].bytes_per_token < points[1].bytes_per_token
+    for at, linear in linears(conversion._converted.model).items():
+        assert torch.equal(linear.codes, before[at])
+
+
+class Ternary(ColumnFormat):
+    """A format that the package does not know."""
+
+    name, bits, lowest, highest, targets, codes_dtype = "ternary", 2, -1, 1, (1.0, 1.4), torch.int8
+
+    def codes_width(self, outputs):
+        return outputs
+
+    def pack(self, q):
+        return q.to(torch.int8)
+
+    def unpack(self, codes, outputs):
+        return codes
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_another_format_is_a_class(make_model, quick_convert, token_ids, monkeypatch, quantizer):
+    monkeypatch.setattr(Quantization, "linear_format", property(lambda self: Ternary(self.group)))
+    model = quick_convert(make_model("llama"))
+    quantization = Quantization(weights="int4", group=32, quantizer=quantizer)
+    quantize(model, find_architecture("llama"), quantization, token_ids(2, 16), torch.device("cpu"))
+    for at, linear in linears(model).items():
+        if at is not None:
+            assert set(linear.codes.unique().tolist()) <= {-1, 0, 1}
+    assert model(token_ids(1, 5)).logits.isfinite().all()
+    assert larosa.inspect(model).weight_bits > 8
