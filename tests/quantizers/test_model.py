@@ -200,7 +200,7 @@ def test_settings_that_are_not_what_is_stored(saved):
     for quantization in (None, {"weights": "int8", "head": "int8", "group": 32, "quantizer": "rtn"}):
         config["larosa"]["quantization"] = quantization
         file.write_text(json.dumps(config), "utf-8")
-        with pytest.raises(LarosaError, match="22 in all; the first is 'lm_head.weight'|_proj.codes' is stored"):
+        with pytest.raises(LarosaError, match=r"22 in all; the first is 'lm_head\.weight'|_proj\.codes' is stored"):
             larosa.load(str(folder))
 
 
@@ -208,6 +208,22 @@ def test_the_engine_refuses_in_one_line(saved):
     model, _ = saved
     with pytest.raises(LarosaError, match=r"does not run weights of few bits: use --engine transformers$"):
         DecoderWeights(model)
+
+
+@pytest.mark.parametrize(("head", "tied"), [("full", True), ("int8", False)])
+def test_a_tied_head_of_few_bits_leaves_the_embedding_as_it_is(
+    make_model, quick_convert, tokenizer, token_ids, tmp_path, head, tied
+):
+    dense = make_model("llama", tie_word_embeddings=True)
+    embedding = dense.model.embed_tokens.weight.detach().clone()
+    model = quick_convert(dense, rotation="none", weights="int4", quantizer="rtn", head=head)
+    assert model.config.tie_word_embeddings == tied
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    larosa.save(model, tokenizer, str(tmp_path / "out"), "card")
+    loaded, _ = larosa.load(str(tmp_path / "out"))
+    assert (getattr(loaded.lm_head, "weight", None) is loaded.model.embed_tokens.weight) == tied
+    ids = token_ids(1, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_head_alone(make_model, quick_convert, token_ids):

@@ -107,8 +107,9 @@ class _SparseModel(_LoadedByShim):
     def __init__(self, config: Any) -> None:
         block = LarosaConfig.parse(config.larosa)
         check_weights_follow(config.larosa)
-        if config.tie_word_embeddings and block.rotation.rotates:
-            raise LarosaError("config.json, key 'tie_word_embeddings': must be false, for the rotation unties them")
+        if config.tie_word_embeddings and (block.rotation.rotates or block.head_format is not None):
+            reason = "the rotation unties them" if block.rotation.rotates else "the head is stored by few bits"
+            raise LarosaError(f"config.json, key 'tie_word_embeddings': must be false, for {reason}")
         if getattr(config, "quantization_config", None) is not None:
             # Quantizers know linears by their class: a SparseLinear would stay as it is, and the rest is untried.
             raise LarosaError("a converted model is not quantized as it is loaded: leave quantization_config out")

@@ -69,6 +69,8 @@ def quantize(
     if head is not None:
         rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
         quantize_head(model, architecture, head)
+        model.config.tie_word_embeddings = False  # the embedding stays what it is
+        model.all_tied_weights_keys = {}
         _fill(architecture.head(model), *rounded_head)
     block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
     model.config.larosa = block.model_dump(mode="json")
