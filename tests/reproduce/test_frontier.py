@@ -12,6 +12,7 @@ from larosa.reproduce import context as context_module
 from larosa.reproduce.context import Context
 from larosa.reproduce.frontier import SPARSITIES, at_bytes
 
+NAMES = ("best", "best, int8", "best, int4", "paper", "TEAL", "TopK")
 BYTES, KL = "bytes per token, of dense", "KL to dense (nats/token)"
 
 
@@ -31,7 +32,7 @@ def rows(results):
 def test_every_method_at_every_sparsity(results, rows):
     points = [(row["method"], row["sparsity"]) for row in rows]
     assert points[0] == ("dense", 0.0)
-    assert points[1:] == [(name, each) for name in ("best", "paper", "TEAL", "TopK") for each in SPARSITIES]
+    assert points[1:] == [(name, each) for name in NAMES for each in SPARSITIES]
     assert rows[0][BYTES] == 1
     (picture,) = results.pictures
     assert picture.png.startswith(b"\x89PNG")
@@ -57,8 +58,23 @@ def test_adapters_and_scores_count(rows, shared_context):
     sizes = shared_context.sizes
     weights = sizes.linear_weights
     for row in rows[1:]:
-        extra = {"best": sizes.score_entries, "paper": 2 * 32 * 32}.get(row["method"], 0)  # three layers, two adapters
-        assert row[BYTES] == pytest.approx(1 - row["weights skipped, measured"] + extra / weights, abs=1e-9)
+        extra = 2 * 32 * 32 if row["method"] == "paper" else 0  # three layers, two adapters
+        extra += sizes.score_entries if "best" in row["method"] else 0
+        read = (1 - row["weights skipped, measured"]) * row["bits of a weight"] / 32
+        assert row[BYTES] == pytest.approx(read + extra / weights, abs=1e-9)
+
+
+def test_few_bits_read_less_and_lose_more(rows):
+    bits = {name: {row["bits of a weight"] for row in rows if row["method"] == name} for name in NAMES}
+    assert all(bits[name] == {32} for name in ("best", "paper", "TEAL", "TopK"))
+    # A scale of 16 bits for up to 64 outputs, of which these matrices have fewer.
+    assert all(low < found <= low + 1 for name, low in (("best, int8", 8), ("best, int4", 4)) for found in bits[name])
+    for sparsity in SPARSITIES:
+        full, int8, int4 = (next(r for r in rows if (r["method"], r["sparsity"]) == (n, sparsity)) for n in NAMES[:3])
+        assert full[BYTES] > int8[BYTES] > int4[BYTES]
+        assert int8["weights skipped, measured"] == pytest.approx(full["weights skipped, measured"])
+        assert int8[KL] == pytest.approx(full[KL], rel=0.3, abs=1e-3)
+        assert int4[KL] > int8[KL]
 
 
 def test_the_baseline_at_equal_bytes(rows):

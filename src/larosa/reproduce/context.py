@@ -16,7 +16,7 @@ from larosa.architectures import find_architecture
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
 from larosa.checkpoint import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.config import SITES, Budget, LarosaConfig, Method, PerSite, Rotation
 from larosa.context import context_length
 from larosa.conversion import Sparsified, sparsify
 from larosa.errors import LarosaError
@@ -35,7 +35,7 @@ from larosa.reproduce.settings import MAIN_SPARSITY, SPARSITIES, ReproduceSettin
 from larosa.reproduce.variants import LAROSA, TOPK_GS, Variant
 from larosa.settings import RECIPES, Settings
 from larosa.sparsity import SiteSizes, complete_alphas, keep_counts
-from larosa.sparsity.report import inspect_config
+from larosa.sparsity.report import element_size, inspect_config
 from larosa.sparsity.search import GRID
 
 #: Dense logits up to so many bytes are recorded; beyond, the dense model stays in memory beside the other.
@@ -234,6 +234,7 @@ class Context:
             sequence_length=self.sequence_length,
             seed=self.settings.seed if variant.seed is None else variant.seed,
             search=variant.search,
+            alphas=self.alphas(variant) if variant.searched and variant.of_one_sparsity else None,
             context=context_length(self.config),
             **variant.options,
         )
@@ -246,7 +247,7 @@ class Context:
 
         def run() -> dict[str, Any]:
             model = self.dense()
-            return _summary(model, evaluate_windows(model, self.windows, None, prompt_length=self.prompt_length))
+            return self._summary(model, evaluate_windows(model, self.windows, None, prompt_length=self.prompt_length))
 
         return self.measure("dense", {"evaluation": self.evaluation_key}, run)
 
@@ -257,7 +258,8 @@ class Context:
         def run() -> dict[str, Any]:
             reference = self.reference(self.windows)
             model = self.sparsified(variant, sparsity, alphas)
-            return _summary(model, evaluate_windows(model, self.windows, reference, prompt_length=self.prompt_length))
+            found = evaluate_windows(model, self.windows, reference, prompt_length=self.prompt_length)
+            return self._summary(model, found)
 
         key = {**self.variant_key(variant, sparsity, alphas), "evaluation": self.evaluation_key}
         return self.measure("evaluation", key, run)
@@ -270,6 +272,8 @@ class Context:
             key |= {"rotation_seed": self.settings.seed if variant.seed is None else variant.seed}
         if variant.recipe is not None:
             key["parts"] = asdict(RECIPES[variant.recipe])
+        if variant.stored:
+            key["stored"] = variant.stored
         if variant.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)
         return key
@@ -326,6 +330,30 @@ class Context:
                 self._references[key] = _Recorded(self.dense(), windows)
         return self._references[key]
 
+    def _summary(self, model: Any, found: Evaluation) -> dict[str, Any]:
+        """What is kept of an evaluation; `bytes` is what a token reads of the decoder, as a share of dense.
+
+        The dense decoder is the checkpoint's own, whatever it is computed in here.
+        """
+        costs, comparison = inspect_config(model.config), found.comparison
+        skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
+        computed, stored = (element_size(config) for config in (model.config, self.config))
+        block = getattr(model.config, "larosa", None)
+        few_bits = block is not None and LarosaConfig.parse(block).linear_format is not None
+        bits = costs.weight_bits if few_bits else 8 * stored
+        others = (costs.adapter_bytes + costs.score_bytes) / (self.sizes.linear_weights * computed)
+        return {
+            "perplexity": found.perplexity,
+            "kl": found.kl_divergence,
+            "kl_stderr": comparison and comparison.kl_divergence.mean.stderr,
+            "top1": found.top1_agreement,
+            "tokens": found.tokens,
+            "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
+            "weight_bits": bits,
+            "bytes": (1 - skipped) * bits / (8 * stored) + others,
+            "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},
+        }
+
     @cached_property
     def _resident(self) -> Any:
         """The dense model beside the other, until it is released."""
@@ -335,22 +363,6 @@ class Context:
 def best_point(points: list[tuple[PerSite, dict[str, Any]]], by: str) -> tuple[PerSite, dict[str, Any]]:
     """The point of a grid with the lowest `perplexity` or `kl`; the first of equals."""
     return min(points, key=lambda point: float(point[1][by]))
-
-
-def _summary(model: Any, found: Evaluation) -> dict[str, Any]:
-    """What is kept of an evaluation; `bytes` is what a token reads of the decoder, as a share of dense."""
-    costs, comparison = inspect_config(model.config), found.comparison
-    skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
-    return {
-        "perplexity": found.perplexity,
-        "kl": found.kl_divergence,
-        "kl_stderr": comparison and comparison.kl_divergence.mean.stderr,
-        "top1": found.top1_agreement,
-        "tokens": found.tokens,
-        "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
-        "bytes": 1 - skipped + (costs.adapter_bytes + costs.score_bytes) / costs.bytes_dense_total,
-        "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},
-    }
 
 
 @torch.inference_mode()

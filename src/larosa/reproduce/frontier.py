@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from larosa.evaluation.verdict import Q4_K_M, Q6_K
+from larosa.formats import Quantizer, WeightFormat
 from larosa.reproduce import figures
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
@@ -17,7 +18,14 @@ from larosa.reproduce.variants import BEST, LAROSA, TEAL, TOPK
 
 SPARSITIES = (0.10, 0.25, 0.40, 0.50, 0.60)
 
-VARIANTS = (BEST, replace(LAROSA, label="paper"), TEAL, TOPK)
+VARIANTS = (
+    BEST,
+    replace(BEST, label="best, int8", weights=WeightFormat.INT8, quantizer=Quantizer.RTN),
+    replace(BEST, label="best, int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ),
+    replace(LAROSA, label="paper"),
+    TEAL,
+    TOPK,
+)
 _BASELINES = (TEAL.label, TOPK.label)
 
 #: A method's points: the share of dense bytes and the divergence, in the order of `SPARSITIES`.
@@ -28,16 +36,19 @@ def run(context: Context) -> Results:
     """Every method at every sparsity, each beside the better of TEAL and TopK at the same bytes."""
     found = {variant.label: [context.evaluate(variant, sparsity) for sparsity in SPARSITIES] for variant in VARIANTS}
     curves: Curves = {label: [(each["bytes"], each["kl"]) for each in points] for label, points in found.items()}
-    rows: list[list[Cell]] = [["dense", 0.0, 1.0, 0.0, *_cells(context.evaluate_dense()), None]]
+    dense = context.evaluate_dense()
+    rows: list[list[Cell]] = [["dense", 0.0, 1.0, 0.0, dense["weight_bits"], *_cells(dense), None]]
     for label, points in found.items():
         for sparsity, each in zip(SPARSITIES, points, strict=True):
             skipped = each["skipped"]["mean"]
-            rows.append([label, sparsity, each["bytes"], skipped, *_cells(each), _share(curves, each)])
+            read = [each["bytes"], skipped, each["weight_bits"]]
+            rows.append([label, sparsity, *read, *_cells(each), _share(curves, each)])
     columns = [
         Column("method"),
         Column("sparsity", ".0%"),
         Column("bytes per token, of dense", ".1%"),
         Column("weights skipped, measured", ".1%"),
+        Column("bits of a weight", ".3g"),
         QUALITY[0],
         Column("± KL", ".4f"),
         *QUALITY[1:],
@@ -46,11 +57,12 @@ def run(context: Context) -> Results:
     title = f"Divergence over bytes per token, {context.evaluated}"
     notes = [
         "Bytes are those of the decoder that a token reads: weights, adapters and score vectors, not embedding, head, "
-        "keys and values. Weights are those that the evaluated tokens did read, dense ones not counted.",
+        "keys and values, as a share of the checkpoint's own. Weights are those that the evaluated tokens did read, "
+        "dense ones not counted.",
         "The baselines at equal bytes are interpolated between their points, the logarithm of the divergence linearly; "
         "outside their points there is none. ± is a standard error over tokens taken as independent.",
         "TEAL and TopK leave the first token dense like the others. paper is LaRoSA with a rotation a layer and its "
-        "grid of coefficients, best is recipe best.",
+        "grid of coefficients, best is recipe best, with weights in the model's dtype or in 8 or 4 bits and scales.",
     ]
     return Results([Table("frontier", title, columns, rows)], [_draw(curves)], notes)
 
@@ -98,7 +110,7 @@ def _draw(curves: Curves) -> Picture:
 
 EXPERIMENT = Experiment(
     "frontier",
-    "Divergence over bytes per token: best, paper, TEAL, TopK",
+    "Divergence over bytes per token: best (16, 8 and 4 bits), paper, TEAL, TopK",
     "nothing of the kind: it compares at equal sparsity, which leaves the adapters' bytes out.",
     run,
 )

@@ -251,6 +251,20 @@ TABLE_6 = {
     "LLaMA2-7B": {("block", 0.25): 5.51, ("block", 0.50): 5.86, ("block", 0.60): 6.40},
 }
 
+#: Table 9: perplexity with weights of 4 bits, by model, sparsity of LaRoSA and quantizer; None for none.
+TABLE_9 = {
+    "LLaMA3-8B": {
+        0.0: {None: 6.13, "rtn": 8.52, "gptq": 6.54, "awq": 6.48, "omniquant": 6.50},
+        0.25: {None: 6.13, "rtn": 8.64, "gptq": 6.58, "awq": 6.56, "omniquant": 6.60},
+        0.50: {None: 7.22, "rtn": 9.54, "gptq": 7.64, "awq": 7.58, "omniquant": 7.62},
+    },
+    "LLaMA2-7B": {
+        0.0: {None: 5.47, "rtn": 5.73, "gptq": 5.69, "awq": 5.60, "omniquant": 5.58},
+        0.25: {None: 5.51, "rtn": 5.81, "gptq": 5.74, "awq": 5.70, "omniquant": 5.68},
+        0.50: {None: 5.87, "rtn": 6.10, "gptq": 6.07, "awq": 6.01, "omniquant": 5.96},
+    },
+}
+
 #: Table 6: TFLOPs by rotation level.
 TABLE_6_TFLOPS = {
     "LLaMA3-8B": {"none": 32.94, "model": 32.94, "block": 37.22, "layer": 34.91},

@@ -25,6 +25,7 @@ from larosa.reproduce import (
     table4,
     table5,
     table6,
+    table9,
     table10,
     table19,
 )
@@ -51,6 +52,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         table6.EXPERIMENT,
         calibration_sets.TABLE_7,
         calibration_sets.TABLE_8,
+        table9.EXPERIMENT,
         table10.EXPERIMENT,
         table19.EXPERIMENT,
         figure1.EXPERIMENT,

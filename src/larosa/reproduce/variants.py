@@ -16,6 +16,7 @@ from larosa.config import (
     Search,
     Selection,
 )
+from larosa.formats import Quantizer, WeightFormat
 from larosa.sparsity import SiteSizes
 
 
@@ -41,6 +42,9 @@ class Variant:
     #: A search for counts of each layer and site, run anew at each sparsity.
     allocation: Search = Search.NONE
     compensation: Compensation = Compensation.NONE
+    #: What the decoder's linears are stored in, and how they are rounded to it; the head stays as it is.
+    weights: WeightFormat = WeightFormat.FULL
+    quantizer: Quantizer | None = None
     #: All options from a recipe, whatever it consists of; those above are then without meaning.
     recipe: Recipe | None = None
 
@@ -61,22 +65,26 @@ class Variant:
             Selection.TOP_K not in self.method.selections
             or self.allocation not in (Search.NONE, Search.FISHER)
             or self.compensation is not Compensation.NONE
+            or self.quantizer is Quantizer.GPTQ  # which sees what is kept
         )
 
     @property
     def is_calibrated(self) -> bool:
         """Whether it depends on the calibration sample."""
         parts = self.rotation.is_calibrated or self.value_rotation or self.score is Score.FISHER
-        return Selection.TOP_K not in self.method.selections or parts or self.recipe is not None
+        fitted = self.quantizer is Quantizer.GPTQ
+        return Selection.TOP_K not in self.method.selections or parts or fitted or self.recipe is not None
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `larosa.convert` is told beside the method; the methods it is compared with have no options."""
+        """What `larosa.convert` is told beside the method; the methods it is compared with have none of their own."""
+        stored = self.stored
         if self.method is not Method.LAROSA:
-            return {}
+            return stored
         if self.recipe is not None:
-            return {"recipe": self.recipe}
+            return {"recipe": self.recipe, **stored}
         return {
+            **stored,
             "rotation": self.rotation,
             "covariance": self.covariance,
             "rotation_objective": self.objective,
@@ -85,6 +93,13 @@ class Variant:
             "selection": Selection.TOP_K,
             "compensation": self.compensation,
         }
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The options among them that say what weights are stored in."""
+        if self.weights is WeightFormat.FULL:
+            return {}
+        return {"weights": self.weights, "quantizer": self.quantizer, "head": WeightFormat.FULL}
 
     def using(self, calibration: str, seed: int) -> Self:
         """The same on another calibration sample."""

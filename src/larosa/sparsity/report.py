@@ -92,14 +92,15 @@ def sparsity_of(config: Any) -> Sparsity:
     block = _block(config)
     if block is None:
         return Sparsity(0.0, 0.0, 0.0)
-    sizes, item = SiteSizes.of(config), _element_size(config)
+    sizes, item = SiteSizes.of(config), element_size(config)
     skipped = sizes.skipped_weights(_dropped_entries(block, sizes))
     adapters = sizes.adapter_bytes(block.rotation, block.layers_per_rotation, block.adapters, item)
     net = skipped - adapters * sizes.linear_weights / sizes.linear_bytes(block.linear_format, item)
     return Sparsity(block.sparsity, skipped / sizes.linear_weights, net / sizes.linear_weights)
 
 
-def _element_size(config: Any) -> int:
+def element_size(config: Any) -> int:
+    """Bytes of an element of a model's own dtype."""
     dtype = config.dtype or torch.float32
     # transformers leaves a name there once the model has been saved.
     size: int = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
@@ -127,7 +128,7 @@ def inspect_config(config: Any) -> Inspection:
     """Everything that follows from a dense or converted model's configuration."""
     block = _block(config)
     sizes = SiteSizes.of(config)
-    item = _element_size(config)
+    item = element_size(config)
     dropped = {} if block is None else _dropped_entries(block, sizes)
     form = None if block is None else block.linear_format
     sites = []
