@@ -50,13 +50,45 @@ struct Scales {
 // A thread's piece of a column of the adapter, and how many are in flight.
 #ifdef SCALE
 #define SCALE_PARAMETERS int digits, const SCALE* scale,
+#define SCALE_ARGUMENTS digits, scale,
 using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
 constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
 #else
 #define SCALE_PARAMETERS
+#define SCALE_ARGUMENTS
 using Piece = Packed;
 constexpr int ADAPTER_DEPTH = DEPTH;
 #endif
 constexpr int LIGHTER = sizeof(Packed) / sizeof(Piece);  // so many of them are one of the weights
+
+// Adds the block's part of an adapter's columns times the residual's `carried` entries, of which ROOM at a time lie in
+// shared memory. `meanwhile` is told when the last ones have been asked for.
+template <int ROOM, class Meanwhile>
+DEVICE void add_adapter(float (&sum)[WIDTH<WEIGHT>], Entry* entries, const float* residual, const void* adapter,
+                        unsigned stride, int carried, SCALE_PARAMETERS const Outputs& tile, Meanwhile& meanwhile) {
+#ifdef SCALE
+    const Scales<SCALE> scales(scale, tile);
+    const CarriedByDigits all{residual, stride, carried};
+    const Part part = Part::of_block(digits);
+#else
+    const Carried all{residual, stride};
+    const Part part = Part::of_block(carried);
+#endif
+    const Piece::Element* pieces = static_cast<const Piece::Element*>(adapter) + tile.matrix.first + tile.mine;
+    for (int begin = part.begin, here = 0; begin < part.end; begin += here) {
+        here = min(ROOM, part.end - begin);
+        __syncthreads();  // what stood here has been read
+        for (int i = threadIdx.x; i < here; i += THREADS) entries[i] = all.at(begin + i);
+        __syncthreads();
+        if (begin + here < part.end)
+            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, entries, group(), here, pieces, tile.there);
+        else
+            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, entries, group(), here, pieces, tile.there, meanwhile);
+    }
+    if (part.size() == 0) meanwhile.at_last();
+#ifdef SCALE
+    scales.apply(sum);
+#endif
+}
 
 #endif

@@ -29,6 +29,11 @@ struct Block {
         return __reduce_add_sync(ALL_LANES, lane() < warp() ? totals[lane()] : 0u);
     }
 
+    // The sum of what all warps have in `totals`.
+    DEVICE static unsigned sum(const unsigned (&totals)[WARPS]) {
+        return __reduce_add_sync(ALL_LANES, lane() < WARPS ? totals[lane()] : 0u);
+    }
+
     // The sum over the lanes up to this one.
     DEVICE static unsigned up_to(unsigned x) {
 #pragma unroll

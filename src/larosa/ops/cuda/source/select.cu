@@ -15,27 +15,6 @@ struct Shared {
 
 SHARED(Shared);
 
-// Has `put(i, place, kept)` called for each of the thread's entries: with its place among all that are kept, the warps
-// before this one having `place` of them.
-template <class Put>
-DEVICE void place_kept(unsigned keep, unsigned place, Put put) {
-    // Four rows of the warp's entries at a time, whose counts go side by side into one word.
-#pragma unroll
-    for (int row_0 = 0; row_0 < EACH; row_0 += 4) {
-        const unsigned own = (keep >> row_0 & 15u) * 0x00204081u & 0x01010101u;
-        const unsigned up_to = Threads::up_to(own);
-        const unsigned rows = __shfl_sync(ALL_LANES, up_to, 31);
-        const unsigned before = up_to - own + rows * 0x01010100u;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int i = row_0 + j;
-            if (i >= EACH) break;
-            put(i, __dp4a(before, 1u << 8 * j, place), keep & 1u << i);
-        }
-        place = __dp4a(rows, 0x01010101u, place);
-    }
-}
-
 KERNEL(THREADS, 1)
 select_top_k(const float* input, int width, int k, Vector gain, float eps, Vector score, float* values, int* indices) {
     Shared& shared = shared_memory<Shared>();

@@ -11,15 +11,7 @@
 #ifndef LAROSA_SELECTION
 #define LAROSA_SELECTION
 
-#include "block.cuh"
-#include "values.cuh"
-
-#ifndef SOURCE
-#error "SOURCE (AS_IS, NORMED or GATED), GAIN and SCORE, formats, EACH, the entries of a thread, and FILLED are given"
-#endif
-
-using Threads = Block<THREADS>;  // whoever includes this says how many they are
-enum Source { AS_IS, NORMED, GATED };
+#include "activation.cuh"
 
 // Of the order's bits, those of the first digit; 32 are left, the last of them for the index.
 constexpr int DIGIT_BITS = EACH * THREADS <= 4096 ? 12 : EACH * THREADS <= 16384 ? 13 : 14;
@@ -33,9 +25,6 @@ static_assert(EACH <= 32 && EACH * THREADS <= 1 << INDEX_BITS && QUADS > 0, "no 
 constexpr unsigned MOST = 256;  // candidates to compare with each other
 constexpr int HELPERS = 4;      // threads that compare one of them
 
-// The entries of a long vector do not fit in registers beside their keys and what they are made from.
-constexpr bool IN_REGISTERS = EACH * THREADS <= (SOURCE == AS_IS ? 20480 : 16384);
-
 struct alignas(16) Digit {
     unsigned digit;  // of the k-th largest
     unsigned need;   // how many of the entries with that digit, and the same digits before it, belong to the k largest
@@ -48,32 +37,6 @@ struct Ranking {
     unsigned totals[THREADS / 32];
     Digit found;
     Threads block;
-};
-
-// Entry i of lane l of warp w is number (w * EACH + i) * 32 + l: loads are contiguous, and warps follow each other.
-DEVICE int first_of_thread() {
-    return Threads::warp() * EACH * 32 + Threads::lane();
-}
-
-// The thread's entries of a gain or score in format T, read early where there is room for them.
-template <class T>
-struct Factors {
-    const Vector vector;
-    const int width;
-    float early[IN_REGISTERS ? EACH : 1];
-
-    DEVICE Factors(Vector vector, int width) : vector(vector), width(width) {
-        if constexpr (IN_REGISTERS)
-            vector.read<T, FILLED>(early, first_of_thread(), width);
-        else if (threadIdx.x == 0)
-            vector.fetch(width);
-    }
-
-    DEVICE float at(int i) const {
-        if constexpr (IN_REGISTERS) return early[i];
-        const int at = first_of_thread() + i * 32;
-        return at < width ? vector.at(at, 1.0f) : 1.0f;
-    }
 };
 
 DEVICE void clear(Ranking& shared) {
@@ -173,32 +136,6 @@ DEVICE void compare(const Ranking& shared, unsigned there, unsigned need, Take t
         if (helper == 0 && larger < need && candidate < there) take(candidate, own, larger);
     }
 }
-
-// What the entries are made from, and how, but for a norm's factor, which they have in common.
-struct Activation {
-    const float* input;  // of the row
-    const int width;
-    const int first = first_of_thread();
-    const Factors<GAIN> gains;
-    const float eps;
-
-    DEVICE Activation(const float* input, long long row, int width, Vector gain, float eps)
-        : input(input + row * width * (SOURCE == GATED ? 2 : 1)), width(width), gains(gain, width), eps(eps) {}
-
-    // Beyond the end entries are 0, and come last in order. Where x is FILLED all are there: asking of each takes more
-    // predicates than there are, so that some loads wait for others.
-    DEVICE bool there(int i) const { return FILLED || i * 32 < width - first; }
-    DEVICE float load(int i) const { return load_fresh(input + first + i * 32, there(i)); }
-    DEVICE float load_up(int i) const {
-        return SOURCE == GATED ? load_fresh(input + width + first + i * 32, there(i)) : 0.0f;
-    }
-
-    DEVICE float entry(int i, float loaded, float up) const {
-        if (SOURCE == GATED) return silu_mul(loaded, up);
-        if (SOURCE == NORMED && there(i)) return loaded * gains.at(i);
-        return loaded;
-    }
-};
 
 DEVICE void prepare(Ranking& shared) {
     clear(shared);

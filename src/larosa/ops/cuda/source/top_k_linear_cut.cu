@@ -115,7 +115,7 @@ DEVICE int list(Listing& shared, const Asked& asked, unsigned stride) {
         if (kept) ++place;
     }
     __syncthreads();
-    return static_cast<int>(__reduce_add_sync(ALL_LANES, Threads::lane() < WARPS ? shared.kept[Threads::lane()] : 0u));
+    return static_cast<int>(Threads::sum(shared.kept));
 }
 
 KERNEL(THREADS, 1)
@@ -137,32 +137,9 @@ top_k_linear_cut(const float* x, int width, int k, Vector score, Matrices matric
     const Outputs tile(matrices, cluster - 1);
     begin(own.sums);
     if (threadIdx.x == 0) score.fetch(width);
-#ifdef SCALE
-    const Scales<SCALE> scales(scale, tile);
-    const CarriedByDigits entries{residual, adapter_stride, carried};
-    const Part part = Part::of_block(digits);
-#else
-    const Carried entries{residual, adapter_stride};
-    const Part part = Part::of_block(carried);
-#endif
-    constexpr int ROOM = LISTED * THREADS;
-    const Piece::Element* pieces = static_cast<const Piece::Element*>(adapter) + tile.matrix.first + tile.mine;
     float sum[WIDTH<WEIGHT>] = {};
     Asked asked(x, score, width, board);
-    for (int begin = part.begin, here = 0; begin < part.end; begin += here) {
-        here = min(ROOM, part.end - begin);
-        __syncthreads();  // what stood here has been read
-        for (int i = threadIdx.x; i < here; i += THREADS) own.entries[i] = entries.at(begin + i);
-        __syncthreads();
-        if (begin + here < part.end)
-            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, own.entries, group(), here, pieces, tile.there);
-        else
-            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, own.entries, group(), here, pieces, tile.there, asked);
-    }
-    if (part.size() == 0) asked.at_last();
-#ifdef SCALE
-    scales.apply(sum);
-#endif
+    add_adapter<LISTED * THREADS>(sum, own.entries, residual, adapter, adapter_stride, carried, SCALE_ARGUMENTS tile, asked);
     if (threadIdx.x == 0) own.cut = posted(board, asked.shown);
     const int count = list(own, asked, tile.stride());
     Leaving leaving(board);
