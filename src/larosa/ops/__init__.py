@@ -5,14 +5,16 @@
 folder a device.
 """
 
-from larosa.ops import adapter, attend, embed, greedy, linear, norm, select, top_k_linear  # declares the operators
-from larosa.ops import backend as _gpu  # noqa: F401 - implements them
-from larosa.ops.cpu import kernels as _cpu  # noqa: F401 - implements them
+# The first line declares the operators, the next two implement them.
+from larosa.ops import above_linear, adapter, attend, embed, greedy, linear, norm, select, top_k_linear
+from larosa.ops import backend as _gpu  # noqa: F401
+from larosa.ops.cpu import kernels as _cpu  # noqa: F401
 from larosa.ops.linear import column_major
 from larosa.ops.threshold import drop_up_to
 from larosa.ops.top_k import keep_top_k
 
 __all__ = [
+    "above_linear",
     "adapter",
     "attend",
     "column_major",

@@ -19,14 +19,14 @@ from larosa.ops.cpu.library import load
 from larosa.ops.cuda.compiler import check_compiler
 from larosa.ops.cuda.launch import machine
 from larosa.ops.schema import implement
-from larosa.ops.select import above_reference, rms_norm_above_reference, silu_mul_above_reference
 
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
 _PACKAGES = {"cuda": "'larosa[cuda]'", "triton": "triton"}
 OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
+    *("above", "rms_norm_above", "silu_mul_above"),
     *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
-    *("attend", "greedy", "embed"),
+    *("above_linear", "rms_norm_above_linear", "rms_norm_above_swiglu", "attend", "greedy", "embed"),
 )
 
 
@@ -77,8 +77,3 @@ def _register(operator: str) -> None:
 
 for _operator in OPERATORS:
     _register(_operator)
-
-# Not kernels of their own yet; what they return has one shape, so that a graph can capture them.
-implement("above", "CUDA")(above_reference)
-implement("rms_norm_above", "CUDA")(rms_norm_above_reference)
-implement("silu_mul_above", "CUDA")(silu_mul_above_reference)

@@ -61,6 +61,12 @@ def vector(name: str, x: torch.Tensor | None, size: int) -> torch.Tensor | None:
     return x
 
 
+def one_row(x: torch.Tensor) -> None:
+    """What a threshold selects from: how many entries are above may differ from row to row."""
+    if len(x) != 1:
+        raise ValueError(f"above selects from one row, not {len(x)}")
+
+
 def kept(k: int, width: int) -> None:
     """How many entries a selection keeps."""
     if not 0 <= k <= width:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from larosa.ops import checks
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.schema import define
 from larosa.ops.top_k import top_k_mask
@@ -118,12 +117,3 @@ def silu_mul_above_reference(
 ) -> CountedSelection:
     """`above` of `silu_mul`."""
     return above_reference(silu_mul_reference(gate_up), threshold, score)
-
-
-def counted(values: torch.Tensor, indices: torch.Tensor, count: torch.Tensor | None) -> Selection:
-    """The entries that a count means, of a list of one row; all without one."""
-    checks.count(count, len(values))
-    if count is None:
-        return values, indices
-    kept = int(count)
-    return values[:, :kept].contiguous(), indices[:, :kept].contiguous()

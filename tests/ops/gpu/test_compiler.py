@@ -75,6 +75,37 @@ KERNELS = (
             ("22", "false", "float", {}),
         )
     ),
+    *(
+        (
+            "above.cu",
+            {
+                **{"SOURCE": source, "BLOCK": "1024", "EARLY": early},
+                **{"EACH": each, "FILLED": filled, "GAIN": gain, "SCORE": score},
+            },
+        )
+        for source, early, each, filled, gain, score in (
+            ("AS_IS", "true", "11", "false", "None", "float"),
+            ("GATED", "false", "19", "false", "None", "Half"),
+            ("NORMED", "false", "4", "true", "Half", "None"),
+        )
+    ),
+    *(
+        (
+            "above_linear.cu",
+            {
+                **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float"},
+                **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
+                **{"SWIGLU": swiglu, "ALONE": "true", "ADAPTER": adapter, **format_},
+            },
+        )
+        for source, each, gain, weight, lanes, cluster, swiglu, adapter, format_ in (
+            ("NORMED", "8", "Half", "Half", "16", "1", "false", "false", {}),
+            ("NORMED", "16", "float", "BFloat16", "44", "2", "true", "false", {}),
+            ("AS_IS", "22", "None", "Half", "8", "2", "false", "false", {}),
+            ("AS_IS", "28", "None", "BFloat16", "8", "2", "false", "true", {"SCALE": "BFloat16"}),
+            ("AS_IS", "8", "None", "float", "8", "2", "false", "true", {}),
+        )
+    ),
     ("greedy.cu", {"CLUSTER": "8"}),
     ("elementwise.cu", {}),
     ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8", "THREADS": "128"}),

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from larosa.decoding import CacheDtype, Engine, layers
+from larosa.ops.backend import OPERATORS
 
-OPERATORS = (
-    *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k", "linear", "sparse_linear", "attend"),
-    *("top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu", "greedy", "embed"),
-)
 TOKENS = 6
 
 
@@ -24,10 +21,15 @@ def engine(target, monkeypatch):
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
-def test_an_mlp_whose_entries_one_block_selects(target, engine, make_model, quick_convert, token_ids):
-    """Of a layer that fills the GPU that stands in for a large one."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"selection": "threshold"}, {"selection": "threshold", "rotation": "none"}],
+    ids=["counts", "thresholds", "thresholds without adapters"],
+)
+def test_large_layers(target, engine, make_model, quick_convert, token_ids, options):
+    """Of a size that fills the GPU that stands in for a large one: blocks select for themselves, or one for all."""
     sizes = {"hidden_size": 192, "intermediate_size": 360, "head_dim": 16, "num_hidden_layers": 2}
-    model, tokens = quick_convert(make_model("llama", **sizes), sparsity=0.5), token_ids(1, TOKENS, seed=3)
+    model, tokens = quick_convert(make_model("llama", **sizes), sparsity=0.5, **options), token_ids(1, TOKENS, seed=3)
     with torch.inference_mode():
         expected = model(tokens).logits[0]
     runner = engine(model)

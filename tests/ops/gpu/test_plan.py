@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.cuda.plan import (
+    above_plan,
     alone_plan,
     attend_plan,
     cut_plan,
@@ -84,6 +85,8 @@ def test_small_cases_of_the_tests_take_the_same_ways():
     for element_size in (2, 4):
         assert alone_plan(SMALL_H200, [200], 350, 1, element_size)
         assert alone_plan(SMALL_H200, [200], 12999, 1, element_size)
+        for outputs in (192, 180):
+            assert above_plan(SMALL_H200, [outputs], 16384, element_size, swiglu=False, carries=True)
         for outputs, width, k in ((192, 16384, 16000), (192, 30, 1), (180, 3001, 1000), (161, 3000, 0)):
             assert cut_plan(SMALL_H200, [outputs], width, k, 1, element_size)
         assert swiglu_plan(SMALL_H200, 2 * 96, 350, 1, element_size)
@@ -99,6 +102,18 @@ def test_products_of_7b_models_select_for_themselves():
     for k in (5504, 7168):
         assert cut_plan(H200, [4096], 14336, k, 1, 2) == alone_plan(H200, [4096], k, 1, 2)
     assert alone_plan(H200, [11008, 11008], 2048, 1, 2) is None
+
+
+def test_products_of_7b_models_compare_for_themselves():
+    alone = {"swiglu": False, "carries": False}
+    for outputs, width in (([4096] * 3, 4096), ([4096, 1024, 1024], 4096), ([4096], 4096), ([3584], 3584)):
+        assert above_plan(H200, outputs, width, 2, **alone)
+    for hidden, intermediate in ((4096, 11008), (4096, 14336), (3584, 18944)):
+        plan = above_plan(H200, [intermediate] * 2, hidden, 2, swiglu=True, carries=False)
+        assert 0.9 * 132 <= plan.cluster * -(-intermediate // (plan.tile // 2)) <= 132
+    for carries in (False, True):
+        plan = above_plan(H200, [4096], 14336, 2, swiglu=False, carries=carries)
+        assert (plan.lanes, plan.cluster) == (8, 2), "one block's list of all entries would take too much memory"
 
 
 @given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))

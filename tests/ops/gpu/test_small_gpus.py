@@ -8,7 +8,7 @@ from larosa.ops.cuda import kernels
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
-from larosa.ops.select import top_k_reference
+from larosa.ops.select import above_reference, top_k_reference
 from larosa.ops.top_k_linear import rms_norm_top_k_swiglu_reference, top_k_linear_reference
 
 from .cases import Target, entries
@@ -76,6 +76,18 @@ def test_a_long_product_with_an_adapter_that_selects(small, k):
     board = torch.zeros(1, dtype=torch.int64)
     result = small("top_k_linear", x, k, None, weights, [None], residual, adapter, None, board)
     check(result, sparse_linear_reference, (values.double(), indices), weights, [None], residual, adapter, None)
+
+
+@pytest.mark.parametrize(("outputs", "width"), [([1024, 256, 256], 4096), ([384], 14336), ([384], 11008)])
+def test_products_that_compare(small, outputs, width):
+    """Some blocks have room for all that may be above, of longer vectors none."""
+    weights = [columns(n, width, torch.float16, seed=i) for i, n in enumerate(outputs)]
+    x, residual = entries("normal", 1, width, seed=5), entries("normal", 1, sum(outputs), seed=6)
+    values, indices, count = above_reference(x, 0.7)
+    values, indices = values[:, : int(count)].double(), indices[:, : int(count)]
+    biases = [None] * len(weights)
+    result = small("above_linear", x, 0.7, None, weights, biases, residual)
+    check(result, sparse_linear_reference, (values, indices), weights, biases, residual)
 
 
 @pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(8, 2, 128), (4, 4, 64), (16, 1, 256)])

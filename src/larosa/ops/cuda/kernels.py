@@ -22,6 +22,7 @@ from larosa.ops.cuda.plan import (
     LINEAR_TILE,
     SPARSE_THREADS,
     THREADS,
+    above_plan,
     alone_plan,
     attend_plan,
     cut_plan,
@@ -32,12 +33,13 @@ from larosa.ops.cuda.plan import (
 )
 from larosa.ops.cuda.product import Product, adapter_arguments, aligned
 from larosa.ops.linear import Biases, Weights
-from larosa.ops.select import Selection, counted
+from larosa.ops.select import CountedSelection, Selection
 
 _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
+_WIDEST_COMPARED = 16384  # the same in above_linear.cu, but of a norm; more than 32 entries a thread do not fit
 #: Of a vector so wide one block of top_k_linear_cut.cu selects for all. With 11,264 entries that takes an H200 .3 us
 #: more than two kernels do, with 14,208 1.0 us less; more than 32 a thread do not fit.
 _CUT = (12288, 16384)
@@ -98,6 +100,25 @@ def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = N
     return _select("GATED", gate_up, checks.halves("gate_up", gate_up), k, score)
 
 
+def above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    """See `above_reference`."""
+    _, width = checks.vectors("x", x)
+    return _compare("AS_IS", x, width, threshold, score)
+
+
+def rms_norm_above(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    """See `rms_norm_above_reference`."""
+    _, width = checks.vectors("x", x)
+    return _compare("NORMED", x, width, threshold, score, gain, eps)
+
+
+def silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    """See `silu_mul_above_reference`."""
+    return _compare("GATED", gate_up, checks.halves("gate_up", gate_up), threshold, score)
+
+
 def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None = None) -> torch.Tensor:
     """See `linear_reference`; the weights are row-major."""
     rows, width = checks.vectors("x", x)
@@ -122,23 +143,24 @@ def sparse_linear(
     adapter_scale: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the matrices are column-major. With a `count`, the host waits for it.
+    """See `sparse_linear_reference`; the matrices are column-major.
 
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
-    values, indices = counted(values, indices, count)
     rows, k = checks.selection(values, indices)
+    checks.count(count, rows)
     width = weights[0].shape[1] if weights else 0
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     sizes, gpu, element = [len(weight) for weight in weights], machine(values.device), weights[0].element_size()
-    alone = None if adapter is None else alone_plan(gpu, sizes, k, rows, element)
-    plan = alone or sparse_plan(gpu, sizes, k, rows, element)
+    listed = k if count is None else k // 2  # what the host can only guess
+    alone = None if adapter is None else alone_plan(gpu, sizes, listed, rows, element)
+    plan = alone or sparse_plan(gpu, sizes, listed, rows, element)
     product = Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
     result = values.new_empty(rows, outputs)
     macros = {**product.macros, "ADAPTER": flag(adapter is not None), "ALONE": flag(alone is not None)}
     along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = address(values), address(indices), c_int(k), product.matrices
+    operands = address(values), address(indices), c_int(k), address(count), product.matrices
     arguments = (*operands, *along, address(result), c_int(outputs))
     _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
     return result
@@ -239,6 +261,71 @@ def _select_and_multiply(
     return result
 
 
+def above_linear(
+    x: torch.Tensor, threshold: float, score: torch.Tensor | None, weights: Weights, biases: Biases, *along: Any
+) -> torch.Tensor:
+    """See `above_linear_reference`.
+
+    With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
+    """
+    return _compare_and_multiply("AS_IS", x, threshold, score, None, 0.0, False, weights, biases, *along)
+
+
+def rms_norm_above_linear(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None, *product: Any
+) -> torch.Tensor:
+    """See `rms_norm_above_linear_reference`."""
+    return _compare_and_multiply("NORMED", x, threshold, score, gain, eps, False, *product)
+
+
+def rms_norm_above_swiglu(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None, *product: Any
+) -> torch.Tensor:
+    """See `rms_norm_above_swiglu_reference`."""
+    return _compare_and_multiply("NORMED", x, threshold, score, gain, eps, True, *product)
+
+
+def _compare_and_multiply(
+    source: str,
+    x: torch.Tensor,
+    threshold: float,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    eps: float,
+    swiglu: bool,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One launch where every block can have a multiprocessor to itself, else one after the other."""
+    rows, width = checks.vectors("x", x)
+    checks.one_row(x)
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
+    sizes, element = [len(weight) for weight in weights], weights[0].element_size()
+    if swiglu:
+        checks.gate_and_up(sizes)
+    plan = above_plan(machine(x.device), sizes, width, element, swiglu=swiglu, carries=adapter is not None)
+    if plan is None or width > (_WIDEST_COMPARED if source == "AS_IS" else _WIDEST_FUSED):
+        values, indices, count = _compare(source, x, width, threshold, score, gain, eps)
+        linear = sparse_linear(values, indices, weights, biases, residual, adapter, adapter_scale, count)
+        return silu_mul(linear) if swiglu else linear
+    product = Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter], swiglu)
+    result = x.new_empty(rows, outputs // (1 + swiglu))
+    macros = {
+        **product.macros,
+        **_selection_macros(source, width, SPARSE_THREADS, gain, score),
+        **{"ADAPTER": flag(adapter is not None), "ALONE": flag(True)},
+    }
+    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
+    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
+    arguments = (address(x), c_int(width), c_float(threshold), *vectors, product.matrices, *along, address(result))
+    _launch(x, "above_linear.cu", "above_linear", {**macros, **format_}, product.grid, arguments)
+    return result
+
+
 def attend(
     qkv: torch.Tensor,
     keys: torch.Tensor,
@@ -307,18 +394,43 @@ def _select(
     eps: float = 0.0,
 ) -> Selection:
     checks.kept(k, width)
-    if width > _WIDEST:
-        raise LarosaError(
-            f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
-        )
+    macros = _selecting_macros(source, width, gain, score)
     values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int32)
-    early = source == "AS_IS" and _EARLY[0] < width <= _EARLY[1]
-    macros = {"BLOCK": str(_ROW), "EARLY": flag(early), **_selection_macros(source, width, _ROW, gain, score)}
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     arguments = (address(x), c_int(width), c_int(k), *vectors, address(values), address(indices))
     if k:
         _launch(x, "select.cu", "select_top_k", macros, Grid(len(x), 1, _ROW), arguments)
     return values, indices
+
+
+def _compare(
+    source: str,
+    x: torch.Tensor,
+    width: int,
+    threshold: float,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> CountedSelection:
+    checks.one_row(x)
+    macros = _selecting_macros(source, width, gain, score)
+    values, indices = x.new_empty(1, width), x.new_empty(1, width, dtype=torch.int32)
+    count = x.new_empty(1, dtype=torch.int64)
+    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
+    results = address(values), address(indices), address(count)
+    arguments = (address(x), c_int(width), c_float(threshold), *vectors, *results)
+    _launch(x, "above.cu", "select_above", macros, Grid(1, 1, _ROW), arguments)
+    return values, indices, count
+
+
+def _selecting_macros(source: str, width: int, gain: torch.Tensor | None, score: torch.Tensor | None) -> dict[str, str]:
+    """What a kernel is told that selects by one block of its own."""
+    if width > _WIDEST:
+        raise LarosaError(
+            f"the CUDA kernels select from at most {_WIDEST} entries, not {width}: set LAROSA_CUDA_KERNELS=triton"
+        )
+    early = source == "AS_IS" and _EARLY[0] < width <= _EARLY[1]
+    return {"BLOCK": str(_ROW), "EARLY": flag(early), **_selection_macros(source, width, _ROW, gain, score)}
 
 
 def _selection_macros(

@@ -72,6 +72,21 @@ def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element
     return plan or _widest(gpu, outputs, k, batch, element_size, most=1.0)
 
 
+def above_plan(
+    gpu: Machine, outputs: Sequence[int], width: int, element_size: int, *, swiglu: bool, carries: bool
+) -> SparsePlan | None:
+    """The same for a product whose blocks compare for themselves what is above a threshold.
+
+    Each has room for its part of all `width` entries. How many will be above nobody knows: the plan is that of half.
+    """
+    if not swiglu:
+        plans = _fitting(gpu, outputs, width, 1, _plans(gpu, element_size, _LANES), most=1.0)
+        plan = min(plans, key=lambda plan: _cost(gpu, outputs, width // 2, 1, plan), default=None)
+        if plan or carries:
+            return plan
+    return _widest(gpu, [sum(outputs)] if swiglu else outputs, width, 1, element_size, most=1.0)
+
+
 def swiglu_plan(gpu: Machine, outputs: int, k: int, batch: int, element_size: int) -> SparsePlan | None:
     """The same for gate and up with so many outputs together, whose product takes longest.
 

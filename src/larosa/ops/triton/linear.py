@@ -1,7 +1,8 @@
 """Products with dense and with sparse vectors.
 
 A sparse product is divided over tiles of outputs and over parts of the list. The parts' sums go to memory and are
-added in their order by a second kernel, so that the same input gives the same bits.
+added in their order by a second kernel, so that the same input gives the same bits. Of a list that is counted, parts
+behind the last entry are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import triton.language as tl
 from larosa.ops import checks
 from larosa.ops.adapter import HIGH
 from larosa.ops.linear import Biases, Weights
-from larosa.ops.select import counted
 
 _ROWS, _STEP = 8, 512  # of a dense tile: outputs, inputs at a time
 _OUTPUTS, _ENTRIES = 256, 16  # of a sparse tile: outputs, entries at a time
@@ -48,14 +48,14 @@ def sparse_linear(
     adapter_scale: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sparse_linear_reference`; the matrices are column-major. With a `count`, the host waits for it."""
-    values, indices = counted(values, indices, count)
-    checks.selection(values, indices)
+    """See `sparse_linear_reference`; the matrices are column-major."""
+    rows, _ = checks.selection(values, indices)
+    checks.count(count, rows)
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
     checks.residual(residual, adapter, len(values), outputs, weights[0].dtype, adapter_scale)
     if residual is not None and adapter is not None:
         residual = _adapted(residual, adapter, adapter_scale)
-    return _sparse_linear(values, indices, weights, biases, residual)
+    return _sparse_linear(values, indices, weights, biases, residual, count)
 
 
 def _adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -70,7 +70,12 @@ def _adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor 
 
 
 def _sparse_linear(
-    values: torch.Tensor, indices: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Tensor | None
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weights: Weights,
+    biases: Biases,
+    residual: torch.Tensor | None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (rows, k), outputs = values.shape, sum(len(weight) for weight in weights)
     parts = triton.cdiv(k, _PART)
@@ -82,11 +87,12 @@ def _sparse_linear(
         if rows and size:
             if parts:
                 _sparse_linear_kernel[(triton.cdiv(size, _OUTPUTS), parts, rows)](
-                    *(values, indices, weight, partial, first, size, outputs, k, weight.stride(1)),
+                    *(values, indices, count, weight, partial, first, size, outputs, k, weight.stride(1)),
                     *(_PART, _OUTPUTS, _ENTRIES),
                 )
             _sum_kernel[(triton.cdiv(size, _SUM), rows)](
-                partial, bias, residual, result, first, size, outputs, rows * outputs, parts, _SUM
+                *(partial, count, bias, residual, result, first, size, outputs, rows * outputs),
+                *(k, _PART, parts, _SUM),
             )
         first += size
     return result
@@ -130,6 +136,7 @@ def _linear_kernel(
 def _sparse_linear_kernel(
     values_ptr,
     indices_ptr,
+    count_ptr,
     weight_ptr,
     partial_ptr,
     first,
@@ -144,10 +151,13 @@ def _sparse_linear_kernel(
     part, vector = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     exists = output < size
+    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr), k)
+    if part * PART >= count:
+        return
     total = tl.zeros((ENTRIES, OUTPUTS), tl.float32)
     for start in range(0, PART, ENTRIES):
         entry = part * PART + start + tl.arange(0, ENTRIES)
-        listed = entry < k
+        listed = entry < count
         value = tl.load(values_ptr + vector * k + entry, mask=listed, other=0.0)
         index = tl.load(indices_ptr + vector * k + entry, mask=listed, other=0).to(tl.int64)
         columns = weight_ptr + index[:, None] * stride + output[None, :]
@@ -160,6 +170,7 @@ def _sparse_linear_kernel(
 @triton.jit
 def _sum_kernel(
     partial_ptr,
+    count_ptr,
     bias_ptr,
     residual_ptr,
     result_ptr,
@@ -167,6 +178,8 @@ def _sum_kernel(
     size,
     outputs,
     stride,
+    k,
+    PART: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -175,8 +188,9 @@ def _sum_kernel(
     exists = output < size
     place = vector * outputs + first + output
     total = tl.zeros((BLOCK,), tl.float32)
+    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr), k)
     for part in range(PARTS):
-        total += tl.load(partial_ptr + part * stride + place, mask=exists, other=0.0)
+        total += tl.load(partial_ptr + part * stride + place, mask=exists & (part * PART < count), other=0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + output, mask=exists, other=0.0).to(tl.float32)
     if residual_ptr is not None:

@@ -1,13 +1,15 @@
-"""Exact Top-K of one vector by one program, with what produces the vector."""
+"""Exact Top-K of one vector by one program, or what is above a threshold, with what produces the vector."""
 
 from __future__ import annotations
+
+from ctypes import c_float
 
 import torch
 import triton
 import triton.language as tl
 
 from larosa.ops import checks
-from larosa.ops.select import Selection
+from larosa.ops.select import CountedSelection, Selection
 
 _AS_IS, _NORMED, _GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _NAN_KEY = tl.constexpr(0x7F800001)  # all NaN alike, above infinity
@@ -32,6 +34,25 @@ def silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = N
     return _select(_GATED, gate_up, checks.halves("gate_up", gate_up), k, score)
 
 
+def above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    """See `above_reference`."""
+    _, width = checks.vectors("x", x)
+    return _compare(_AS_IS, x, width, threshold, score)
+
+
+def rms_norm_above(
+    x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
+) -> CountedSelection:
+    """See `rms_norm_above_reference`."""
+    _, width = checks.vectors("x", x)
+    return _compare(_NORMED, x, width, threshold, score, gain, eps)
+
+
+def silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
+    """See `silu_mul_above_reference`."""
+    return _compare(_GATED, gate_up, checks.halves("gate_up", gate_up), threshold, score)
+
+
 def _select(
     source: tl.constexpr,
     x: torch.Tensor,
@@ -48,18 +69,39 @@ def _select(
     if len(x) and k:
         block = triton.next_power_of_2(width)
         _select_kernel[(len(x),)](
-            x, gain, score, values, indices, width, k, eps, source, block, num_warps=min(32, max(4, block // 512))
+            x, gain, score, values, indices, width, k, eps, source, block, num_warps=_warps(block)
         )
     return values, indices
 
 
+def _compare(
+    source: tl.constexpr,
+    x: torch.Tensor,
+    width: int,
+    threshold: float,
+    score: torch.Tensor | None,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> CountedSelection:
+    checks.one_row(x)
+    checks.vector("gain", gain, width)
+    checks.vector("score", score, width)
+    values, indices = x.new_empty(1, width), x.new_empty(1, width, dtype=torch.int32)
+    count = x.new_empty(1, dtype=torch.int64)
+    threshold = c_float(threshold).value  # which Triton's interpreter would compare as it is
+    block = triton.next_power_of_2(width)
+    _compare_kernel[(1,)](
+        x, gain, score, values, indices, count, width, threshold, eps, source, block, num_warps=_warps(block)
+    )
+    return values, indices, count
+
+
+def _warps(block: int) -> int:
+    return min(32, max(4, block // 512))
+
+
 @triton.jit
-def _select_kernel(
-    x_ptr, gain_ptr, score_ptr, values_ptr, indices_ptr, width, k, eps, SOURCE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    there = at < width
+def _activation(x_ptr, gain_ptr, row, at, there, width, eps, SOURCE: tl.constexpr):
     if SOURCE == _GATED:
         gate = tl.load(x_ptr + row * 2 * width + at, mask=there, other=0.0)
         up = tl.load(x_ptr + row * 2 * width + width + at, mask=there, other=0.0)
@@ -70,6 +112,17 @@ def _select_kernel(
         x *= 1.0 / tl.sqrt_rn(tl.sum(x * x) / width + eps)
         if gain_ptr is not None:
             x *= tl.load(gain_ptr + at, mask=there, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _select_kernel(
+    x_ptr, gain_ptr, score_ptr, values_ptr, indices_ptr, width, k, eps, SOURCE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    there = at < width
+    x = _activation(x_ptr, gain_ptr, row, at, there, width, eps, SOURCE)
     weighted = x
     if score_ptr is not None:
         weighted = x * tl.load(score_ptr + at, mask=there, other=0.0).to(tl.float32)
@@ -89,3 +142,34 @@ def _select_kernel(
     place = row * k + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(values_ptr + place, x, mask=kept)
     tl.store(indices_ptr + place, at, mask=kept)
+
+
+@triton.jit
+def _compare_kernel(
+    x_ptr,
+    gain_ptr,
+    score_ptr,
+    values_ptr,
+    indices_ptr,
+    count_ptr,
+    width,
+    threshold,
+    eps,
+    SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.arange(0, BLOCK)
+    there = at < width
+    x = _activation(x_ptr, gain_ptr, 0, at, there, width, eps, SOURCE)
+    weighted = x
+    if score_ptr is not None:
+        weighted = x * tl.load(score_ptr + at, mask=there, other=0.0).to(tl.float32)
+    # NaN is above: it is not equal to itself.
+    kept = there & ((tl.abs(weighted) > threshold) | (weighted != weighted))
+    up_to = tl.cumsum(kept.to(tl.int32), 0)
+    count = tl.sum(kept.to(tl.int32))
+    tl.store(count_ptr, count.to(tl.int64))
+    # Zeros stand behind those that are kept: what is dropped goes there.
+    place = tl.where(kept, up_to - 1, count + at - up_to)
+    tl.store(values_ptr + place, tl.where(kept, x, 0.0), mask=there)
+    tl.store(indices_ptr + place, tl.where(kept, at, 0), mask=there)

@@ -1,4 +1,5 @@
-// y = residual + x W^T + b for an x that is given by its k entries: reads the columns of W at their indices.
+// y = residual + x W^T + b for an x that is given by its k entries, or the first `count` of them where somebody counted:
+// reads the columns of W at their indices.
 //
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
 // goes into the same sums.
@@ -55,12 +56,13 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Pa
 }
 
 KERNEL(THREADS, ALONE ? 1 : 2)
-sparse_linear(const float* values, const int* indices, int k, Matrices matrices, const float* residual,
-              const void* adapter, unsigned adapter_stride, int width, SCALE_PARAMETERS float* result, int outputs) {
+sparse_linear(const float* values, const int* indices, int k, const long long* count, Matrices matrices,
+              const float* residual, const void* adapter, unsigned adapter_stride, int width,
+              SCALE_PARAMETERS float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
     const long long row = blockIdx.y;
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
-    const Part listed = Part::of_block(k);
+    Part listed = Part::of_block(k);
 
     begin(shared.sums);
     float sum[WIDTH<WEIGHT>] = {};
@@ -83,6 +85,10 @@ sparse_linear(const float* values, const int* indices, int k, Matrices matrices,
 #endif
     }
     wait_for_inputs();
+    if (count) {
+        listed = Part::of_block(min(static_cast<int>(load_fresh(count)), k));
+        earlier = min(earlier, listed.size());
+    }
     add<Packed, DEPTH>(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier,
                        tile.weights(), tile.there);
     release_dependents();
