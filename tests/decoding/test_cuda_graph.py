@@ -13,10 +13,20 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
-@pytest.fixture(params=["dense", "sparse"])
+CONVERSIONS = {
+    "sparse": {},
+    "thresholds": {"selection": "threshold"},
+    "thresholds without adapters": {"selection": "threshold", "rotation": "none"},
+    "teal": {"method": "teal"},
+}
+
+
+@pytest.fixture(params=["dense", *CONVERSIONS])
 def model(request, make_model, quick_convert):
     source = make_model("llama")
-    return (source if request.param == "dense" else quick_convert(source, sparsity=0.5)).to(DEVICE)
+    if request.param != "dense":
+        source = quick_convert(source, sparsity=0.5, **CONVERSIONS[request.param])
+    return source.to(DEVICE)
 
 
 def prompts(token_ids):

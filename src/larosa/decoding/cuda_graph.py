@@ -23,7 +23,7 @@ class GraphLoop:
     launches replays a few tokens ahead and reads each token when its copy has arrived.
 
     Args:
-        engine: on a GPU, and with steps of the same shape for every token (`Engine.fixed_shapes`).
+        engine: on a GPU.
         sampler: for that GPU.
     """
 

@@ -47,11 +47,6 @@ class Engine:
         self._replays = weights.device.type == "cpu"
 
     @property
-    def fixed_shapes(self) -> bool:
-        """Whether a GPU's graph can capture steps: its products wait for how many entries are above a threshold."""
-        return not any(layer.compares for layer in self.weights.layers)
-
-    @property
     def vocabulary(self) -> int:
         """How many logits there are."""
         return len(self.weights.embedding)

@@ -118,7 +118,7 @@ def generate(
         Engine(model, len(ids) + max_new_tokens, cache_dtype) if chosen is EngineName.LAROSA else ForwardEngine(model)
     )
     sampler = Sampler(sampling, device=device, kernels=chosen is EngineName.LAROSA and device.type != "cpu")
-    if isinstance(runner, Engine) and device.type == "cuda" and runner.fixed_shapes:
+    if isinstance(runner, Engine) and device.type == "cuda":
         tokens = GraphLoop(runner, sampler).continue_prompt(ids[None], max_new_tokens, ends)
     else:
         tokens = continue_prompt(runner, ids[None], max_new_tokens, sampler, ends)

@@ -36,7 +36,7 @@ class Norm:
 
     gain: torch.Tensor
     eps: float
-    carries: ClassVar[bool] = False  # whether `product` takes an adapter along, or none
+    carries: ClassVar[bool] = False  # whether `product` takes an adapter along where it counts, or none
 
     def every(self, x: torch.Tensor) -> torch.Tensor:
         """The normed x [1, D]."""
@@ -55,11 +55,14 @@ class Norm:
 
     def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
         """A site's outputs for the entries that it keeps, on top of a residual."""
-        selected = (x, self.gain, self.eps, site.k, site.score)
+        counts = site.threshold is None
+        selected = (x, self.gain, self.eps, site.k if counts else site.threshold, site.score)
         if site.swiglu:
-            gated: torch.Tensor = _ops.rms_norm_top_k_swiglu(*selected, site.weights, site.biases)
+            gate_and_up = _ops.rms_norm_top_k_swiglu if counts else _ops.rms_norm_above_swiglu
+            gated: torch.Tensor = gate_and_up(*selected, site.weights, site.biases)
             return gated
-        outputs: torch.Tensor = _ops.rms_norm_top_k_linear(*selected, site.weights, site.biases, residual)
+        linear = _ops.rms_norm_top_k_linear if counts else _ops.rms_norm_above_linear
+        outputs: torch.Tensor = linear(*selected, site.weights, site.biases, residual)
         return outputs
 
 
@@ -79,14 +82,21 @@ class _AsItIs:
         selection: CountedSelection = _ops.above(x, threshold, score)
         return selection
 
-    def product(self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, _: Adapter | None) -> torch.Tensor:
-        outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, residual)
+    def product(
+        self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
+    ) -> torch.Tensor:
+        linears = site.weights, site.biases, residual
+        if site.threshold is None:
+            counted: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, *linears)
+            return counted
+        along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
+        outputs: torch.Tensor = _ops.above_linear(x, site.threshold, site.score, *linears, *along)
         return outputs
 
 
 @dataclass(frozen=True)
 class _Long(_AsItIs):
-    """The same before h4, where entries are too many for each block of a product to select from.
+    """The same before h4, where entries are too many for each block of a product to select the k largest.
 
     One block selects for all, which read an adapter meanwhile; `board` [1] int64 is where it tells them.
     """
@@ -97,6 +107,8 @@ class _Long(_AsItIs):
     def product(
         self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
     ) -> torch.Tensor:
+        if site.threshold is not None:
+            return super().product(x, site, residual, adapter)
         assert adapter is not None, "it carries one"
         along = (residual, adapter.weight, adapter.scale, self.board)
         outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, *along)
@@ -124,7 +136,7 @@ class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
-    a list of `every` column. Where `fused` is there, one operator selects k entries and multiplies with them, and where
+    a list of `every` column. Where `fused` is there, one operator selects entries and multiplies with them, and where
     the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
     """
 
@@ -145,7 +157,7 @@ class Site:
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
-        if self.fused is not None and self.fused.carries == (adapter is not None):
+        if self.fused is not None and (self.threshold is not None or self.fused.carries == (adapter is not None)):
             return self.fused.product(x, self, residual, adapter)
         count: torch.Tensor | None = None
         if self.k is not None:
@@ -238,11 +250,6 @@ class DecodeLayer:
     h4: Site
     residual_adapter: Adapter | None
 
-    @property
-    def compares(self) -> bool:
-        """Whether a site compares with a threshold, so that what it reads varies from token to token."""
-        return any(site.threshold is not None for site in (self.h1, self.h2, self.h3, self.h4))
-
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [1, D] float32 after this layer."""
         carried = _carried(x, self.attention_adapter)
@@ -311,7 +318,7 @@ def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: Norm 
     for linear in linears:
         _lay_out(linear, by_columns=bool(kept) or every is not None)
     weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    fuses = "k" in kept and _selects_in_products(weights[0])
+    fuses = bool(kept) and _selects_in_products(weights[0])
     fused = source if fuses and not isinstance(source, _Gated) else None
     return Site(source, weights, biases, every=every, fused=fused, **kept)
 
