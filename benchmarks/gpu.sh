@@ -21,7 +21,7 @@ say "Everything else"
 tests --ignore tests/ops/gpu --ignore tests/decoding/test_cuda_graph.py tests | tee "$results/tests.log"
 
 say "Memory and races"
-chosen="long_vectors or large_sizes or parts_of or test_heads or test_positions or rms_norm or silu_mul"
+chosen="long_vectors or counted_list or read_meanwhile or large_sizes or parts_of or test_heads or test_positions or rms_norm or silu_mul"
 chosen="not triton and not fused and not any_size and ($chosen or (one_block_selects_for_all and 4096))"
 for tool in memcheck racecheck; do
     sanitizer=(compute-sanitizer --error-exitcode 9 --report-api-errors no --target-processes all --tool $tool)
@@ -35,6 +35,8 @@ bench kernels --device cuda --shape llama-2-7b --json "$results/kernels-llama-2-
 bench decode --device cuda --shape llama-2-7b --sparsity 0,0.25,0.5,0.75 --tokens 256 --json "$results/decode-llama-2-7b.json"
 bench decode --device cuda --shape llama-3-8b --dtype bfloat16 --sparsity 0,0.25,0.5,0.75 --tokens 256 \
     --json "$results/decode-llama-3-8b.json"
+bench decode --device cuda --shape llama-2-7b --selection threshold --sparsity 0.25,0.5,0.75 --tokens 256 \
+    --json "$results/decode-llama-2-7b-thresholds.json"
 for tokens in 128 512 2048; do
     bench decode --device cuda --shape llama-2-7b --sparsity 0.5 --tokens $tokens --json "$results/decode-$tokens-tokens.json"
 done

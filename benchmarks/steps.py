@@ -9,10 +9,12 @@ Tests of kernels take small sizes, which are divided over a GPU in other ways th
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import torch
 
 from larosa.benchmarks.shapes import random_sparse_model, set_sparsity, shape_config
+from larosa.config import Selection
 from larosa.decoding import CacheDtype, Engine
 from larosa.ops.cuda.launch import early_launches
 
@@ -26,17 +28,18 @@ def main(device: torch.device, shapes: list[str]) -> None:
     for shape in shapes:
         config = shape_config(shape, layers=2, vocab_size=1000)
         config.dtype = dtype
-        model = random_sparse_model(config, dtype, device)
-        set_sparsity(model, 0.5)
-        for kv_cache_dtype in CacheDtype:
+        for selection, kv_cache_dtype in product(Selection, CacheDtype):
+            model = random_sparse_model(config, dtype, device, selection=selection)
+            set_sparsity(model, 0.5)
             engine = Engine(model, CACHE, kv_cache_dtype)
             with torch.inference_mode(), early_launches():  # as in the engine's graph
                 for position in range(TOKENS):
                     token = torch.tensor([position], device=device)
                     logits = engine.step(token, torch.tensor([position], device=device))
+            what = f"with {selection}, and keys and values in {kv_cache_dtype}"
             if not logits.isfinite().all():
-                raise SystemExit(f"{shape}: logits are not finite with keys and values in {kv_cache_dtype}")
-            print(f"{shape}: logits are finite with keys and values in {kv_cache_dtype}", flush=True)
+                raise SystemExit(f"{shape}: logits are not finite {what}")
+            print(f"{shape}: logits are finite {what}", flush=True)
 
 
 if __name__ == "__main__":

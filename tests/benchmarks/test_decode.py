@@ -22,8 +22,9 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import AdapterFormat
+from larosa.config import AdapterFormat, Selection
 from larosa.decoding import Engine
+from larosa.models import Threshold
 from larosa.sparsity import SiteSizes
 
 CPU = torch.device("cpu")
@@ -129,6 +130,31 @@ def test_the_sparsity_of_a_random_model_can_be_set(family_config):
         report = larosa.inspect(model)
         assert report.sparsity.weights == pytest.approx(sparsity)
         assert report.adapter_bytes == 4 * 32 * 32
+
+
+def test_thresholds_of_a_random_model_keep_what_is_asked_for(family_config, token_ids):
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU, selection=Selection.THRESHOLD)
+    ids = token_ids(1, 100, seed=5)
+    shares: list[float] = []
+    for module in model.modules():
+        if isinstance(module, Threshold):
+            module.register_forward_hook(lambda _, inputs, x: shares.append(float((x == 0).float().mean())))
+    for sparsity in (0.5, 0.25, 0.0):
+        set_sparsity(model, sparsity)
+        assert larosa.inspect(model).sparsity.weights == pytest.approx(sparsity, abs=0.01)
+        shares.clear()
+        model(ids)
+        assert len(shares) == 12
+        assert all(abs(share - sparsity) < 0.1 for share in shares)
+
+
+def test_rows_by_thresholds(tiny):
+    tiny("llama")
+    options = {"sparsities": (0.5,), "dtype": torch.bfloat16, "prompt_tokens": 4, "tokens": 8}
+    counts = measure_shape("tiny", **options).rows[2]
+    compared = measure_shape("tiny", selection=Selection.THRESHOLD, **options).rows[2]
+    assert (compared.row, compared.sparsity) == ("LaRoSA, thresholds", 0.5)
+    assert compared.bytes_per_token == pytest.approx(counts.bytes_per_token, rel=0.02)
 
 
 @pytest.mark.parametrize("sparsities", [(0.5, 0.25), (0.0, 0.5, 0.0, 0.25), (0.0,), ()])

@@ -16,6 +16,7 @@ from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_checkpoints
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import SHAPES, AdapterLayout
 from larosa.cli.bench_gpu import show_decode
+from larosa.config import Selection
 
 CPU = torch.device("cpu")
 SECONDS = {
@@ -93,11 +94,8 @@ def dense(save, make_model):
     return save(make_model("llama"), "dense")
 
 
-def test_checkpoints_that_no_graph_can_run_are_refused_first(dense, save, make_model, quick_convert):
-    teal = save(quick_convert(make_model("llama"), method="teal"), "teal")
+def test_checkpoints_that_the_engine_does_not_run_are_refused_first(save, make_model, quick_convert):
     cats = save(quick_convert(make_model("llama"), method="cats", sparsity=0.25), "cats")
-    with pytest.raises(LarosaError, match=r"teal: thresholds keep .* varies: measure it with --device cpu"):
-        measure_gpu_checkpoints([dense, teal], device=CPU, prompt_tokens=3, tokens=4)
     with pytest.raises(LarosaError, match="does not run method cats"):
         measure_gpu_checkpoints([cats], device=CPU, prompt_tokens=3, tokens=4)
 
@@ -164,6 +162,21 @@ def test_rows_of_a_shape(monkeypatch, family_config):
 
 
 @pytest.mark.gpu
+def test_rows_of_a_shape_by_thresholds(monkeypatch, family_config):
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama"))
+    result = measure_gpu_shape(
+        "tiny",
+        **{"device": torch.device("cuda"), "sparsities": (0.5, 0.0), "prompt_tokens": 5, "tokens": 40},
+        **{"compiled": False, "selection": Selection.THRESHOLD},
+    )
+    assert [(row.row, row.sparsity) for row in result.rows] == [
+        (DENSE, 0.0),
+        ("LaRoSA, thresholds", 0.5),
+        ("LaRoSA, thresholds", 0.0),
+    ]
+
+
+@pytest.mark.gpu
 def test_later_decoders_are_compiled_into_graphs_too(family_config):
     """Thresholds that differ from those of the decoder before must not become arguments, which graphs cannot take."""
     from torch._dynamo.utils import counters
@@ -181,7 +194,8 @@ def test_later_decoders_are_compiled_into_graphs_too(family_config):
 
 @pytest.mark.gpu
 def test_checkpoints(dense, save, make_model, quick_convert):
-    half, quarter = (save(quick_convert(make_model("llama"), sparsity=p), str(p)) for p in (0.5, 0.25))
+    half = save(quick_convert(make_model("llama"), sparsity=0.5), "0.5")
+    quarter = save(quick_convert(make_model("llama"), sparsity=0.25, selection="threshold"), "0.25")
     options = {"device": torch.device("cuda"), "dtype": "float16", "prompt_tokens": 3, "tokens": 4}
     rows = measure_gpu_checkpoints([half, dense, quarter], **options).rows
     assert [(row.row, row.sparsity) for row in rows] == [(COMPILED, 0.0), (DENSE, 0.0), (half, 0.5), (quarter, 0.25)]

@@ -64,6 +64,7 @@ def test_checkpoints_on_a_gpu(cli, checkpoint, converted, tmp_path):
         ((), "give either checkpoints or --shape"),
         (("somewhere", "--shape", "tiny"), "give either checkpoints or --shape"),
         (("somewhere", "--layers", 2), "are for --shape"),
+        (("somewhere", "--selection", "threshold"), "are for --shape"),
         (("somewhere", "--sparsity", "0.5"), "--sparsity, --layers"),
         (("somewhere", "--sparsity", "0.25,0.5"), "are for --shape: leave them out, a checkpoint has its own"),
         (("somewhere", "--layers-per-rotation", 2), "are for --shape"),

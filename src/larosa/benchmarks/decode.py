@@ -25,7 +25,7 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import check_sparsity
+from larosa.config import Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.decoding.loop import StepEngine, checked
@@ -50,6 +50,11 @@ class CpuDecodeRow(DecodeRow):
 DecodeBenchmark = Benchmark[CpuDecodeRow]
 
 
+def larosa_row(selection: Selection) -> str:
+    """What rows of a shape are called."""
+    return LAROSA if selection is Selection.TOP_K else f"{LAROSA}, thresholds"
+
+
 def measure_shape(
     shape: str,
     *,
@@ -58,6 +63,7 @@ def measure_shape(
     layers: int | None = None,
     vocab_size: int | None = None,
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
     prompt_tokens: int = 128,
     tokens: int = 64,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
@@ -71,6 +77,7 @@ def measure_shape(
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
         layout: where LaRoSA's adapters are, and how they are stored.
+        selection: whether LaRoSA counts, or compares with thresholds of random tokens, that keep as much on average.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
@@ -86,6 +93,7 @@ def measure_shape(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         layout=layout,
+        selection=selection,
         kv_cache_dtype=kv_cache_dtype,
     )
 
@@ -99,6 +107,7 @@ def measure_config(
     prompt_tokens: int,
     tokens: int,
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
@@ -110,8 +119,8 @@ def measure_config(
     check_room(weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse, device)
     subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
     subjects.add_dense(random_model(config, dtype, device))
-    for _, model in sparse_models(config, dtype, device, sparsities, layout):
-        subjects.add(LAROSA, model)
+    for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
+        subjects.add(larosa_row(selection), model)
     return subjects.measure()
 
 

@@ -22,7 +22,7 @@ from larosa.benchmarks.compiled_decoder import (
     compiled_step,
     decoder_bytes,
 )
-from larosa.benchmarks.decode import DENSE, LAROSA
+from larosa.benchmarks.decode import DENSE, larosa_row
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
@@ -36,12 +36,11 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import check_sparsity
+from larosa.config import Selection, check_sparsity
 from larosa.decoding.cache import CacheDtype, cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
-from larosa.errors import LarosaError
 from larosa.progress import advance, track
 from larosa.sparsity.report import inspect_config
 
@@ -76,6 +75,7 @@ def measure_gpu_shape(
     layers: int | None = None,
     vocab_size: int | None = None,
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
     prompt_tokens: int = 128,
     tokens: int = 256,
     compiled: bool = True,
@@ -92,6 +92,7 @@ def measure_gpu_shape(
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
         layout: where LaRoSA's adapters are, and how they are stored.
+        selection: whether LaRoSA counts, or compares with thresholds of random tokens, that keep as much on average.
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
@@ -109,6 +110,7 @@ def measure_gpu_shape(
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         layout=layout,
+        selection=selection,
         teal_sparsities=teal_sparsities,
         compiled=compiled,
         kv_cache_dtype=kv_cache_dtype,
@@ -125,6 +127,7 @@ def measure_gpu_config(
     prompt_tokens: int,
     tokens: int,
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
@@ -145,8 +148,8 @@ def measure_gpu_config(
             rows.add_teal(sparsity)
         dense = random_model(config, dtype, device)
         rows.add_engine(DENSE, dense, rows.engine(dense))
-        for _, model in sparse_models(config, dtype, device, sparsities, layout):
-            rows.add_engine(LAROSA, model, rows.engine(model))
+        for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
+            rows.add_engine(larosa_row(selection), model, rows.engine(model))
         return rows.measure()
 
 
@@ -179,19 +182,12 @@ def measure_gpu_checkpoints(
     rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens, kv_cache_dtype)
     check_room(rows.bytes_needed(1, len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
-    engines = [_engine(path, model, rows) for path, model in models]
+    engines = [rows.engine(model) for _, model in models]
     with torch.cuda.device(device):
         rows.add_compiled()
         for (path, model), engine in zip(models, engines, strict=True):
             rows.add_engine(path if is_converted(model.config) else DENSE, model, engine)
         return rows.measure()
-
-
-def _engine(path: str, model: Any, rows: _Rows) -> Engine:
-    engine = rows.engine(model)
-    if not engine.fixed_shapes:
-        raise LarosaError(f"{path}: thresholds keep a number of entries that varies: measure it with --device cpu")
-    return engine
 
 
 @dataclass

@@ -110,7 +110,7 @@ class _Bench:
     def products(
         self, name: str, outputs: tuple[int, ...], depth: int, sparsities: tuple[float, ...]
     ) -> Iterator[GpuKernelRow]:
-        """Dense by PyTorch and by larosa, sparse, and where an operator does both, with the selection."""
+        """Dense by PyTorch and by larosa, sparse, and where an operator does both, with the selection or comparison."""
         total = sum(outputs)
         size = total * depth * self.dtype.itemsize
         copies = max(2, -(-self.bytes_of_copies // size))
@@ -127,9 +127,16 @@ class _Bench:
         def selected(sparsity: float) -> Call:
             return lambda copy: _ops.top_k_linear(x, _kept(depth, sparsity), None, columns[copy], biases)
 
+        def compared(sparsity: float) -> Call:
+            dropped = depth - _kept(depth, sparsity)
+            threshold = float(x.abs().flatten().kthvalue(dropped).values) if dropped else 0.0
+            return lambda copy: _ops.above_linear(x, threshold, None, columns[copy], biases)
+
         calls = {"sparse_linear": sparse}
         if name not in ("down", "adapter"):
             calls["top_k_linear"] = selected
+        if name != "adapter":
+            calls["above_linear"] = compared
         times = time_captured(
             {
                 "pytorch": lambda copy: F.linear(typed, fused[copy]),

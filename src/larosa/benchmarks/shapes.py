@@ -20,6 +20,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from larosa.architectures import find_architecture
+from larosa.calibration import SortedMagnitudes
 from larosa.config import (
     AdapterFormat,
     Budget,
@@ -29,14 +30,17 @@ from larosa.config import (
     Rotation,
     Score,
     Search,
+    Selection,
+    Thresholds,
     check_layers_per_rotation,
 )
 from larosa.demo import bundled_model
 from larosa.errors import LarosaError
 from larosa.memory import available_memory, release_memory
-from larosa.models import Int8Adapter, family_of, set_adapter, set_keep_counts
+from larosa.models import Int8Adapter, family_of, selectors, set_adapter, set_keep_counts
 from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
+from larosa.sparsity.prices import no_thresholds
 from larosa.version import __version__
 
 
@@ -86,6 +90,9 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 #: Elements of random numbers that fill all weights, over and over. A prime: rows of a matrix begin at different places.
 _BLOCK = 1_000_003
+
+#: Random tokens by which thresholds are set.
+_TOKENS = 128
 
 
 def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None = None) -> Any:
@@ -177,11 +184,30 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def random_sparse_model(
-    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, *, layout: AdapterLayout = DEFAULT_LAYOUT
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    *,
+    layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
 ) -> Any:
     """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    block = _block(config, 0.0, layout.layers_per_rotation, layout.stored(dtype))
+    sizes = SiteSizes.of(config)
+    everything = _counts(sizes, 0.0) if selection is Selection.TOP_K else {"thresholds": no_thresholds(sizes)}
+    block = LarosaConfig(
+        larosa_version=__version__,
+        recipe=Recipe.BEST,
+        sparsity=0.0,
+        budget=Budget.WEIGHTS,
+        rotation=Rotation.LAYER,
+        layers_per_rotation=layout.layers_per_rotation,
+        adapters=layout.stored(dtype),
+        score=Score.WEIGHTS,
+        search=Search.NONE,
+        **everything,
+    )
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         family_of(find_architecture(config.model_type)).adopt(model, block)
@@ -200,6 +226,7 @@ def sparse_models(
     device: torch.device,
     sparsities: tuple[float, ...],
     layout: AdapterLayout = DEFAULT_LAYOUT,
+    selection: Selection = Selection.TOP_K,
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
@@ -207,9 +234,9 @@ def sparse_models(
     reads by rows, so that 0 has a model of its own.
     """
     if 0.0 in sparsities:
-        whole = random_sparse_model(config, dtype, device, layout=layout)
+        whole = random_sparse_model(config, dtype, device, layout=layout, selection=selection)
     if any(sparsities):
-        shared = random_sparse_model(config, dtype, device, layout=layout)
+        shared = random_sparse_model(config, dtype, device, layout=layout, selection=selection)
     for sparsity in sparsities:
         if sparsity > 0:
             set_sparsity(shared, sparsity)
@@ -217,26 +244,47 @@ def sparse_models(
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:
-    """Let a sparsified random model skip another fraction of its weights."""
+    """Let a sparsified random model skip another fraction of its weights, the same at each site."""
     now = LarosaConfig.parse(model.config.larosa)
-    block = _block(model.config, sparsity, now.layers_per_rotation, now.adapters)
-    assert block.keep is not None, "method larosa counts"
-    set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
-    model.config.larosa = block.model_dump(mode="json")
+    if now.selection is Selection.THRESHOLD:
+        limits: dict[str, Any] = {"thresholds": _calibrate(model, sparsity)}
+    else:
+        limits = _counts(SiteSizes.of(model.config), sparsity)
+        set_keep_counts(model, find_architecture(model.config.model_type), limits["keep"])
+    model.config.larosa = now.model_copy(update={"sparsity": sparsity, **limits}).model_dump(mode="json")
 
 
-def _block(config: Any, sparsity: float, layers_per_rotation: int, adapters: AdapterFormat) -> LarosaConfig:
-    return LarosaConfig(
-        larosa_version=__version__,
-        recipe=Recipe.BEST,
-        sparsity=sparsity,
-        budget=Budget.WEIGHTS,
-        keep=keep_counts(sparsity, PerSite(), SiteSizes.of(config)),
-        rotation=Rotation.LAYER,
-        layers_per_rotation=layers_per_rotation,
-        adapters=adapters,
-        score=Score.WEIGHTS,
-        search=Search.NONE,
+def _counts(sizes: SiteSizes, sparsity: float) -> dict[str, Any]:
+    return {"keep": keep_counts(sparsity, PerSite(), sizes)}
+
+
+@torch.no_grad()
+def _calibrate(model: Any, sparsity: float) -> Thresholds:
+    """Set thresholds that this share of random tokens' entries is not above, with all that comes before sparse too."""
+    architecture = find_architecture(model.config.model_type)
+    chosen = selectors(model, architecture)
+    dropped: dict[str, list[float]] = {site: [] for site in chosen}
+
+    def calibrate(site: str) -> Callable[[Any, Any], None]:
+        def hook(selector: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen = SortedMagnitudes((inputs[0] * selector.score).abs().flatten().sort().values)
+            selector.threshold = seen.threshold(sparsity)
+            dropped[site].append(seen.dropped(selector.threshold))
+
+        return hook
+
+    hooks = [
+        selector.register_forward_pre_hook(calibrate(site)) for site, of_site in chosen.items() for selector in of_site
+    ]
+    try:
+        tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+        architecture.decoder(model)(tokens.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Thresholds(
+        values={site: [selector.threshold for selector in of_site] for site, of_site in chosen.items()},
+        dropped=dropped,
     )
 
 

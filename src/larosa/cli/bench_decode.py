@@ -15,7 +15,7 @@ from larosa.benchmarks.shapes import DEFAULT_LAYOUT, AdapterLayout
 from larosa.checkpoint import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
-from larosa.config import AdapterFormat
+from larosa.config import AdapterFormat, Selection
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 
@@ -36,6 +36,9 @@ def decode(
     adapters: Annotated[
         AdapterFormat | None, typer.Option(help="How --shape stores adapters; by default as convert does.")
     ] = None,
+    selection: Annotated[
+        Selection | None, typer.Option(help="Whether --shape keeps counts of entries (by default) or by thresholds.")
+    ] = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
@@ -51,10 +54,10 @@ def decode(
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
     layout = AdapterLayout(layers_per_rotation, adapters)
-    if shape is None and ((sparsity, layers, vocab_size) != (None,) * 3 or layout != DEFAULT_LAYOUT):
+    if shape is None and ((sparsity, layers, vocab_size, selection) != (None,) * 4 or layout != DEFAULT_LAYOUT):
         raise LarosaError(
-            "--sparsity, --layers, --vocab-size, --layers-per-rotation and --adapters are for --shape: leave them out, "
-            "a checkpoint has its own"
+            "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters and --selection are for --shape: "
+            "leave them out, a checkpoint has its own"
         )
     where = find_device(device)
     options.check_json_file(json)
@@ -72,6 +75,7 @@ def decode(
         "--sparsity", "0.25,0.5" if sparsity is None else sparsity, float, "fractions separated by commas, 0.25,0.5"
     )
     settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size, "layout": layout}
+    settings["selection"] = selection or Selection.TOP_K
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":
