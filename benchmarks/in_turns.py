@@ -2,6 +2,7 @@
 """Times a token of the decode engine in several checkouts, in turns on one machine: what a change does, nothing else.
 
     benchmarks/in_turns.py CHECKOUT CHECKOUT ... [--shape llama-2-7b] [--sparsity 0.5] [--positions 128,2048]
+    benchmarks/in_turns.py . --selections top-k,threshold
 
 Each checkout runs in a process of its own, with random weights that stay in memory while the others are timed. Run it
 with the Python of an environment that has larosa; what is installed there is not what is timed. For `--device cpu` a
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from time import perf_counter
 
@@ -30,6 +31,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--selections", default="top-k", help="of each checkout, separated by commas")
     parser.add_argument("--positions", default="128", help="where the measured tokens begin, separated by commas")
     parser.add_argument("--tokens", type=int, default=32, help="of a turn")
     parser.add_argument("--turns", type=int, default=7)
@@ -47,7 +49,7 @@ def main() -> None:
     for checkout in given.checkouts:
         if not (checkout / "src/larosa").is_dir():
             raise SystemExit(f"{checkout}: no checkout, it has no src/larosa")
-    workers = [Worker(checkout) for checkout in given.checkouts]
+    workers = [Worker(*chosen) for chosen in product(given.checkouts, given.selections.split(","))]
     for worker in workers:  # all begin at once
         worker.wait()
     for position in given.positions.split(","):
@@ -60,15 +62,15 @@ def main() -> None:
         for worker in workers:
             median = statistics.median(worker.medians)
             times = f"{median:.4f} ms ({min(worker.medians):.4f} to {max(worker.medians):.4f})"
-            print(f"position {position}: {times}, {first / median:.4f}x  {worker.checkout}", flush=True)
+            print(f"position {position}: {times}, {first / median:.4f}x  {worker.name}", flush=True)
             worker.medians.clear()
 
 
 class Worker:
     """A process that times a checkout when it is told to."""
 
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
+    def __init__(self, checkout: Path, selection: str) -> None:
+        self.name = f"{checkout} {selection}"
         self.medians: list[float] = []
         # Without `site` an editable install, which would be found first, is not looked for.
         path = [
@@ -77,7 +79,7 @@ class Worker:
             *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
         ]
         self._process = subprocess.Popen(
-            [sys.executable, "-S", __file__, "--worker", *sys.argv[1:]],
+            [sys.executable, "-S", __file__, "--worker", *sys.argv[1:], "--selections", selection],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -99,7 +101,7 @@ class Worker:
         assert self._process.stdout
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.checkout}: its process ended, see above")
+            raise SystemExit(f"{self.name}: its process ended, see above")
         return answer
 
 
@@ -109,13 +111,16 @@ def work(given: argparse.Namespace) -> None:
 
     import larosa
     from larosa.benchmarks.shapes import random_sparse_model, set_sparsity, shape_config
+    from larosa.config import Selection
     from larosa.decoding.engine import Engine
 
     assert Path(larosa.__file__).is_relative_to(os.environ["LAROSA_TURN"]), f"{larosa.__file__} would be timed"
     device = torch.device(given.device)
     config = shape_config(given.shape, layers=given.layers)
     config.dtype = getattr(torch, given.dtype)
-    model = random_sparse_model(config, config.dtype, device)
+    # An older checkout knows of counts alone.
+    other = {} if given.selections == "top-k" else {"selection": Selection(given.selections)}
+    model = random_sparse_model(config, config.dtype, device, **other)
     set_sparsity(model, given.sparsity)
     positions = [int(position) for position in given.positions.split(",")]
     engine = Engine(model, max(positions) + given.tokens + 3)
