@@ -128,7 +128,7 @@ def convert(
         compensation: `linear` refits the weights to the entries that are kept; `none` leaves them.
         weights: store the decoder's linears in the model's dtype (`full`, the default), in 8 bits (`int8`) or in 4
             (`int4`).
-        weight_group: how many weights of a column share a scale: 32, 64 or 128.
+        weight_group: how many weights of a column share a scale: 32, 64 or 128. None is 32 for 4 bits and 128 for 8.
         quantizer: round each weight (`rtn`), or let the columns that follow make up for it (`gptq`). None is `gptq` for
             4 bits.
         head: store the language-model head `full` or in `int8` or `int4`. None is `int8` where weights are of few bits.

@@ -66,8 +66,10 @@ def test_options():
     assert Quantization.complete("int4", "full", 32, "rtn") == Quantization(
         weights="int4", head="full", group=32, quantizer="rtn"
     )
-    assert Quantization.complete("int8", None, 128, None).quantizer == "rtn"
-    assert Quantization.complete(None, "int8", 32, None) == Quantization(head="int8", group=32)
+    assert Quantization.complete("int4", None, None, None).group == 32
+    int8 = Quantization.complete("int8", None, None, None)
+    assert int8 == Quantization(weights="int8", head="int8", group=128, quantizer="rtn")
+    assert Quantization.complete(None, "int8", None, None) == Quantization(head="int8", group=128)
 
 
 @pytest.mark.parametrize(

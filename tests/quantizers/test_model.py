@@ -18,7 +18,7 @@ from larosa.config import SITES, LarosaConfig
 from larosa.convert_checkpoint import Conversion
 from larosa.decoding.weights import DecoderWeights
 from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
-from larosa.models import QuantizedLinear, SparseLinear, selectors
+from larosa.models import QuantizedLinear, selectors
 from larosa.quantizers import gptq, quantize, round_to_nearest
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -66,22 +66,23 @@ def test_computes_what_its_codes_say(make_model, quick_convert, token_ids, famil
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_gptq_sees_what_sites_pass_on_behind_rounded_layers(make_model, quick_convert, text_file, tokenizer, first):
-    """Against hooks on the whole model, which runs anew for each layer."""
-    options = {"sparsity": 0.5, "dense_first_token": first}
+@pytest.mark.parametrize("options", [{"dense_first_token": True}, {"selection": "threshold", "search": "fisher"}])
+def test_gptq_sees_whole_inputs_behind_rounded_layers(make_model, quick_convert, text_file, tokenizer, options):
+    """Against hooks on the whole model with nothing dropped, which runs anew for each layer."""
+    options = {"sparsity": 0.5, **options}
     model = quick_convert(make_model("llama", torch.float64), weights="int4", weight_group=32, **options)
     assert model.config.larosa["quantization"]["quantizer"] == "gptq"
     plain, architecture = quick_convert(make_model("llama", torch.float64), **options), find_architecture("llama")
+    for layer in architecture.layers(plain):
+        layer.dense.first, layer.dense.prompts = False, True
     ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"]).view(4, 32)
     form = LarosaConfig.parse(model.config.larosa).linear_format
     for index, layer in enumerate(architecture.layers(plain)):
         seen = {site: [] for site in SITES}
         for site in SITES:
             linear = architecture.linears(layer, site)[0]
-            passes = linear.selector if isinstance(linear, SparseLinear) else getattr(layer, site)
-            passes.register_forward_hook(lambda _m, _x, y, at=seen[site]: at.append(y.flatten(0, -2)) or None)
-        plain(ids)
+            linear.register_forward_pre_hook(lambda _m, x, at=seen[site]: at.append(x[0].flatten(0, -2)) or None)
+        plain(ids, use_cache=True)  # a prompt
         for site in SITES:
             s = torch.cat(seen[site])
             for number, linear in enumerate(architecture.linears(layer, site)):

@@ -42,6 +42,8 @@ class ColumnFormat(ABC):
     #: What a search of scales tries to map a group's largest magnitude to, sign included.
     targets: ClassVar[tuple[float, ...]]
     codes_dtype: ClassVar[torch.dtype]
+    #: Outputs that share a scale where the user does not say.
+    usual_group: ClassVar[int]
 
     def __post_init__(self) -> None:
         check_group(self.group)
@@ -91,6 +93,7 @@ class Int8(ColumnFormat):
     lowest, highest = -127, 127
     targets = (127.0,)
     codes_dtype = torch.int8
+    usual_group = 128
 
     def codes_width(self, outputs: int) -> int:
         """As many."""
@@ -117,6 +120,7 @@ class Int4(ColumnFormat):
     # The lowest is one farther from 0 than the highest, and cutting the largest off serves the others.
     targets = tuple(-(70 + 2 * step) / 10 for step in range(13)) + tuple((60 + 2 * step) / 10 for step in range(13))
     codes_dtype = torch.uint8
+    usual_group = 32
 
     def codes_width(self, outputs: int) -> int:
         """Half as many, rounded up."""

@@ -10,9 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from larosa.errors import LarosaError, choose
 from larosa.formats.columns import ColumnFormat, Int4, Int8, check_group
 
-#: Outputs that share a scale where the user does not say.
-DEFAULT_GROUP = 64
-
 
 class WeightFormat(StrEnum):
     """What linears are stored as: the model's own dtype (`full`), or 8 or 4 bits with scales."""
@@ -97,7 +94,7 @@ class Quantization(BaseModel):
         return cls(
             weights=chosen,
             head=chosen_head,
-            group=DEFAULT_GROUP if group is None else check_group(group),
+            group=_FORMATS[chosen_head if full else chosen].usual_group if group is None else check_group(group),
             quantizer=None if full else choose(Quantizer, quantizer or usual, "quantizer"),
         )
 

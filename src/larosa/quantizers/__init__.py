@@ -1,4 +1,4 @@
-"""How weights become few bits: rounding with searched scales, and GPTQ of what each site really passes on."""
+"""How weights become few bits: rounding with searched scales, and GPTQ."""
 
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.model import quantize

@@ -23,7 +23,7 @@ def gptq(columns: torch.Tensor, moment: torch.Tensor, form: ColumnFormat) -> tup
 
     Args:
         columns: [D, groups, G], float32 or float64, of all linears that read a site.
-        moment: H = E[s^T s] of what the site passes on, [D, D] float64.
+        moment: H = E[x^T x] of the site's inputs, [D, D] float64.
 
     Returns:
         Scales [D, groups] and q [D, groups, G], as `round_groups` gives them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from larosa.calibration import attached, visit_layers
 from larosa.calibration.observers import SecondMoment
 from larosa.config import SITES, LarosaConfig
 from larosa.formats import ColumnFormat, Quantization, Quantizer
-from larosa.models import SparseLinear, quantize_head, quantize_layer
+from larosa.models import quantize_head, quantize_layer
 from larosa.progress import track
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
@@ -33,9 +32,9 @@ def quantize(
     """Store a sparsified model's linears and head by few bits, in place.
 
     Args:
-        model: sparsified, with the counts or thresholds that it is to run by.
-        sequences: [number, length] calibration token ids for GPTQ, which sees what sites pass on in the model with the
-            layers before rounded already; else not looked at.
+        model: sparsified; its counts or thresholds do not matter.
+        sequences: [number, length] calibration token ids for GPTQ, which sees the whole input of each site in the model
+            with the layers before rounded already; else not looked at.
         device: where layers are rounded, one at a time.
 
     Raises:
@@ -45,17 +44,7 @@ def quantize(
     layers = architecture.layers(model)
     if linears is not None and quantization.quantizer is Quantizer.GPTQ:
         assert sequences is not None, "GPTQ has calibration sequences"
-        visits = visit_layers(model, architecture, sequences, device)
-        for visit in track(visits, "Quantizing layers", total=len(layers)):
-            moments = {site: SecondMoment(_name(visit.index, site)) for site in SITES}
-            with attached(*(_tap(architecture, visit.layer, site, moments[site].see) for site in SITES)):
-                for hidden in visit.inputs:
-                    visit.run(hidden)
-            rounded = {
-                site: _fitted(architecture.linears(visit.layer, site), moments[site].finish(), linears, visit.index)
-                for site in SITES
-            }
-            _store(visit.layer, architecture, linears, rounded)
+        _fit(model, architecture, linears, sequences, device)
     elif linears is not None:
         for index, layer in enumerate(track(layers, "Quantizing layers")):
             rounded = {
@@ -76,16 +65,34 @@ def quantize(
     model.config.larosa = block.model_dump(mode="json")
 
 
+def _fit(
+    model: Any, architecture: Architecture, form: ColumnFormat, sequences: torch.Tensor, device: torch.device
+) -> None:
+    """Round the decoder's linears by GPTQ, first layer first, with all tokens dense meanwhile.
+
+    What a sparsity drops is the smallest part of an input: it hardly changes the second moment, and without it the same
+    codes serve every sparsity.
+    """
+    layers: Any = architecture.layers(model)
+    for layer in layers:
+        layer.dense.before = sequences.shape[1]
+    visits = visit_layers(model, architecture, sequences, device)
+    for visit in track(visits, "Quantizing layers", total=len(layers)):
+        moments = {site: SecondMoment(_name(visit.index, site)) for site in SITES}
+        with attached(*(architecture.tap(visit.layer, site, moment.see) for site, moment in moments.items())):
+            for hidden in visit.inputs:
+                visit.run(hidden)
+        rounded = {
+            site: _fitted(architecture.linears(visit.layer, site), moment.finish(), form, visit.index)
+            for site, moment in moments.items()
+        }
+        _store(visit.layer, architecture, form, rounded)
+    for layer in layers:
+        layer.dense.before = 0
+
+
 def _name(layer: int, site: str) -> str:
     return f"layer {layer}, site {site}"
-
-
-def _tap(architecture: Architecture, layer: nn.Module, site: str, see: Callable[[torch.Tensor], None]) -> Any:
-    """Let `see` have what the linears of a site multiply with, zeros included."""
-    linear: Any = architecture.linears(layer, site)[0]
-    if isinstance(linear, SparseLinear):
-        return linear.selector.register_forward_hook(lambda _module, _inputs, output: see(output))
-    return linear.register_forward_pre_hook(lambda _module, inputs: see(inputs[0]))
 
 
 def _fitted(
