@@ -65,8 +65,8 @@ def _notes(context: Context) -> list[str]:
         "rtn searches each group's scale for the least squared error. That is also what AWQ and OmniQuant come down to "
         "here: AWQ's factors of inputs cancel where every input has scales of its own, and what is left of both is "
         "clipping. Neither has rows of its own.",
-        "gptq passes the rounding of a column on to those behind it, by the second moment of what the site passes on "
-        "at this sparsity.",
+        "gptq passes the rounding of a column on to those behind it, by the second moment of the site's whole inputs: "
+        "the same codes serve every sparsity.",
     ]
     return [*notes, PAPER_BUDGET] if context.paper else notes
 
