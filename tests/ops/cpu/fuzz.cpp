@@ -296,6 +296,62 @@ void adapters() {
     for (int64_t i = 0; i < rows * outputs; ++i) check(sum[i] == out[i], "put off, the sum is another");
 }
 
+// Products by 8 and 4 bits, side by side: off by no more than what rounding a block's activations does.
+void low_bits() {
+    const int64_t rows = integer(0, 2), depth = width(), k = integer(0, 2) ? integer(0, depth) : depth;
+    const int64_t threads = integer(1, 5), count = integer(1, 3), group = int64_t(32) << integer(0, 3);
+    const bool every = k == depth && integer(0, 1);
+    what = "low_bit_linear rows " + std::to_string(rows) + " depth " + std::to_string(depth) + " k " +
+           std::to_string(k) + " group " + std::to_string(group);
+    std::vector<Heap<uint8_t>> codes;
+    std::vector<Typed> scales;
+    std::vector<std::unique_ptr<Typed>> biases;
+    std::vector<larosa_low_bit> matrices;
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t some = width(), bits = integer(0, 1) ? 4 : 8, groups = (some + group - 1) / group;
+        const int64_t bytes = (some * bits + 7) / 8, stride = bytes + integer(0, 3), apart = groups + integer(0, 3);
+        // The last column has no gap behind it.
+        codes.emplace_back((depth - 1) * stride + bytes);
+        for (int64_t j = 0; j < codes.back().size(); ++j) codes.back()[j] = uint8_t(integer(0, 255));
+        scales.emplace_back((depth - 1) * apart + groups, LAROSA_BFLOAT16);
+        biases.push_back(maybe(some));
+        matrices.push_back({codes.back().get(), scales.back().narrow.get(), stride, apart, bits, group, some,
+                            vector_of(biases.back())});
+        outputs += some;
+    }
+    const Heap<float> x = floats(rows * k), residual = floats(rows * outputs), out(rows * outputs);
+    Heap<int32_t> indices(every ? 0 : rows * k);
+    for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
+    const float *added = integer(0, 1) ? residual.get() : nullptr;
+    check(larosa_low_bit_linear(x.get(), every ? nullptr : indices.get(), rows, k, depth, matrices.data(), count, added,
+                                out.get(), nullptr, threads) == LAROSA_OK,
+          "refused");
+    int64_t offset = 0;
+    for (int64_t m = 0; m < count; offset += matrices[m++].outputs)
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t n = 0; n < matrices[m].outputs; ++n) {
+                const larosa_low_bit &matrix = matrices[m];
+                const int64_t at = row * outputs + offset + n;
+                double total = biases[m] ? biases[m]->wide[n] : 0, bound = 1e-5 * std::fabs(total) + 1e-34;
+                if (added) total += residual[at], bound += 1e-5 * std::fabs(residual[at]);
+                for (int64_t from = 0; from < k; from += 16) {
+                    double largest = 0, whole = 0;
+                    for (int64_t i = from; i < std::min(from + 16, k); ++i) {
+                        const int64_t column = every ? i : indices[row * k + i];
+                        const double scale = scales[m].wide[column * matrix.scales_stride + n / group];
+                        const double scaled = scale * x[row * k + i];
+                        const uint8_t code = codes[m][column * matrix.codes_stride + n * matrix.bits / 8];
+                        const int q = matrix.bits == 8 ? int8_t(code) : (n % 2 ? code >> 4 : code & 15) - 8;
+                        total += scaled * q, bound += 1e-5 * std::fabs(scaled * q);
+                        largest = std::max(largest, std::fabs(scaled)), whole += std::abs(q);
+                    }
+                    bound += 0.501 * largest / 127 * whole;
+                }
+                check_near(out[at], total, bound);
+            }
+}
+
 void norms() {
     const int64_t rows = integer(0, 3), width = ::width();
     what = "rms_norm and silu_mul width " + std::to_string(width);
@@ -421,12 +477,12 @@ int main(int argc, char **argv) {
     const int64_t cases = std::atoll(argv[1]);
     check(larosa_set_isa("nonsense") == 1, "nonsense is an instruction set");
     int64_t run = 0;
-    for (const char *isa : {"portable", "avx2", "avx512"}) {
+    for (const char *isa : {"portable", "avx2", "avx512", "avx512vnni"}) {
         if (larosa_set_isa(isa) != 0) continue;
         engine.seed(std::strtoull(argv[2], nullptr, 10));
         for (int64_t i = 0; i < cases; ++i, ++run) {
-            void (*const tests[])() = {products, products, selections, norms, attention, put_off, adapters};
-            tests[i % 7]();
+            void (*const tests[])() = {products, products, selections, norms, attention, put_off, adapters, low_bits};
+            tests[i % 8]();
         }
     }
     std::printf("%lld cases\n", static_cast<long long>(run));

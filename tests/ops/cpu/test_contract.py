@@ -30,6 +30,16 @@ def scales() -> torch.Tensor:
     return random(2, 6, 2).abs().bfloat16()
 
 
+def low_bit(depth: int, *outputs: int, group: int = 32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Codes, of 4 bits and of 8 by turns, and scales of so many matrices."""
+    generator = torch.Generator().manual_seed(0)
+    codes = []
+    for i, size in enumerate(outputs):
+        lowest, highest, width, dtype = [(0, 256, -(-size // 2), torch.uint8), (-127, 128, size, torch.int8)][i % 2]
+        codes.append(torch.randint(lowest, highest, (depth, width), generator=generator, dtype=dtype))
+    return codes, [random(depth, -(-size // group)).bfloat16() for size in outputs]
+
+
 CALLS = {
     "rms_norm": lambda: (random(2, 9), random(9), 1e-5),
     "silu_mul": lambda: (random(2, 10),),
@@ -46,6 +56,16 @@ CALLS = {
         torch.tensor([[3, 5]], dtype=torch.int32),
         [column_major(random(3, 9))],
         [None],
+    ),
+    "low_bit_linear": lambda: (
+        random(1, 2),
+        torch.tensor([[3, 5]], dtype=torch.int32),
+        *low_bit(9, 7, 4),
+        [7, 4],
+        32,
+        [None, random(4)],
+        random(1, 11),
+        torch.tensor([1]),
     ),
     "attend": lambda: (random(1, 64), *cache(), torch.tensor([3]), random(6, 8), random(6, 8), None, None, 0.0, 1.0, 0),
     "attend of digits": lambda: (random(1, 64), *digits(), torch.tensor([3]), *[None] * 4, 0.0, 1.0, 0, scales()),
@@ -71,12 +91,15 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
     position = torch.tensor([outputs % 2000])
     rounded = [(10 * x).to(torch.int8) for x in (keys, cached)]
     counts = random(2, 2000, 2).abs().bfloat16()
+    few_bits = *low_bit(300, outputs, outputs, group=64), [outputs] * 2, 64, [None] * 2
 
     def results() -> list[torch.Tensor]:
         return [
             ops.linear(x, [weight], [None], residual),
             ops.adapt(x, digits, scale),
             ops.sparse_linear(values, indices, [columns], [None], residual),
+            ops.low_bit_linear(values, indices, *few_bits),
+            ops.low_bit_linear(x, None, *few_bits),
             ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
             ops.attend(qkv, *rounded, position, None, None, None, None, 0.0, 0.125, 0, counts),
         ]
@@ -97,8 +120,12 @@ def test_rows_of_a_batch_are_computed_as_if_alone():
     digits, scale = (20 * random(70, 60)).to(torch.int8), random(70)
     adapted = ops.adapt(x, digits, scale)
     sparse = ops.sparse_linear(values, indices, [column_major(weight)], [None])
+    few_bits = *low_bit(50, 70), [70], 32, [None]
+    narrow, narrow_dense = ops.low_bit_linear(values, indices, *few_bits), ops.low_bit_linear(x, None, *few_bits)
     for row in range(4):
         one = slice(row, row + 1)
+        assert torch.equal(narrow[one], ops.low_bit_linear(values[one], indices[one], *few_bits))
+        assert torch.equal(narrow_dense[one], ops.low_bit_linear(x[one], None, *few_bits))
         assert torch.equal(dense[one], ops.linear(x[one], [weight], [None]))
         assert torch.equal(adapted[one], ops.adapt(x[one], digits, scale))
         assert torch.equal(sparse[one], ops.sparse_linear(values[one], indices[one], [column_major(weight)], [None]))
@@ -119,8 +146,9 @@ def test_a_row_or_column_of_nothing():
 
 def in_halves(x: torch.Tensor) -> torch.Tensor:
     """The same values, each beginning in the middle of an element."""
-    raw = bytearray(b"\0" * 2 + x.numpy().tobytes() + b"\0" * 2)
-    return torch.frombuffer(raw, dtype=x.dtype, offset=2, count=x.numel()).view(x.shape)
+    half = x.element_size() // 2
+    raw = bytearray(b"\0" * half + x.contiguous().view(torch.uint8).numpy().tobytes() + b"\0" * half)
+    return torch.frombuffer(raw, dtype=x.dtype, offset=half, count=x.numel()).view(x.shape)
 
 
 W = random(6, 8)
@@ -169,6 +197,21 @@ BAD = {
     ),
     "half elements": (lambda: ops.linear(random(1, 8), [in_halves(W)], [None]), ValueError, "middle"),
 }
+(CODES,), (SCALES,) = low_bit(8, 6)
+LOW_BIT = {
+    "codes of floats": ({"codes": [SCALES]}, ValueError, "codes must be uint8"),
+    "codes of other columns": ({"codes": [CODES[:7]], "scales": [SCALES]}, ValueError, r"scales must be \[7, 1\]"),
+    "codes of other outputs": ({"outputs": [7]}, ValueError, r"codes must be \[8, 4\]"),
+    "codes by rows": ({"codes": [CODES.t().contiguous().t()]}, ValueError, "each column in one piece"),
+    "scales of another dtype": ({"scales": [SCALES.half()]}, ValueError, "scales must be bfloat16"),
+    "half a scale": ({"scales": [in_halves(SCALES)]}, ValueError, "middle"),
+    "a group of another size": ({"group": 48}, ValueError, "group must be one of 32, 64, 128, not 48"),
+    "a bias of another size": ({"biases": [random(5)]}, ValueError, "bias"),
+    "no matrices": ({"codes": [], "scales": [], "outputs": [], "biases": []}, ValueError, "no weights"),
+    "too large index": ({"indices": I + 1}, IndexError, "column"),
+    "no indices": ({"indices": None}, ValueError, r"without indices values must be \[B, 8\]"),
+    "wrong residual": ({"residual": random(1, 5)}, ValueError, "residual"),
+}
 ATTEND = {
     "double cache": (dict(zip(("keys", "values"), cache(torch.float64), strict=True)), "float64"),
     "two dtypes": ({"values": cache(torch.bfloat16)[1]}, "one dtype"),
@@ -193,6 +236,14 @@ def test_what_cannot_be_computed_is_refused(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_what_low_bits_cannot_be_multiplied_with_is_refused(name):
+    usual = {"values": V, "indices": I, "codes": [CODES], "scales": [SCALES], "outputs": [6], "group": 32}
+    changed, error, message = LOW_BIT[name]
+    with pytest.raises(error, match=message):
+        ops.low_bit_linear(**(usual | {"biases": [None]} | changed))
 
 
 @pytest.mark.parametrize("name", ATTEND)

@@ -2,13 +2,14 @@
 
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from larosa.ops import column_major
-from larosa.ops.cpu.pages import HUGE_PAGE
+from larosa.ops.cpu.pages import HUGE_PAGE, on_huge_pages
 
 LARGE = (1024, 1025)  # with 2 bytes an element more than one huge page, and not a whole number of them
 
@@ -45,6 +46,17 @@ def test_a_large_matrix_begins_on_a_huge_page_and_owns_no_more_than_its_elements
     assert columns.data_ptr() % HUGE_PAGE == 0
     assert columns.storage_offset() == 0
     assert columns.untyped_storage().nbytes() == columns.numel() * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others lend no huge pages")
+def test_rows_of_bytes_are_put_on_huge_pages_once():
+    codes = torch.randint(0, 256, (2049, 1031), dtype=torch.uint8)[1:]  # not at the beginning of a page
+    moved = on_huge_pages(codes)
+    assert moved.data_ptr() % HUGE_PAGE == 0
+    assert torch.equal(moved, codes)
+    assert on_huge_pages(moved) is moved
+    small = torch.zeros(8, 8, dtype=torch.uint8)
+    assert on_huge_pages(small) is small
 
 
 @pytest.mark.skipif(

@@ -8,9 +8,11 @@ cheap call.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 
+from larosa.formats import GROUPS, SCALE_DTYPE
 from larosa.ops.linear import Biases, Weights
 
 #: `larosa_dtype`.
@@ -18,6 +20,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _VECTOR = struct.Struct("=2q")
 _MATRIX = struct.Struct("=3q")  # and bias and scale, two vectors
+_LOW_BIT = struct.Struct("=7q")  # and bias
+#: Bits and outputs of an element of codes.
+_CODES = {torch.uint8: (4, 2), torch.int8: (8, 1)}
 _INT8 = 3
 _NO_VECTOR = _VECTOR.pack(0, 0)
 
@@ -76,6 +81,36 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
     if not packed:
         raise ValueError("no weights")
     return b"".join(packed), total
+
+
+def low_bit(
+    codes: Weights, scales: Weights, outputs: Sequence[int], group: int, biases: Biases, depth: int
+) -> tuple[bytes, int]:
+    """`larosa_low_bit` of the codes and scales of each matrix of `depth` columns, and the sum of their outputs."""
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
+    packed: list[bytes] = []
+    for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
+        if matrix.dtype not in _CODES:
+            raise ValueError(f"codes must be uint8, two outputs each, or int8, not {_of(matrix)}")
+        bits, pair = _CODES[matrix.dtype]
+        _by_columns("codes", matrix, depth, -(-size // pair))
+        if scale.dtype is not SCALE_DTYPE:
+            raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {_of(scale)}")
+        _by_columns("scales", scale, depth, -(-size // group))
+        strides = matrix.stride(0), scale.stride(0)
+        packed += (
+            _LOW_BIT.pack(matrix.data_ptr(), scale.data_ptr(), *strides, bits, group, size),
+            vector("bias", bias, size),
+        )
+    if not packed:
+        raise ValueError("no weights")
+    return b"".join(packed), sum(outputs)
+
+
+def _by_columns(name: str, x: torch.Tensor, depth: int, size: int) -> None:
+    if x.shape != (depth, size) or (size > 1 and x.stride(1) != 1) or (depth > 1 and x.stride(0) < size):
+        raise ValueError(f"{name} must be [{depth}, {size}], each column in one piece, not {_of(x)}")
 
 
 def adapter(weight: torch.Tensor, scale: torch.Tensor, width: int) -> bytes:

@@ -73,7 +73,7 @@ class Graph:
 
 
 def _postponable(operators: list[_Operator]) -> Iterator[int]:
-    """Which operators are dense products that others follow before a sparse product, which adds it, reads the result.
+    """Which operators are dense products that others follow before a product by columns adds their result.
 
     They can run beside those others, on threads that would wait there.
     """
@@ -92,10 +92,10 @@ def _reads(operator: _Operator, tensor: torch.Tensor) -> int:
 
 
 def _only_adds(operator: _Operator, tensor: torch.Tensor) -> bool:
-    """Whether it is a sparse product with the tensor for its residual, and for nothing else."""
+    """Whether it is a product by columns with the tensor for its residual, and for nothing else."""
     function, args, _, _ = operator
-    is_product = function is torch.ops.larosa.sparse_linear.default
-    return is_product and len(args) > 4 and args[4] is tensor and _reads(operator, tensor) == 1
+    at = {torch.ops.larosa.sparse_linear.default: 4, torch.ops.larosa.low_bit_linear.default: 7}.get(function)
+    return at is not None and len(args) > at and args[at] is tensor and _reads(operator, tensor) == 1
 
 
 def _pack(name: str, arguments: tuple[Any, ...]) -> bytes:

@@ -179,6 +179,46 @@ def _sparse_linear(
     return out
 
 
+@implement("low_bit_linear", "CPU")
+def _low_bit_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    codes: Weights,
+    scales: Weights,
+    outputs: list[int],
+    group: int,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    values = arguments.activations("values", values)
+    rows, k = values.shape
+    depth = len(codes[0]) if codes else 0
+    if indices is not None:
+        indices = arguments.selection(indices, values)
+        checks.count(count, rows)
+    elif k != depth or count is not None:
+        raise ValueError(f"without indices values must be [B, {depth}], all of them, not {list(values.shape)}")
+    matrices, total = arguments.low_bit(codes, scales, outputs, group, biases, depth)
+    out = values.new_empty(rows, total)
+    added = arguments.residual(residual, out)
+    status = load().low_bit_linear(
+        values.data_ptr(),
+        None if indices is None else indices.data_ptr(),
+        rows,
+        k,
+        depth,
+        matrices,
+        len(codes),
+        None if added is None else added.data_ptr(),
+        out.data_ptr(),
+        None if count is None else count.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check_status(status)
+    return out
+
+
 @implement("attend", "CPU")
 def _attend(
     qkv: torch.Tensor,

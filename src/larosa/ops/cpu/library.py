@@ -14,12 +14,12 @@ import torch
 from larosa.errors import LarosaError
 from larosa.ops import cpu
 
-#: Forces an instruction set: portable, avx2 or avx512. Without it the widest that the processor has.
+#: Forces an instruction set, one of `ISAS`. Without it the widest that the processor has.
 ISA_VARIABLE = "LAROSA_CPU_ISA"
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
-INTERFACE = 2
+INTERFACE = 3
 
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 
@@ -80,6 +80,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         c_int,
         (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
     ),
+    "low_bit_linear": (
+        c_int,
+        (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64),
+    ),
     "adapt": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
     "adapt_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_int64)),
     "attend": (c_int, (POINTER(Attention), c_void_p, c_int64)),
@@ -102,6 +106,7 @@ REPLAYED = (
     "above",
     "rms_norm_above",
     "silu_mul_above",
+    "low_bit_linear",
 )
 
 

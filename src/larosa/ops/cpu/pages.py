@@ -25,3 +25,10 @@ def empty_on_huge_pages(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
     return torch.frombuffer(memory, dtype=dtype, count=shape.numel(), offset=-start % HUGE_PAGE).view(shape)
+
+
+def on_huge_pages(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where it lies so already or no page is lent, else the same values in such memory."""
+    if x.nbytes < HUGE_PAGE or x.data_ptr() % HUGE_PAGE == 0 or sys.platform != "linux":
+        return x
+    return empty_on_huge_pages(x.shape, x.dtype).copy_(x)

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <initializer_list>
 
 namespace larosa {
 namespace {
@@ -9,6 +10,7 @@ namespace {
 bool supported(const Kernels &kernels) {
 #ifdef LAROSA_X86
     __builtin_cpu_init();
+    if (&kernels == &avx512vnni::kernels) return supported(avx512::kernels) && __builtin_cpu_supports("avx512vnni");
     if (&kernels == &avx512::kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -22,6 +24,7 @@ bool supported(const Kernels &kernels) {
 // Widest first.
 const Kernels *const built[] = {
 #ifdef LAROSA_X86
+    &avx512vnni::kernels,
     &avx512::kernels,
     &avx2::kernels,
 #endif
@@ -54,5 +57,7 @@ int larosa_set_isa(const char *name) {
             larosa::chosen() = kernels;
             return 0;
         }
-    return std::strcmp(name, "avx2") == 0 || std::strcmp(name, "avx512") == 0 ? 2 : 1;
+    for (const char *other : {"avx2", "avx512", "avx512vnni"})
+        if (std::strcmp(name, other) == 0) return 2;
+    return 1;
 }

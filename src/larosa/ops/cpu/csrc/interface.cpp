@@ -29,14 +29,15 @@ bool misaligned(const void *pointer, int64_t size) { return reinterpret_cast<uin
 
 bool misaligned(const larosa_vector &vector) { return misaligned(vector.data, element_size(vector.dtype)); }
 
-bool misaligned(const larosa_matrix *matrices, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const larosa_matrix &matrix = matrices[i];
-        if (misaligned(matrix.weight, element_size(matrix.dtype)) || misaligned(matrix.bias) ||
-            misaligned(matrix.scale))
-            return true;
-    }
-    return false;
+bool misaligned(const larosa_matrix &matrix) {
+    return misaligned(matrix.weight, element_size(matrix.dtype)) || misaligned(matrix.bias) || misaligned(matrix.scale);
+}
+
+bool misaligned(const larosa_low_bit &matrix) { return misaligned(matrix.scales, 2) || misaligned(matrix.bias); }
+
+template <class Matrix>
+bool any_misaligned(const Matrix *matrices, int64_t count) {
+    return std::any_of(matrices, matrices + count, [](const Matrix &matrix) { return misaligned(matrix); });
 }
 
 // The caller's thread keeps its scratch memory from call to call.
@@ -55,18 +56,20 @@ std::vector<std::atomic<int64_t>> &counters(int64_t count) {
 }
 
 // A piece of one row of a product's output.
+template <class Matrix>
 struct Block {
     int64_t row;
-    const larosa_matrix *matrix;
+    const Matrix *matrix;
     int64_t offset;  // of the matrix's outputs in the row
     int64_t first;
     int64_t count;
 };
 
 // The outputs of several matrices, cut into blocks of up to `size` that do not cross from one matrix to the next.
+template <class Matrix>
 class Blocks {
   public:
-    Blocks(const larosa_matrix *matrices, int64_t count, int64_t size)
+    Blocks(const Matrix *matrices, int64_t count, int64_t size)
         : matrices_(matrices), count_(count), size_(size) {
         for (int64_t i = 0; i < count; ++i) {
             outputs += matrices[i].outputs;
@@ -75,8 +78,8 @@ class Blocks {
         }
     }
 
-    Block at(int64_t index) const {
-        Block block{index / of_row, matrices_, 0, 0, 0};
+    Block<Matrix> at(int64_t index) const {
+        Block<Matrix> block{index / of_row, matrices_, 0, 0, 0};
         int64_t left = index % of_row;
         for (; left >= blocks(*block.matrix); ++block.matrix) {
             left -= blocks(*block.matrix);
@@ -93,9 +96,9 @@ class Blocks {
     int64_t largest = 0;  // block's outputs
 
   private:
-    int64_t blocks(const larosa_matrix &matrix) const { return (matrix.outputs + size_ - 1) / size_; }
+    int64_t blocks(const Matrix &matrix) const { return (matrix.outputs + size_ - 1) / size_; }
 
-    const larosa_matrix *matrices_;
+    const Matrix *matrices_;
     int64_t count_;
     int64_t size_;
 };
@@ -105,7 +108,7 @@ thread_local const float *put_off = nullptr;
 
 int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
            const float *residual, float *out, int64_t threads, bool later) {
-    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (any_misaligned(matrices, count)) return LAROSA_MISALIGNED;
     const int64_t row_bytes = clamp(depth, 1, depth) * element_size(matrices->dtype);
     // At least 16 rows, or 64 KiB, which the second-level cache holds for all rows of x.
     const Blocks blocks(matrices, count, 16 * clamp((4 << 10) / row_bytes, 1, 64));
@@ -117,7 +120,7 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
     for (int64_t row = 0; row < rows; ++row)
         kernels().arrange(x + row * depth, depth, matrices->dtype, arranged + row * depth);
     const auto run = [=](int64_t task) {
-        const Block block = blocks.at(task);
+        const auto block = blocks.at(task);
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t offset = row * blocks.outputs + block.offset;
             kernels().dense_rows(arranged + row * depth, depth, *block.matrix, block.first, block.count,
@@ -131,6 +134,53 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
         parallel(blocks.of_row, threads, run);
     }
     return LAROSA_OK;
+}
+
+// A product by columns: sum(first entry, entries, block, sums) sums those of one segment up, whose bounds are multiples
+// of `step`.
+template <class Matrix, class Sum>
+void by_columns(const Matrix *matrices, int64_t count, int64_t rows, int64_t k, int64_t step, int64_t bits,
+                const float *residual, float *out, int64_t threads, Sum sum) {
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
+    if (rows * outputs * k * bits / 8 < 2 * kWorthSharing) threads = 1;
+    // The longer the piece of a column, the better memory delivers it. So threads share the indices first, in segments
+    // that depend on k alone, for the bits to be the same on any number of threads; and then the outputs, in strips.
+    const int64_t steps = (k + step - 1) / step, segments = clamp(k / kSegment, 1, kSegments);
+    const int64_t strips = (threads + segments - 1) / segments;
+    const int64_t size = clamp(round_up((rows * outputs + strips - 1) / strips, 128), 512, kStrip);
+    const Blocks<Matrix> blocks(matrices, count, size);
+    const int64_t all = rows * blocks.of_row;
+    std::vector<std::atomic<int64_t>> &left = counters(all);
+    for (int64_t i = 0; i < all; ++i) left[size_t(i)].store(segments, std::memory_order_relaxed);
+    float *sums = scratch<float>(all * segments * padded(blocks.largest));
+    const float *late = residual == put_off ? residual : nullptr;  // not there yet
+    if (late) residual = nullptr;
+    parallel(all * segments, threads, [&](int64_t task) {
+        const int64_t index = task / segments, segment = task % segments;
+        const auto block = blocks.at(index);
+        float *parts = sums + index * segments * padded(blocks.largest);
+        const int64_t from = step * (steps * segment / segments);
+        const int64_t to = clamp(step * (steps * (segment + 1) / segments), 0, k);
+        sum(block.row * k + from, to - from, block, parts + segment * padded(block.count));
+        // Who completes the last segment adds them up, always in the same order.
+        if (left[size_t(index)].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        const int64_t offset = block.row * blocks.outputs + block.offset;
+        kernels().finish(parts, segments, block.matrix->bias, block.first, block.count,
+                         residual ? residual + offset : nullptr, out + offset);
+    });
+    if (late) {
+        finish_deferred();
+        put_off = nullptr;
+        for (int64_t i = 0; i < rows * blocks.outputs; ++i) out[i] += late[i];
+    }
+}
+
+// 0, 1, 2 and so on, `count` of them, for the caller's thread and those that work for it.
+const int32_t *counting(int64_t count) {
+    static thread_local std::vector<int32_t> memory;
+    for (int64_t i = int64_t(memory.size()); i < count; ++i) memory.push_back(int32_t(i));
+    return memory.data();
 }
 
 // `kept` has room for one more than x: an entry is written before it is known to be kept.
@@ -250,41 +300,32 @@ int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t 
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          const int64_t *listed, int64_t threads) {
-    if (misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (any_misaligned(matrices, count)) return LAROSA_MISALIGNED;
     if (listed) k = clamp(*listed, 0, k);
     if (!kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
-    int64_t outputs = 0;
-    for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
-    if (rows * outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
-    // The longer the piece of a column, the better memory delivers it. So threads share the indices first, in segments
-    // that depend on k alone, for the bits to be the same on any number of threads; and then the outputs, in strips.
-    const int64_t segments = clamp(k / kSegment, 1, kSegments);
-    const int64_t strips = (threads + segments - 1) / segments;
-    const Blocks blocks(matrices, count, clamp(round_up((rows * outputs + strips - 1) / strips, 64), 512, kStrip));
-    const int64_t all = rows * blocks.of_row;
-    std::vector<std::atomic<int64_t>> &left = counters(all);
-    for (int64_t i = 0; i < all; ++i) left[size_t(i)].store(segments, std::memory_order_relaxed);
-    float *sums = scratch<float>(all * segments * padded(blocks.largest));
-    const float *late = residual == put_off ? residual : nullptr;  // not there yet
-    if (late) residual = nullptr;
-    parallel(all * segments, threads, [&](int64_t task) {
-        const int64_t index = task / segments, segment = task % segments;
-        const Block block = blocks.at(index);
-        float *parts = sums + index * segments * padded(blocks.largest);
-        const int64_t from = block.row * k + k * segment / segments, to = block.row * k + k * (segment + 1) / segments;
-        kernels().sparse_columns(values + from, indices + from, to - from, (block.row + 1) * k - from, *block.matrix,
-                                 block.first, block.count, parts + segment * padded(block.count));
-        // Who completes the last segment adds them up, always in the same order.
-        if (left[size_t(index)].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        const int64_t offset = block.row * blocks.outputs + block.offset;
-        kernels().finish(parts, segments, *block.matrix, block.first, block.count,
-                         residual ? residual + offset : nullptr, out + offset);
-    });
-    if (late) {
-        finish_deferred();
-        put_off = nullptr;
-        for (int64_t i = 0; i < rows * blocks.outputs; ++i) out[i] += late[i];
-    }
+    const int64_t bits = 8 * element_size(matrices->dtype);
+    by_columns(matrices, count, rows, k, 1, bits, residual, out, threads,
+               [=](int64_t from, int64_t some, const Block<larosa_matrix> &block, float *sums) {
+                   kernels().sparse_columns(values + from, indices + from, some, (block.row + 1) * k - from,
+                                            *block.matrix, block.first, block.count, sums);
+               });
+    return LAROSA_OK;
+}
+
+int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
+                          const larosa_low_bit *matrices, int64_t count, const float *residual, float *out,
+                          const int64_t *listed, int64_t threads) {
+    if (any_misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (listed) k = clamp(*listed, 0, k);
+    if (indices && !kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
+    const int32_t *every = indices ? nullptr : counting(k);
+    by_columns(matrices, count, rows, k, kBlock, matrices->bits, residual, out, threads,
+               [=](int64_t from, int64_t some, const Block<larosa_low_bit> &block, float *sums) {
+                   const int64_t left = (block.row + 1) * k - from;
+                   const int32_t *columns = every ? every + k - left : indices + from;
+                   kernels().low_bit_columns(values + from, columns, some, left, *block.matrix, depth, block.first,
+                                             block.count, sums);
+               });
     return LAROSA_OK;
 }
 

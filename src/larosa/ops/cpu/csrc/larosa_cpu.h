@@ -38,12 +38,25 @@ struct larosa_matrix {
     struct larosa_vector scale;
 };
 
+/* A weight [outputs, depth] of 8 or 4 bits by columns: weight[n, d] = scales[d, n / group] * q[n, d], and its bias.
+ * Codes of 8 bits are q; of 4 bits q + 8, two outputs a byte, the first of them in its low half. */
+struct larosa_low_bit {
+    const uint8_t *codes;   /* [depth, outputs * bits / 8, rounded up] */
+    const uint16_t *scales; /* bfloat16 [depth, outputs / group, rounded up] */
+    int64_t codes_stride;   /* bytes from column to column */
+    int64_t scales_stride;  /* likewise, in elements */
+    int64_t bits;
+    int64_t group; /* a power of two, 32 or more */
+    int64_t outputs;
+    struct larosa_vector bias;
+};
+
 /* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
  * another header is told apart before anything else of it is called. */
-enum { LAROSA_INTERFACE = 2 };
+enum { LAROSA_INTERFACE = 3 };
 int64_t larosa_interface(void);
 
-/* The instruction set in use: "portable", "avx2" or "avx512"; at first the widest that the processor has. */
+/* The instruction set in use: "portable", "avx2", "avx512" or "avx512vnni"; at first the widest that the processor has. */
 const char *larosa_isa(void);
 /* Use another one. 0, or 1: not known, or 2: known, but not to this processor or this build. */
 int larosa_set_isa(const char *name);
@@ -82,7 +95,7 @@ void larosa_silu_mul_above(const float *gate_up, int64_t width, float threshold,
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
                   const float *residual, float *out, int64_t threads);
 /* The same, put off: it is computed while this thread makes other calls, wherever threads would wait for each other in
- * them, and is there when a larosa_sparse_linear with `out` for its residual is. Until then nothing may read `out` or
+ * them, and is there when a larosa_sparse_linear or larosa_low_bit_linear with `out` for its residual is. Until then nothing may read `out` or
  * change what this call was given. */
 int larosa_linear_meanwhile(const float *x, int64_t rows, int64_t depth, const larosa_matrix *matrices, int64_t count,
                             const float *residual, float *out, int64_t threads);
@@ -97,6 +110,13 @@ int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t 
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          const int64_t *listed, int64_t threads);
+
+/* The same by weights of few bits, in whole numbers: values times scales are rounded to 8 bits, by one unit for 16 listed
+ * columns of a group of outputs. Results have the same bits on every instruction set. A column whose value is not finite
+ * makes NaN of all outputs. Null indices mean all columns, k = depth. */
+int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
+                          const struct larosa_low_bit *matrices, int64_t count, const float *residual, float *out,
+                          const int64_t *listed, int64_t threads);
 
 /* One position's attention over a cache [key_heads, capacity, size]. qkv holds `heads` query heads, then key_heads
  * key heads, then as many value heads, of `size` each. */
@@ -136,7 +156,8 @@ enum larosa_function {
     LAROSA_ADAPT_MEANWHILE = 10,
     LAROSA_ABOVE = 11,
     LAROSA_RMS_NORM_ABOVE = 12,
-    LAROSA_SILU_MUL_ABOVE = 13
+    LAROSA_SILU_MUL_ABOVE = 13,
+    LAROSA_LOW_BIT_LINEAR = 14
 };
 
 /* An argument: an address or an integer, or a floating-point number of any size. */

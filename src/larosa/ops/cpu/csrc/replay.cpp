@@ -46,7 +46,7 @@ constexpr int (*kFunctions[])(const larosa_value *) = {
     call<larosa_rms_norm>,       call<larosa_silu_mul>, call<larosa_top_k>,         call<larosa_rms_norm_top_k>,
     call<larosa_silu_mul_top_k>, call<larosa_linear>,   call<larosa_sparse_linear>, call<larosa_attend>,
     call<larosa_linear_meanwhile>, call<larosa_adapt>,  call<larosa_adapt_meanwhile>, call<larosa_above>,
-    call<larosa_rms_norm_above>, call<larosa_silu_mul_above>,
+    call<larosa_rms_norm_above>, call<larosa_silu_mul_above>, call<larosa_low_bit_linear>,
 };
 
 }  // namespace

@@ -12,6 +12,10 @@
 namespace larosa {
 namespace LAROSA_ISA {
 
+// Of low_bit.cpp.
+void low_bit_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                     const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums);
+
 extern const Kernels kernels = {
     LAROSA_NAME(LAROSA_ISA),
     rms_norm,
@@ -20,6 +24,7 @@ extern const Kernels kernels = {
     above,
     all_below,
     sparse_columns,
+    low_bit_columns,
     finish,
     arrange,
     dense_rows,

@@ -8,6 +8,7 @@
 namespace larosa {
 
 constexpr int64_t kStrip = 8192;  // outputs of the sparse product summed up at once: 32 KiB of sums
+constexpr int64_t kBlock = 16;    // columns of few bits whose activations are rounded by one unit
 constexpr int64_t kChunk = 128;   // positions attended to
 
 // Room for `count` floats in whole vectors of any instruction set.
@@ -30,8 +31,11 @@ struct Kernels {
     // Of the `listed` >= k indices those past k say what to fetch for the call that is likely to follow.
     void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                            const larosa_matrix &matrix, int64_t first, int64_t count, float *sums);
+    // The same of a matrix of few bits, with `depth` columns; first is a multiple of 128.
+    void (*low_bit_columns)(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                            const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums);
     // residual + (sum of the `parts`, padded(count) apart, + bias) for those outputs; residual and out are of output 0.
-    void (*finish)(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
+    void (*finish)(const float *sums, int64_t parts, const larosa_vector &bias, int64_t first, int64_t count,
                    const float *residual, float *out);
     // x as dense_rows takes it for weights of this dtype.
     void (*arrange)(const float *x, int64_t depth, int64_t dtype, float *out);
@@ -50,7 +54,6 @@ struct Kernels {
     void (*merge_chunks)(const float *parts, int64_t count, int64_t size, float *out);
 };
 
-
 namespace portable {
 extern const Kernels kernels;
 }
@@ -59,6 +62,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512vnni {
 extern const Kernels kernels;
 }
 #endif

@@ -19,14 +19,13 @@ inline bool all_below(const int32_t *indices, int64_t count, int64_t bound) {
     return bad == 0;
 }
 
-// residual + (sum of the parts * scale + bias), the same for both products.
-inline void finish(const float *sums, int64_t parts, const larosa_matrix &matrix, int64_t first, int64_t count,
+// residual + (sum of the parts + bias), the same for all products.
+inline void finish(const float *sums, int64_t parts, const larosa_vector &bias, int64_t first, int64_t count,
                    const float *residual, float *out) {
     for_vectors(count, [&](int64_t at, int64_t some) {
         Floats result = load_at(sums, at, some);
         for (int64_t part = 1; part < parts; ++part) result += load_at(sums + part * padded(count), at, some);
-        if (matrix.scale.data) result *= load_vector(matrix.scale, first + at, some);
-        if (matrix.bias.data) result += load_vector(matrix.bias, first + at, some);
+        if (bias.data) result += load_vector(bias, first + at, some);
         if (residual) result += load_at(residual + first, at, some);
         store_at(out + first, at, result, some);
     });
@@ -183,7 +182,8 @@ inline void dense_rows(const float *x, int64_t depth, const larosa_matrix &matri
             const auto *rows = weight + (first + done) * depth;
             for (; i + kRows <= some; i += kRows) dot_rows<Type, kRows>(x, rows + i * depth, depth, sums + i);
             for (; i < some; ++i) dot_rows<Type, 1>(x, rows + i * depth, depth, sums + i);
-            finish(sums, 1, matrix, first + done, some, residual, out);
+            if (matrix.scale.data) store(sums, load(sums) * load_vector(matrix.scale, first + done, some));
+            finish(sums, 1, matrix.bias, first + done, some, residual, out);
         }
     });
 }

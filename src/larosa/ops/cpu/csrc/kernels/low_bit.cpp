@@ -1,0 +1,206 @@
+// Products of a vector with weights of 8 or 4 bits, by columns and in whole numbers.
+//
+// The vector's entries times the scales of their columns are rounded to 8 bits, by one unit for kBlock columns in each
+// group of outputs. Sums over a block are exact then. What is left in float32 has one order, and is compiled without
+// fused multiplications and additions (nothing of vector.h that does both is called): so results have the same bits on
+// every instruction set.
+#include "bytes.h"
+#include "kernels.h"
+
+namespace larosa {
+namespace LAROSA_ISA {
+namespace {
+
+constexpr int64_t kLine = 64;                // bytes of a cache line
+constexpr int64_t kTile = 4 * kLanes;        // bytes of a column that are taken at a time
+constexpr int64_t kQuads = kBlock / 4;       // of columns, whose digits share a word
+constexpr int64_t kRoom = kStrip / 32 + 16;  // groups of a strip, which have 32 outputs at least, in whole vectors
+
+// Largest magnitude of a digit, and the magnitude up to which an entry counts as nothing: the reciprocal of a smaller
+// one would be too large for a float.
+constexpr float kLargest = 127, kNothing = 1e-36f;
+
+// How outputs lie in the bytes of a column, and what dot products make of them.
+struct Nibbles {
+    static constexpr int64_t outputs = 2;  // a byte
+    static constexpr int32_t offset = 8;
+    // Of four bytes each, of four columns.
+    static void add(Integers codes, Integers digits, Integers *totals) {
+        totals[0] = dot_nibbles(totals[0], codes & 0x0f0f0f0f, digits);
+        totals[1] = dot_nibbles(totals[1], codes >> 4 & 0x0f0f0f0f, digits);
+    }
+    // Four outputs of each of two totals, in their own order.
+    static void order(const float *totals, float *out) {
+        for (int64_t i = 0; i < 4; ++i) {
+            out[2 * i] = totals[i];
+            out[2 * i + 1] = totals[kLanes + i];
+        }
+    }
+};
+
+struct WholeBytes {
+    static constexpr int64_t outputs = 1;
+    static constexpr int32_t offset = kByteOffset;
+    static void add(Integers codes, Integers digits, Integers *totals) {
+        if (offset) codes ^= Integers{} + int32_t(0x80808080);
+        totals[0] = dot_bytes(totals[0], codes, digits);
+    }
+    static void order(const float *totals, float *out) { __builtin_memcpy(out, totals, 4 * sizeof *out); }
+};
+
+// kBlock columns of a strip, and the vector's entries for them.
+struct Block {
+    const uint8_t *codes[kBlock];
+    const uint8_t *next[kBlock];  // codes of the block that is likely to follow
+    // For each group of the strip's outputs: digits of four columns a word, what sums start at for the codes' offset,
+    // and the bits of the unit.
+    int32_t digits[kQuads][kRoom];
+    int32_t starts[kRoom];
+    int32_t units[kRoom];
+};
+
+// The strip's groups of a column's scales, from group `at` on.
+inline Floats load_scales(const larosa_low_bit &matrix, int64_t column, int64_t at, int64_t groups, int64_t depth) {
+    const uint16_t *from = matrix.scales + column * matrix.scales_stride + at;
+    // What stands behind a column's scales is not used, but must be memory of the matrix.
+    const bool whole = (depth - 1 - column) * matrix.scales_stride + groups >= at + kLanes;
+    return whole ? load<BFloat16>(from) : load_some<BFloat16>(from, groups - at < kLanes ? groups - at : kLanes);
+}
+
+// Entries times scales, rounded, for `count` groups from `first` on of codes that have an `offset`.
+inline void round_entries(const float *values, const int32_t *columns, const larosa_low_bit &matrix, int64_t depth,
+                          int64_t first, int64_t count, int32_t offset, Block &block) {
+    const int64_t groups = (matrix.outputs + matrix.group - 1) / matrix.group;
+    for (int64_t at = 0; at < count; at += kLanes) {
+        Floats scaled[kBlock];
+        Integers magnitude = {};  // compared as integers, floats that are not negative sort likewise, with NaN on top
+        for (int64_t i = 0; i < kBlock; ++i) {
+            scaled[i] = values[i] * load_scales(matrix, columns[i], first + at, groups, depth);
+            const Integers one = bits<Integers>(scaled[i]) & 0x7fffffff;
+            magnitude = one > magnitude ? one : magnitude;
+        }
+        const Floats largest = bits<Floats>(magnitude);
+        const Floats none = {};
+        const Floats inverse = largest > kNothing ? kLargest / largest : none;
+        const Floats unit = largest > kNothing ? largest / kLargest : none;
+        const Floats nan = splat(__builtin_nanf(""));
+        const Floats kept = magnitude < 0x7f800000 ? unit : nan;
+        // Where the unit is NaN, so is the result, whatever the digits are.
+        Words total = {};
+        for (int64_t quad = 0; quad < kQuads; ++quad) {
+            Words word = {};
+            for (int64_t i = 0; i < 4; ++i) {
+                // To a number so large that no fraction has room: the lowest bits are the rounded entry.
+                const Words digit = bits<Words>(scaled[4 * quad + i] * inverse + 12582912.0f);
+                total += digit;
+                word |= (digit & 0xffu) << (8 * i);
+            }
+            __builtin_memcpy(&block.digits[quad][at], &word, sizeof word);
+        }
+        const Words start = (uint32_t(kBlock) * 0x4b400000u - total) * uint32_t(offset);
+        __builtin_memcpy(&block.starts[at], &start, sizeof start);
+        __builtin_memcpy(&block.units[at], &kept, sizeof kept);
+    }
+}
+
+// sums += a block's columns times its entries, for one tile of outputs, of which `group` is the first's.
+template <class Type>
+inline void add_tile(const Block &block, const uint8_t *const *codes, int64_t at, int64_t group, const Spread &spread,
+                     float *sums) {
+    constexpr int64_t vectors = 4 * Type::outputs;
+    Integers totals[vectors];
+    for (int64_t v = 0; v < vectors; ++v) totals[v] = spread(&block.starts[group]);
+    for (int64_t quad = 0; quad < kQuads; ++quad) {
+        const Integers digits = spread(&block.digits[quad][group]);
+        Integers columns[4];
+        for (int64_t i = 0; i < 4; ++i) columns[i] = load_bytes(codes[4 * quad + i] + at);
+        const Integers low[2] = {low_bytes(columns[0], columns[1]), low_bytes(columns[2], columns[3])};
+        const Integers high[2] = {high_bytes(columns[0], columns[1]), high_bytes(columns[2], columns[3])};
+        Type::add(low_pairs(low[0], low[1]), digits, totals);
+        Type::add(high_pairs(low[0], low[1]), digits, totals + Type::outputs);
+        Type::add(low_pairs(high[0], high[1]), digits, totals + 2 * Type::outputs);
+        Type::add(high_pairs(high[0], high[1]), digits, totals + 3 * Type::outputs);
+    }
+    const Floats unit = bits<Floats>(spread(&block.units[group]));
+    for (int64_t v = 0; v < vectors; ++v)
+        store(sums + v * kLanes, load(sums + v * kLanes) + __builtin_convertvector(totals[v], Floats) * unit);
+}
+
+// One tile's sums in the order of the outputs.
+template <class Type>
+inline void order_tile(const float *sums, float *out) {
+    for (int64_t lane = 0; lane < kLanes; lane += 4)
+        for (int64_t v = 0; v < 4; ++v, out += 4 * Type::outputs)
+            Type::order(sums + v * Type::outputs * kLanes + lane, out);
+}
+
+template <class Type>
+inline void strip(const float *values, const int32_t *indices, int64_t k, int64_t listed, const larosa_low_bit &matrix,
+                  int64_t depth, int64_t first, int64_t count, float *sums) {
+    constexpr int64_t outputs = Type::outputs;
+    const int64_t width = (count + outputs - 1) / outputs, whole = width / kTile * kTile;  // bytes
+    const int64_t first_group = first / matrix.group;
+    const int64_t groups = (first + count - 1) / matrix.group + 1 - first_group;
+    const int64_t last_byte = (depth - 1) * matrix.codes_stride + (matrix.outputs - 1) / outputs;
+    const auto offset = [&](int64_t column) { return column * matrix.codes_stride + first / outputs; };
+    const Spread spread(16 * outputs, matrix.group);
+    float mixed[kStrip];  // tile by tile, in the order of their totals
+    for (int64_t at = 0; at < width; at += kTile)
+        for (int64_t v = 0; v < kTile * outputs; v += kLanes) store(mixed + at * outputs + v, Floats{});
+
+    Block block;
+    for (int64_t from = 0; from < k; from += kBlock) {
+        float entries[kBlock];
+        int32_t columns[kBlock];
+        bool ends_inside = true;  // whether what stands behind the strip, up to whole tiles, is memory of the matrix
+        for (int64_t i = 0; i < kBlock; ++i) {
+            const bool there = from + i < k;  // or else a column once more, times zero
+            entries[i] = there ? values[from + i] : 0.0f;
+            columns[i] = indices[there ? from + i : from];
+            block.codes[i] = matrix.codes + offset(columns[i]);
+            const int64_t after = from + kBlock + i;
+            block.next[i] = after < listed ? matrix.codes + offset(indices[after]) : block.codes[i];
+            ends_inside = ends_inside && offset(columns[i]) + whole + kTile <= last_byte + 1;
+        }
+        round_entries(entries, columns, matrix, depth, first_group, groups, Type::offset, block);
+        const auto add = [&](int64_t at, const uint8_t *const *codes, int64_t codes_at) {
+            if (at % kLine == 0)
+                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at, 0, 3);
+            const int64_t group = (first + at * outputs) / matrix.group - first_group;
+            add_tile<Type>(block, codes, codes_at, group, spread, mixed + at * outputs);
+        };
+        for (int64_t at = 0; at < whole; at += kTile) add(at, block.codes, at);
+        if (whole == width) continue;
+        if (ends_inside) {
+            add(whole, block.codes, whole);
+            continue;
+        }
+        uint8_t rest[kBlock][kTile] = {};
+        const uint8_t *codes[kBlock];
+        for (int64_t i = 0; i < kBlock; ++i) {
+            for (int64_t at = whole; at < width; ++at) rest[i][at - whole] = block.codes[i][at];
+            codes[i] = rest[i];
+        }
+        add(whole, codes, 0);
+    }
+    for (int64_t at = 0; at < whole; at += kTile) order_tile<Type>(mixed + at * outputs, sums + at * outputs);
+    if (whole < width) {
+        float rest[kTile * outputs];
+        order_tile<Type>(mixed + whole * outputs, rest);
+        for (int64_t at = whole * outputs; at < count; ++at) sums[at] = rest[at - whole * outputs];
+    }
+}
+
+}  // namespace
+
+void low_bit_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
+                     const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums) {
+    if (matrix.bits == 4) {
+        strip<Nibbles>(values, indices, k, listed, matrix, depth, first, count, sums);
+    } else {
+        strip<WholeBytes>(values, indices, k, listed, matrix, depth, first, count, sums);
+    }
+}
+
+}  // namespace LAROSA_ISA
+}  // namespace larosa

@@ -1,0 +1,146 @@
+"""Products of a vector with weights of 8 or 4 bits, which stand by columns: all columns, or those that are kept."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from larosa.formats import ColumnFormat, Int4, Int8
+from larosa.ops.linear import Biases, Weights, linear_reference, sparse_linear_reference
+from larosa.ops.schema import define
+from larosa.ops.select import counted
+
+#: Columns that follow each other in a product share the unit by which their activations are rounded to 8 bits.
+BLOCK = 16
+
+#: Blocks are added up in up to so many segments of at least so many columns.
+_SEGMENTS, _SEGMENT = 4, 64
+
+_LARGEST = 127.0
+#: Magnitudes up to this count as nothing: the reciprocal of a smaller one would be too large for float32.
+_NOTHING = 1e-36
+
+
+@define(
+    "low_bit_linear(Tensor values, Tensor? indices, Tensor[] codes, Tensor[] scales, int[] outputs, int group, "
+    "Tensor?[] biases, Tensor? residual=None, Tensor? count=None) -> Tensor"
+)
+def _low_bit_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    codes: Weights,
+    scales: Weights,
+    outputs: list[int],
+    group: int,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return values.new_empty(len(values), sum(outputs))
+
+
+def low_bit_linear_reference(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    codes: Weights,
+    scales: Weights,
+    outputs: list[int],
+    group: int,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` or `sparse_linear` by the weights that codes and scales stand for, with no rounding but that of sums.
+
+    Args:
+        values: [B, k], float32 (float64 for a reference); [B, D] where there are no indices.
+        indices: [B, k] int32, ascending in each row: which columns the values are for; None for all D columns.
+        codes: one matrix [D, columns] each, uint8 of `Int4` or int8 of `Int8`. Columns may lie apart in memory.
+        scales: [D, ceil(N_i / group)] bfloat16 each, likewise.
+        outputs: N_i of each matrix.
+        group: outputs of a column that share a scale, one of `GROUPS`.
+        biases: one [N_i] or None a matrix.
+        residual: [B, sum of N_i] like `values`, or None.
+        count: [1] int64, how many of the k entries of one row are meant, the first ones; None for all.
+
+    Returns:
+        [B, sum of N_i] like `values`.
+    """
+    weights = [
+        _format(matrix, group).dequantize(matrix, scale, size, values.dtype).t()
+        for matrix, scale, size in zip(codes, scales, outputs, strict=True)
+    ]
+    if indices is None:
+        return linear_reference(values, weights, biases, residual)
+    return sparse_linear_reference(values, indices, weights, biases, residual, count=count)
+
+
+def low_bit_linear_in_integers(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    codes: Weights,
+    scales: Weights,
+    outputs: list[int],
+    group: int,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What kernels compute, bit by bit: each `BLOCK` of columns in whole numbers, and the sum of blocks in float32.
+
+    In a block, values times scales are rounded to 8 bits by one unit for each group of outputs, a 127th of the largest
+    of them. So an output is off by up to half a unit times the sum of |q| for each block. Where the largest is NaN or
+    infinite, the group's outputs are NaN: whole numbers would hide it.
+
+    Arguments and result are those of `low_bit_linear_reference`, in float32.
+    """
+    if indices is None:
+        indices = torch.arange(values.shape[1], dtype=torch.int32).expand(values.shape)
+    values, indices = counted(values, indices, count)
+    rows = []
+    for value, index in zip(values, indices.long(), strict=True):
+        parts = [
+            _segments(value, _format(matrix, group).unpack(matrix[index], size), scale[index].float(), group)
+            + (0 if bias is None else bias.float())
+            for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True)
+        ]
+        rows.append(torch.cat(parts))
+    result = torch.stack([values.new_empty(sum(outputs)), *rows])[1:]  # a stack of nothing is an error
+    return result if residual is None else result + residual
+
+
+def _format(codes: torch.Tensor, group: int) -> ColumnFormat:
+    return Int4(group) if codes.dtype is torch.uint8 else Int8(group)
+
+
+def _segments(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """[N] for k values, whole numbers [k, N] and scales [k, groups] of their columns."""
+    blocks = [
+        _block(value[at : at + BLOCK], q[at : at + BLOCK], scales[at : at + BLOCK], group)
+        for at in range(0, len(value), BLOCK)
+    ]
+    segments = max(1, min(len(value) // _SEGMENT, _SEGMENTS))
+    ends = [len(blocks) * segment // segments for segment in range(segments + 1)]
+    sums = []
+    for start, end in pairwise(ends):
+        total = value.new_zeros(q.shape[1])
+        for block in blocks[start:end]:
+            total = total + block
+        sums.append(total)
+    result = sums[0]
+    for total in sums[1:]:
+        result = result + total
+    return result
+
+
+def _block(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """[N], the sum of up to `BLOCK` columns."""
+    scaled = value[:, None] * scales
+    largest = scaled.abs().amax(dim=0)  # NaN where there is one
+    counts = (largest > _NOTHING) & largest.isfinite()
+    inverse = torch.full_like(largest, _LARGEST) / largest  # a number over a tensor would be rounded twice
+    digits = (scaled * torch.where(counts, inverse, 0)).nan_to_num(0).round().int()
+    unit = torch.where(largest.isfinite(), torch.where(counts, largest / _LARGEST, 0), torch.nan)
+    total = (digits.repeat_interleave(group, dim=1)[:, : q.shape[1]] * q).sum(dim=0, dtype=torch.int32)
+    return total.float() * unit.repeat_interleave(group)[: q.shape[1]]
