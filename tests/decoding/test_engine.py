@@ -208,7 +208,7 @@ def test_no_weight_is_copied_or_kept_twice(make):
         weight
         for layer in engine.weights.layers
         for site in (layer.h1, layer.h2, layer.h3, layer.h4)
-        for weight in site.weights
+        for weight in site.linears.weights
     ]
     assert len(read) == 3 * 7
     assert {weight.data_ptr() for weight in read} <= own
@@ -223,7 +223,7 @@ def test_weights_are_laid_out_anew_when_the_counts_change(make, clear_ids, step_
         ids = clear_ids(model, LENGTH)
         expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
         engine = Engine(model, LENGTH)
-        assert engine.weights.layers[0].h3.weights[0].is_contiguous() == (sparsity == 0)
+        assert engine.weights.layers[0].h3.linears.weights[0].is_contiguous() == (sparsity == 0)
         assert_same_logits(step_logits(engine, ids, PROMPT), expected)
 
 

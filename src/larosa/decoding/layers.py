@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture
-from larosa.models import Int8Adapter, Selector, Threshold, TopK, selectors
-from larosa.ops import column_major
+from larosa.decoding.linears import Linears, LowBitLinears, lay_out, own, read_linears
+from larosa.models import Selector, Threshold, TopK, selectors
 from larosa.ops.select import CountedSelection, Selection
 
 _ops: Any = torch.ops.larosa
@@ -59,10 +59,10 @@ class Norm:
         selected = (x, self.gain, self.eps, site.k if counts else site.threshold, site.score)
         if site.swiglu:
             gate_and_up = _ops.rms_norm_top_k_swiglu if counts else _ops.rms_norm_above_swiglu
-            gated: torch.Tensor = gate_and_up(*selected, site.weights, site.biases)
+            gated: torch.Tensor = gate_and_up(*selected, *site.weights)
             return gated
         linear = _ops.rms_norm_top_k_linear if counts else _ops.rms_norm_above_linear
-        outputs: torch.Tensor = linear(*selected, site.weights, site.biases, residual)
+        outputs: torch.Tensor = linear(*selected, *site.weights, residual)
         return outputs
 
 
@@ -85,12 +85,11 @@ class _AsItIs:
     def product(
         self, x: torch.Tensor, site: Site, residual: torch.Tensor | None, adapter: Adapter | None
     ) -> torch.Tensor:
-        linears = site.weights, site.biases, residual
         if site.threshold is None:
-            counted: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, *linears)
+            counted: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, *site.weights, residual)
             return counted
         along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
-        outputs: torch.Tensor = _ops.above_linear(x, site.threshold, site.score, *linears, *along)
+        outputs: torch.Tensor = _ops.above_linear(x, site.threshold, site.score, *site.weights, residual, *along)
         return outputs
 
 
@@ -111,7 +110,7 @@ class _Long(_AsItIs):
             return super().product(x, site, residual, adapter)
         assert adapter is not None, "it carries one"
         along = (residual, adapter.weight, adapter.scale, self.board)
-        outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, site.weights, site.biases, *along)
+        outputs: torch.Tensor = _ops.top_k_linear(x, site.k, site.score, *site.weights, *along)
         return outputs
 
 
@@ -135,20 +134,25 @@ class _Gated:
 class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
-    With neither `k` nor `threshold` everything is kept, and the linears are read whole: by columns where there is
+    With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where there is
     a list of `every` column. Where `fused` is there, one operator selects entries and multiplies with them, and where
     the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
     """
 
     source: _Source
-    weights: list[torch.Tensor]
-    biases: list[torch.Tensor | None]
+    linears: Linears | LowBitLinears
     k: int | None = None
     score: torch.Tensor | None = None
     threshold: float | None = None
     every: torch.Tensor | None = None
     fused: Norm | _AsItIs | None = None
     swiglu: bool = False
+
+    @property
+    def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        """Weights and biases of the linears, which `fused` wants in the model's own dtype."""
+        assert isinstance(self.linears, Linears), "a GPU's operators read no others"
+        return self.linears.weights, self.linears.biases
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
@@ -167,13 +171,10 @@ class Site:
         else:
             values = self.source.every(x)
             if self.every is None:
-                by_rows: torch.Tensor = _ops.linear(values, self.weights, self.biases, residual)
-                return by_rows
+                return self.linears.every(values, residual)
             indices = self.every
         along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
-        inputs = values, indices, self.weights, self.biases, residual, *along
-        by_columns: torch.Tensor = _ops.sparse_linear(*inputs, count)
-        return by_columns
+        return self.linears.listed(values, indices, residual, along, count)
 
 
 class Past(NamedTuple):
@@ -269,8 +270,8 @@ def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
     """The layers of a dense or sparsified model, over its own weights.
 
     Linears that are read sparsely are laid out by columns in place, on a GPU all of them, which its kernels
-    read faster: their values, and whatever else uses them, stay as they are. Layers hold on to the memory
-    itself, so that they stay sound when somebody else lays the same weights out in another way.
+    read faster (those of few bits stand so anyway): their values, and whatever else uses them, stay as they are. Layers
+    hold on to the memory itself, so that they stay sound when somebody else lays the same weights out in another way.
     """
     layers = architecture.layers(model)
     chosen: dict[str, list[Selector]] = {}
@@ -307,35 +308,18 @@ def norm(module: Any) -> Norm:
     return Norm(module.weight.data, module.variance_epsilon)
 
 
-def own(weight: torch.Tensor | None) -> torch.Tensor | None:
-    """The memory of a parameter, which stays even if the parameter gets another."""
-    return None if weight is None else weight.data
-
-
-def _site(linears: Sequence[nn.Linear], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
+def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
-    every = None if kept else _every_column(linears[0])
-    for linear in linears:
-        _lay_out(linear, by_columns=bool(kept) or every is not None)
-    weights, biases = [linear.weight.data for linear in linears], [own(linear.bias) for linear in linears]
-    fuses = bool(kept) and _selects_in_products(weights[0])
-    fused = source if fuses and not isinstance(source, _Gated) else None
-    return Site(source, weights, biases, every=every, fused=fused, **kept)
+    on_gpu = next(linears[0].parameters()).device.type != "cpu"
+    # [1, D] int32, where all columns are read faster than all rows.
+    every = _every_column(linears[0]) if on_gpu and not kept else None
+    # Launching one kernel less is worth selecting in every block of a product.
+    fused = source if on_gpu and kept and not isinstance(source, _Gated) else None
+    return Site(source, read_linears(linears, by_columns=bool(kept) or on_gpu), every=every, fused=fused, **kept)
 
 
-def _selects_in_products(weight: torch.Tensor) -> bool:
-    """Whether launching one kernel less is worth selecting in every block of a product."""
-    return not weight.is_cpu
-
-
-def _every_column(linear: nn.Linear) -> torch.Tensor | None:
-    """[1, D] int32, where all columns are read faster than all rows."""
-    device = linear.weight.device
-    return None if device.type == "cpu" else torch.arange(linear.in_features, dtype=torch.int32, device=device)[None]
-
-
-def _lay_out(linear: nn.Linear | Int8Adapter, by_columns: bool) -> None:
-    linear.weight.data = column_major(linear.weight.data) if by_columns else linear.weight.data.contiguous()
+def _every_column(linear: Any) -> torch.Tensor:
+    return torch.arange(linear.in_features, dtype=torch.int32, device=linear.weight.device)[None]
 
 
 def _kept(selector: Selector, width: int) -> dict[str, Any]:
@@ -363,5 +347,5 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | None:
     if module is None:
         return None
     along = module.weight.device.type != "cpu"
-    _lay_out(module, by_columns=along)
+    lay_out(module, by_columns=along)
     return Adapter(module.weight.data, own(getattr(module, "scale", None)), along)

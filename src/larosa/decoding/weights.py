@@ -10,7 +10,8 @@ import torch
 
 from larosa.architectures import Architecture, cache_argument, find_architecture
 from larosa.config import LarosaConfig, Method
-from larosa.decoding.layers import norm, own, read_layers
+from larosa.decoding.layers import norm, read_layers
+from larosa.decoding.linears import read_linears
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
 from larosa.ops.backend import check_kernels
@@ -43,8 +44,7 @@ class DecoderWeights:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.layers = read_layers(model, architecture)
         self.final_norm = norm(architecture.final_norm(model))
-        head = architecture.head(model)
-        self._head = [head.weight.data], [own(head.bias)]
+        self._head = read_linears([architecture.head(model)], by_columns=False)
         self._model, self._architecture = model, architecture
         self._decoder = architecture.decoder(model)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -74,8 +74,7 @@ class DecoderWeights:
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """[N, vocabulary] float32 for [N, D] float32 behind the final norm."""
         # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
-        logits: torch.Tensor = torch.ops.larosa.linear(normed, *self._head)
-        return logits
+        return self._head.every(normed)
 
     @contextmanager
     def _dense_up_to(self, position: int) -> Iterator[None]:
@@ -107,8 +106,6 @@ def _check(model: Any, architecture: Architecture) -> None:
     reason, mend = None, ""
     if block is not None and block.method is Method.CATS:
         reason = "method cats"
-    elif block is not None and block.quantization is not None:
-        reason = "weights of few bits"
     elif config.hidden_act not in _SILU or architecture.gate_activation_name is None:
         reason = f"an MLP with activation '{config.hidden_act}'"
     elif len(devices) > 1 or "meta" in devices:
@@ -117,6 +114,8 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason = f"weights in {dtype}"
     elif not has_kernels(weight.device.type):
         reason = f"on {weight.device}, for which it has no kernels"
+    elif block is not None and block.quantization is not None and weight.device.type != "cpu":
+        reason = f"weights of few bits on {weight.device}"
     elif block is not None and dtype is torch.float16 and weight.device.type == "cpu":
         # PyTorch takes a hundred times as long for a prompt with such weights laid out by columns.
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "

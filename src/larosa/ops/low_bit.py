@@ -9,7 +9,6 @@ import torch
 from larosa.formats import ColumnFormat, Int4, Int8
 from larosa.ops.linear import Biases, Weights, linear_reference, sparse_linear_reference
 from larosa.ops.schema import define
-from larosa.ops.select import counted
 
 #: Columns that follow each other in a product share the unit by which their activations are rounded to 8 bits.
 BLOCK = 16
@@ -97,7 +96,8 @@ def low_bit_linear_in_integers(
     """
     if indices is None:
         indices = torch.arange(values.shape[1], dtype=torch.int32).expand(values.shape)
-    values, indices = counted(values, indices, count)
+    if count is not None:
+        values, indices = values[:, : int(count)], indices[:, : int(count)]
     rows = []
     for value, index in zip(values, indices.long(), strict=True):
         parts = [

@@ -1,0 +1,112 @@
+"""The linears that read one vector, as the engine multiplies with them: their outputs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from larosa.models import Int8Adapter, QuantizedLinear
+from larosa.ops import column_major
+from larosa.ops.cpu.pages import on_huge_pages
+
+_ops: Any = torch.ops.larosa
+
+#: A weight, and a scale if it is int8: what an adapter's residual goes through in the product that ends a branch.
+Carried = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linears in the model's own dtype, over its own memory."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor | None]
+
+    def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Outputs [B, sum of N_i] for x [B, D], on top of a residual: weights are read by rows."""
+        by_rows: torch.Tensor = _ops.linear(x, self.weights, self.biases, residual)
+        return by_rows
+
+    def listed(
+        self,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        residual: torch.Tensor | None,
+        along: Carried,
+        count: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Outputs for the vector that has `values` at `indices`, as many as `count` says: columns are read."""
+        inputs = values, indices, self.weights, self.biases, residual, *along
+        by_columns: torch.Tensor = _ops.sparse_linear(*inputs, count)
+        return by_columns
+
+
+@dataclass(frozen=True)
+class LowBitLinears:
+    """Linears of few bits, over the model's own codes and scales."""
+
+    codes: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    outputs: list[int]
+    group: int
+    biases: list[torch.Tensor | None]
+
+    def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """As of `Linears`, but by columns too."""
+        return self._product(x, None, residual, None)
+
+    def listed(
+        self,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        residual: torch.Tensor | None,
+        along: Carried,
+        count: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As of `Linears`, but that nothing comes along."""
+        assert along == (None, None), "the CPU's adapters go ahead"
+        return self._product(values, indices, residual, count)
+
+    def _product(
+        self,
+        values: torch.Tensor,
+        indices: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        count: torch.Tensor | None,
+    ) -> torch.Tensor:
+        weights = self.codes, self.scales, self.outputs, self.group, self.biases
+        outputs: torch.Tensor = _ops.low_bit_linear(values, indices, *weights, residual, count)
+        return outputs
+
+
+def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLinears:
+    """The linears of a model that read one vector, in its own dtype or all of one format.
+
+    Weights in the model's dtype are laid out in place, by columns or by rows; few bits stand by columns anyway, and are
+    put on huge pages, where there are any.
+    """
+    first = linears[0]
+    biases = [own(linear.bias) for linear in linears]
+    if not isinstance(first, QuantizedLinear):
+        for linear in linears:
+            lay_out(linear, by_columns)
+        return Linears([linear.weight.data for linear in linears], biases)
+    for linear in linears:
+        linear.codes.data = on_huge_pages(linear.codes.data)
+    codes, scales = [linear.codes.data for linear in linears], [linear.scales.data for linear in linears]
+    outputs = [linear.out_features for linear in linears]
+    return LowBitLinears(codes, scales, outputs, first.format.group, biases)
+
+
+def lay_out(linear: nn.Linear | Int8Adapter, by_columns: bool) -> None:
+    """Store a weight by columns or by rows, its values as they are."""
+    linear.weight.data = column_major(linear.weight.data) if by_columns else linear.weight.data.contiguous()
+
+
+def own(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """The memory of a parameter, which stays even if the parameter gets another."""
+    return None if weight is None else weight.data
