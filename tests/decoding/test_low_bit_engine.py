@@ -75,16 +75,27 @@ def test_replayed_steps_have_the_bits_of_the_definition(make, token_ids, weights
         assert torch.equal(replayed.step(*token), expected)
 
 
-def test_codes_are_neither_copied_nor_widened(make):
+def test_codes_are_neither_kept_twice_nor_widened(make):
     model = make("qwen2", "int4", "half")
-    own = {parameter.data_ptr() for parameter in model.parameters()}
     engine = Engine(model, 16)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
     sites = [site for layer in engine.weights.layers for site in (layer.h1, layer.h2, layer.h3, layer.h4)]
     linears = [site.linears for site in sites] + [engine.weights._head]
     read = [x for linear in linears for x in (*linear.codes, *linear.scales)]
     assert len(read) == 2 * (3 * 7 + 1)
     assert {x.data_ptr() for x in read} <= own
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 3 * 7 + 1
+
+
+def test_what_uses_or_saves_the_model_sees_no_other_weights(make, token_ids, tmp_path):
+    model, ids = make("llama", "int4", "half"), token_ids(2, 15)
+    before = model(ids).logits
+    model.save_pretrained(tmp_path / "before")
+    Engine(model, 16)
+    assert torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path / "after")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
 def test_counts_of_a_random_model_change_what_is_read(family_config, token_ids):

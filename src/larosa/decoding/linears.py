@@ -11,7 +11,7 @@ from torch import nn
 
 from larosa.models import Int8Adapter, QuantizedLinear
 from larosa.ops import column_major
-from larosa.ops.cpu.pages import on_huge_pages
+from larosa.ops.cpu.pages import rows_side_by_side
 
 _ops: Any = torch.ops.larosa
 
@@ -86,8 +86,8 @@ class LowBitLinears:
 def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLinears:
     """The linears of a model that read one vector, in its own dtype or all of one format.
 
-    Weights in the model's dtype are laid out in place, by columns or by rows; few bits stand by columns anyway, and are
-    put on huge pages, where there are any.
+    Weights in the model's dtype are laid out in place, by columns or by rows; few bits stand by columns anyway, and
+    those of one column of all linears are put side by side.
     """
     first = linears[0]
     biases = [own(linear.bias) for linear in linears]
@@ -95,8 +95,9 @@ def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLi
         for linear in linears:
             lay_out(linear, by_columns)
         return Linears([linear.weight.data for linear in linears], biases)
-    for linear in linears:
-        linear.codes.data = on_huge_pages(linear.codes.data)
+    parts = [linear.codes for linear in linears] + [linear.scales for linear in linears]
+    for part, laid_out in zip(parts, rows_side_by_side([part.data for part in parts]), strict=True):
+        part.data = laid_out
     codes, scales = [linear.codes.data for linear in linears], [linear.scales.data for linear in linears]
     outputs = [linear.out_features for linear in linears]
     return LowBitLinears(codes, scales, outputs, first.format.group, biases)

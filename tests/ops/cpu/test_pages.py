@@ -2,14 +2,13 @@
 
 import re
 import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from larosa.ops import column_major
-from larosa.ops.cpu.pages import HUGE_PAGE, on_huge_pages
+from larosa.ops.cpu.pages import HUGE_PAGE, rows_side_by_side
 
 LARGE = (1024, 1025)  # with 2 bytes an element more than one huge page, and not a whole number of them
 
@@ -48,15 +47,19 @@ def test_a_large_matrix_begins_on_a_huge_page_and_owns_no_more_than_its_elements
     assert columns.untyped_storage().nbytes() == columns.numel() * 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others lend no huge pages")
-def test_rows_of_bytes_are_put_on_huge_pages_once():
-    codes = torch.randint(0, 256, (2049, 1031), dtype=torch.uint8)[1:]  # not at the beginning of a page
-    moved = on_huge_pages(codes)
-    assert moved.data_ptr() % HUGE_PAGE == 0
-    assert torch.equal(moved, codes)
-    assert on_huge_pages(moved) is moved
-    small = torch.zeros(8, 8, dtype=torch.uint8)
-    assert on_huge_pages(small) is small
+@pytest.mark.parametrize("depth", [1, 2, 700, 4001])
+def test_rows_lie_side_by_side_and_are_put_there_once(depth):
+    codes = [torch.randint(0, 256, (depth, width), dtype=torch.uint8) for width in (511, 96)]
+    scales = [torch.randn(depth, width).bfloat16() for width in (16, 3)]
+    matrices = [*codes, *scales]
+    laid_out = rows_side_by_side(matrices)
+    assert all(torch.equal(one, other) for one, other in zip(laid_out, matrices, strict=True))
+    assert [x.data_ptr() - laid_out[0].data_ptr() for x in laid_out] == [0, 511, 608, 640]
+    assert {x.stride(0) * x.itemsize for x in laid_out} == {11 * 64}  # 646 bytes
+    assert len({x.untyped_storage().data_ptr() for x in laid_out}) == 4
+    assert depth < 4001 or laid_out[0].data_ptr() % HUGE_PAGE == 0
+    again = rows_side_by_side(laid_out)
+    assert all(one is other for one, other in zip(laid_out, again, strict=True))
 
 
 @pytest.mark.skipif(

@@ -1,10 +1,6 @@
 // Vectors of 4 kLanes bytes: how those of four columns come together, and their dot products by fours.
 #pragma once
 
-#ifdef __ARM_FEATURE_DOTPROD
-#include <arm_neon.h>
-#endif
-
 #include "vector.h"
 
 namespace larosa {
@@ -49,57 +45,95 @@ inline Integers high_pairs(Integers a, Integers b) {
 }
 #endif
 
-// What the dot products of bytes below want added to each code, to be subtracted from the sum again.
-#if defined(__AVX512VNNI__)
-constexpr int32_t kByteOffset = 128;
-#else
-constexpr int32_t kByteOffset = 0;
-#endif
+inline Integers repeat(uint8_t byte) { return Integers{} + int32_t(0x01010101u * byte); }
 
-#if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
-#elif defined(__AVX512BW__)
-inline Integers pairs_dot(Shorts a, Shorts b) {
+// Products of 16-bit numbers, and sums of two of them.
+inline Integers add_pairs(Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
     return bits<Integers>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
-}
 #elif defined(__AVX2__)
-inline Integers pairs_dot(Shorts a, Shorts b) {
     return bits<Integers>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
-}
-#endif
-
-// total + the dot product of each four bytes: digits -127 to 127, and codes -128 to 127 (with kByteOffset added, 0 to 255).
-inline Integers dot_bytes(Integers total, Integers codes, Integers digits) {
-#if defined(__AVX512VNNI__)
-    return bits<Integers>(_mm512_dpbusd_epi32(raw(total), raw(codes), raw(digits)));
-#elif defined(__ARM_FEATURE_DOTPROD)
-    return bits<Integers>(vdotq_s32(bits<int32x4_t>(total), bits<int8x16_t>(codes), bits<int8x16_t>(digits)));
 #else
+    const auto even = [](Shorts x) { return bits<Integers>(bits<Words>(x) << 16) >> 16; };
+    return even(a * b) + (bits<Integers>(a * b) >> 16);
+#endif
+}
+
+// The even and the odd ones of signed bytes.
+inline Shorts even_bytes(Integers x) {
     typedef uint16_t Unsigned __attribute__((vector_size(4 * LAROSA_LANES)));
-    const auto even = [](Integers x) { return bits<Shorts>(bits<Unsigned>(x) << 8) >> 8; };
-    const auto odd = [](Integers x) { return bits<Shorts>(x) >> 8; };
-#if defined(__AVX2__)
-    return total + pairs_dot(even(codes), even(digits)) + pairs_dot(odd(codes), odd(digits));
-#else
-    const Shorts pairs = even(codes) * even(digits) + odd(codes) * odd(digits);  // up to 2 * 128 * 127
-    return total + (bits<Integers>(bits<Words>(pairs) << 16) >> 16) + (bits<Integers>(pairs) >> 16);
-#endif
-#endif
+    return bits<Shorts>(bits<Unsigned>(x) << 8) >> 8;
 }
+inline Shorts odd_bytes(Integers x) { return bits<Shorts>(x) >> 8; }
 
-// The same of codes 0 to 15.
-inline Integers dot_nibbles(Integers total, Integers codes, Integers digits) {
+// Dot products of each four bytes, added up: of codes 0 to 15 in the low and in the high half of each byte, and digits
+// -127 to 127, of up to 16 columns.
 #if defined(__AVX512VNNI__)
-    return dot_bytes(total, codes, digits);
-#elif defined(__AVX512BW__)
-    const Shorts pairs = bits<Shorts>(_mm512_maddubs_epi16(raw(codes), raw(digits)));
-    return total + pairs_dot(pairs, Shorts{} + int16_t(1));
-#elif defined(__AVX2__)
-    const Shorts pairs = bits<Shorts>(_mm256_maddubs_epi16(raw(codes), raw(digits)));
-    return total + pairs_dot(pairs, Shorts{} + int16_t(1));
+class NibbleDots {
+  public:
+    void begin(Integers start) {
+        high_ = start << 4;
+        all_ = high_ + start;
+    }
+    void add(Integers codes, Integers digits) {
+        all_ = bits<Integers>(_mm512_dpbusd_epi32(raw(all_), raw(codes), raw(digits)));
+        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes & repeat(0xf0)), raw(digits)));
+    }
+    Integers low() const { return all_ - high_; }
+    Integers high() const { return high_ >> 4; }
+
+  private:
+    Integers all_, high_;  // high halves count 16 times
+};
 #else
-    return dot_bytes(total, codes, digits);
+class NibbleDots {
+  public:
+    // A sum and its start stay within 16 bits: 8 columns times 15 times 127, and 16 times 8 times 127.
+    void begin(Integers start) { low_ = high_ = bits<Shorts>(start & 0xffff); }
+    void add(Integers codes, Integers digits) {
+        low_ += products(codes & repeat(15), digits);
+        high_ += products(codes >> 4 & repeat(15), digits);
+    }
+    Integers low() const { return add_pairs(low_, Shorts{} + int16_t(1)); }
+    Integers high() const { return add_pairs(high_, Shorts{} + int16_t(1)); }
+
+  private:
+    // Sums of two.
+    static Shorts products(Integers codes, Integers digits) {
+#if defined(__AVX512BW__)
+        return bits<Shorts>(_mm512_maddubs_epi16(raw(codes), raw(digits)));
+#elif defined(__AVX2__)
+        return bits<Shorts>(_mm256_maddubs_epi16(raw(codes), raw(digits)));
+#else
+        return even_bytes(codes) * even_bytes(digits) + odd_bytes(codes) * odd_bytes(digits);
 #endif
-}
+    }
+
+    Shorts low_, high_;
+};
+#endif
+
+// The same of codes -128 to 127, a byte each.
+class ByteDots {
+  public:
+#if defined(__AVX512VNNI__)
+    static constexpr int32_t kOffset = 128;  // added to codes, so that none is negative
+#else
+    static constexpr int32_t kOffset = 0;
+#endif
+    void begin(Integers start) { total_ = start; }
+    void add(Integers codes, Integers digits) {
+#if defined(__AVX512VNNI__)
+        total_ = bits<Integers>(_mm512_dpbusd_epi32(raw(total_), raw(codes ^ repeat(kOffset)), raw(digits)));
+#else
+        total_ += add_pairs(even_bytes(codes), even_bytes(digits)) + add_pairs(odd_bytes(codes), odd_bytes(digits));
+#endif
+    }
+    Integers total() const { return total_; }
+
+  private:
+    Integers total_;
+};
 
 // Numbers that each stand for some lanes of 16 bytes, to be spread over them: number i / 4 * outputs / group for element
 // i, of so many outputs every 16 bytes.

@@ -22,29 +22,31 @@ constexpr float kLargest = 127, kNothing = 1e-36f;
 
 // How outputs lie in the bytes of a column, and what dot products make of them.
 struct Nibbles {
+    using Dots = NibbleDots;
     static constexpr int64_t outputs = 2;  // a byte
     static constexpr int32_t offset = 8;
-    // Of four bytes each, of four columns.
-    static void add(Integers codes, Integers digits, Integers *totals) {
-        totals[0] = dot_nibbles(totals[0], codes & 0x0f0f0f0f, digits);
-        totals[1] = dot_nibbles(totals[1], codes >> 4 & 0x0f0f0f0f, digits);
+    static void totals(const Dots &dots, Integers *of) {
+        of[0] = dots.low();
+        of[1] = dots.high();
     }
     // Four outputs of each of two totals, in their own order.
     static void order(const float *totals, float *out) {
-        for (int64_t i = 0; i < 4; ++i) {
-            out[2 * i] = totals[i];
-            out[2 * i + 1] = totals[kLanes + i];
-        }
+        typedef float Four __attribute__((vector_size(16)));
+        Four low, high;
+        __builtin_memcpy(&low, totals, sizeof low);
+        __builtin_memcpy(&high, totals + kLanes, sizeof high);
+        const Four first = __builtin_shufflevector(low, high, 0, 4, 1, 5);
+        const Four last = __builtin_shufflevector(low, high, 2, 6, 3, 7);
+        __builtin_memcpy(out, &first, sizeof first);
+        __builtin_memcpy(out + 4, &last, sizeof last);
     }
 };
 
 struct WholeBytes {
+    using Dots = ByteDots;
     static constexpr int64_t outputs = 1;
-    static constexpr int32_t offset = kByteOffset;
-    static void add(Integers codes, Integers digits, Integers *totals) {
-        if (offset) codes ^= Integers{} + int32_t(0x80808080);
-        totals[0] = dot_bytes(totals[0], codes, digits);
-    }
+    static constexpr int32_t offset = Dots::kOffset;
+    static void totals(const Dots &dots, Integers *of) { of[0] = dots.total(); }
     static void order(const float *totals, float *out) { __builtin_memcpy(out, totals, 4 * sizeof *out); }
 };
 
@@ -107,23 +109,26 @@ inline void round_entries(const float *values, const int32_t *columns, const lar
 template <class Type>
 inline void add_tile(const Block &block, const uint8_t *const *codes, int64_t at, int64_t group, const Spread &spread,
                      float *sums) {
-    constexpr int64_t vectors = 4 * Type::outputs;
-    Integers totals[vectors];
-    for (int64_t v = 0; v < vectors; ++v) totals[v] = spread(&block.starts[group]);
+    typename Type::Dots dots[4];
+    for (int64_t i = 0; i < 4; ++i) dots[i].begin(spread(&block.starts[group]));
     for (int64_t quad = 0; quad < kQuads; ++quad) {
         const Integers digits = spread(&block.digits[quad][group]);
         Integers columns[4];
         for (int64_t i = 0; i < 4; ++i) columns[i] = load_bytes(codes[4 * quad + i] + at);
         const Integers low[2] = {low_bytes(columns[0], columns[1]), low_bytes(columns[2], columns[3])};
         const Integers high[2] = {high_bytes(columns[0], columns[1]), high_bytes(columns[2], columns[3])};
-        Type::add(low_pairs(low[0], low[1]), digits, totals);
-        Type::add(high_pairs(low[0], low[1]), digits, totals + Type::outputs);
-        Type::add(low_pairs(high[0], high[1]), digits, totals + 2 * Type::outputs);
-        Type::add(high_pairs(high[0], high[1]), digits, totals + 3 * Type::outputs);
+        dots[0].add(low_pairs(low[0], low[1]), digits);
+        dots[1].add(high_pairs(low[0], low[1]), digits);
+        dots[2].add(low_pairs(high[0], high[1]), digits);
+        dots[3].add(high_pairs(high[0], high[1]), digits);
     }
     const Floats unit = bits<Floats>(spread(&block.units[group]));
-    for (int64_t v = 0; v < vectors; ++v)
-        store(sums + v * kLanes, load(sums + v * kLanes) + __builtin_convertvector(totals[v], Floats) * unit);
+    for (int64_t i = 0; i < 4; ++i) {
+        Integers totals[Type::outputs];
+        Type::totals(dots[i], totals);
+        for (int64_t v = 0; v < Type::outputs; ++v, sums += kLanes)
+            store(sums, load(sums) + __builtin_convertvector(totals[v], Floats) * unit);
+    }
 }
 
 // One tile's sums in the order of the outputs.
@@ -144,6 +149,7 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
     const int64_t last_byte = (depth - 1) * matrix.codes_stride + (matrix.outputs - 1) / outputs;
     const auto offset = [&](int64_t column) { return column * matrix.codes_stride + first / outputs; };
     const Spread spread(16 * outputs, matrix.group);
+    const int shift = __builtin_ctzll(uint64_t(matrix.group));
     float mixed[kStrip];  // tile by tile, in the order of their totals
     for (int64_t at = 0; at < width; at += kTile)
         for (int64_t v = 0; v < kTile * outputs; v += kLanes) store(mixed + at * outputs + v, Floats{});
@@ -158,15 +164,17 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
             entries[i] = there ? values[from + i] : 0.0f;
             columns[i] = indices[there ? from + i : from];
             block.codes[i] = matrix.codes + offset(columns[i]);
-            const int64_t after = from + kBlock + i;
-            block.next[i] = after < listed ? matrix.codes + offset(indices[after]) : block.codes[i];
+            const int64_t after = from + kBlock + i < listed ? indices[from + kBlock + i] : columns[i];
+            block.next[i] = matrix.codes + offset(after);
+            const uint16_t *scales = matrix.scales + after * matrix.scales_stride + first_group;
+            for (int64_t at = 0; at < groups; at += kLine / 2) __builtin_prefetch(scales + at, 0, 3);
             ends_inside = ends_inside && offset(columns[i]) + whole + kTile <= last_byte + 1;
         }
         round_entries(entries, columns, matrix, depth, first_group, groups, Type::offset, block);
         const auto add = [&](int64_t at, const uint8_t *const *codes, int64_t codes_at) {
             if (at % kLine == 0)
                 for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at, 0, 3);
-            const int64_t group = (first + at * outputs) / matrix.group - first_group;
+            const int64_t group = ((first + at * outputs) >> shift) - first_group;
             add_tile<Type>(block, codes, codes_at, group, spread, mixed + at * outputs);
         };
         for (int64_t at = 0; at < whole; at += kTile) add(at, block.codes, at);
