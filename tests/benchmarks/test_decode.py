@@ -10,11 +10,12 @@ import torch
 import larosa
 from larosa import LarosaError
 from larosa.benchmarks import decode
-from larosa.benchmarks.decode import DENSE, TRANSFORMERS, measure_checkpoints, measure_shape
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, TRANSFORMERS, measure_checkpoints, measure_shape
 from larosa.benchmarks.shapes import (
     SHAPES,
-    AdapterLayout,
+    Layout,
     random_model,
+    random_quantization,
     random_sparse_model,
     set_sparsity,
     shape_config,
@@ -24,6 +25,7 @@ from larosa.benchmarks.shapes import (
 )
 from larosa.config import AdapterFormat, Selection
 from larosa.decoding import Engine
+from larosa.formats import WeightFormat
 from larosa.models import Threshold
 from larosa.sparsity import SiteSizes
 
@@ -86,13 +88,27 @@ def test_fewer_rotations_mean_fewer_bytes(tiny):
     tiny("llama", num_hidden_layers=5)
     options = {"sparsities": (0.5,), "dtype": torch.bfloat16, "prompt_tokens": 4, "tokens": 8}
     every = measure_shape("tiny", **options).rows
-    shared = measure_shape("tiny", layout=AdapterLayout(2), **options).rows
-    full = measure_shape("tiny", layout=AdapterLayout(2, AdapterFormat.FULL), **options).rows
+    shared = measure_shape("tiny", layout=Layout(2), **options).rows
+    full = measure_shape("tiny", layout=Layout(2, AdapterFormat.FULL), **options).rows
     assert {row.shape for row in shared} == {"tiny, 2 layers per rotation"}
     assert {row.shape for row in full} == {"tiny, 2 layers per rotation, full adapters"}
     assert shared[1].bytes_per_token == every[1].bytes_per_token
     assert every[2].bytes_per_token - shared[2].bytes_per_token == (4 - 2) * ADAPTER
     assert full[2].bytes_per_token - shared[2].bytes_per_token == 2 * (2 * 32 * 32 - ADAPTER)
+
+
+def test_few_bits_have_a_dense_row_of_their_own(tiny):
+    tiny("llama")
+    layout = Layout(quantization=random_quantization(WeightFormat.INT4, 32))
+    rows = measure_shape("tiny", sparsities=(0.5,), layout=layout, prompt_tokens=4, tokens=8).rows
+    assert [row.row for row in rows] == [TRANSFORMERS, DENSE, DENSE_LOW_BIT, "LaRoSA"]
+    assert [row.dtype for row in rows] == ["bfloat16", "bfloat16", "int4", "int4"]
+    columns = {16: 8 + 2, 32: 16 + 2, 56: 28 + 4, 128: 128 + 8}  # outputs, bytes; the head has 8 bits
+    h1, h2, h3, h4 = 32 * (columns[32] + 2 * columns[16]), 32 * columns[32], 32 * 2 * columns[56], 56 * columns[32]
+    linears, head, cache = 3 * (h1 + h2 + h3 + h4), 32 * columns[128], 2 * 2 * 3 * 2 * 8 * (4 + 4)
+    scores = 2 * 3 * (32 + 32 + 32 + 56)
+    assert rows[2].bytes_per_token == linears + head + cache + scores
+    assert rows[3].bytes_per_token == linears // 2 + head + cache + scores + 2 * ADAPTER
 
 
 def test_rows_take_turns(tiny, monkeypatch):
@@ -109,7 +125,8 @@ def test_rows_take_turns(tiny, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_random_models_are_of_their_size_and_compute_something(family_config, family):
     config = family_config(family, tie_word_embeddings=True)
-    for layout in (None, AdapterLayout(), AdapterLayout(2), AdapterLayout(1, AdapterFormat.FULL)):
+    int4 = random_quantization(WeightFormat.INT4, 64)
+    for layout in (None, Layout(), Layout(2), Layout(1, AdapterFormat.FULL), Layout(quantization=int4)):
         if layout is None:
             model = random_model(config, torch.bfloat16, CPU)
         else:
@@ -124,7 +141,7 @@ def test_random_models_are_of_their_size_and_compute_something(family_config, fa
 
 
 def test_the_sparsity_of_a_random_model_can_be_set(family_config):
-    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layout=AdapterLayout(2))
+    model = random_sparse_model(family_config("llama"), torch.float32, CPU, layout=Layout(2))
     for sparsity in (0.5, 0.25, 0.0):
         set_sparsity(model, sparsity)
         report = larosa.inspect(model)
@@ -158,7 +175,7 @@ def test_rows_by_thresholds(tiny):
 
 
 @pytest.mark.parametrize("sparsities", [(0.5, 0.25), (0.0, 0.5, 0.0, 0.25), (0.0,), ()])
-@pytest.mark.parametrize("layout", [AdapterLayout(), AdapterLayout(2), AdapterLayout(1, AdapterFormat.INT8)])
+@pytest.mark.parametrize("layout", [Layout(), Layout(2), Layout(1, AdapterFormat.INT8)])
 def test_models_at_several_sparsities_are_those_at_each(family_config, token_ids, sparsities, layout):
     config = family_config("llama")
     prompt, token, position = token_ids(1, 5), torch.tensor([7]), torch.tensor([5])
@@ -254,7 +271,7 @@ def test_bad_options(tiny, options, message):
 
 def test_a_layout_has_a_layer_for_each_rotation():
     with pytest.raises(LarosaError, match="0 layers per rotation: give at least 1"):
-        AdapterLayout(0)
+        Layout(0)
 
 
 def test_models_beyond_memory(tiny, monkeypatch):

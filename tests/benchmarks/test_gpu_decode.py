@@ -14,7 +14,7 @@ from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
 from larosa.benchmarks.decode import DENSE, LAROSA
 from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_checkpoints, measure_gpu_config, measure_gpu_shape
 from larosa.benchmarks.results import Benchmark
-from larosa.benchmarks.shapes import SHAPES, AdapterLayout
+from larosa.benchmarks.shapes import SHAPES, Layout
 from larosa.cli.bench_gpu import show_decode
 from larosa.config import Selection
 
@@ -129,7 +129,7 @@ def test_memory_that_a_shape_needs(family_config, monkeypatch):
             measure_gpu_config(
                 *("tiny", config, sparsities),
                 **{"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8},
-                **{"teal_sparsities": teal, "compiled": compiled, "layout": AdapterLayout(layers)},
+                **{"teal_sparsities": teal, "compiled": compiled, "layout": Layout(layers)},
             )
     linear, table = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32
     adapter = 32 * (32 + 16) // 2 + 32  # 8-bit numbers and a scale an output, in elements of 16 bits

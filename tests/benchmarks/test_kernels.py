@@ -5,7 +5,7 @@ import json
 import pytest
 
 from larosa.benchmarks.bandwidth import read_bandwidth
-from larosa.benchmarks.kernels import DTYPES, SPARSITIES, WIDTHS, Shape, measure_kernels
+from larosa.benchmarks.kernels import DTYPES, FORMATS, SPARSITIES, WIDTHS, Shape, measure_kernels
 from larosa.benchmarks.timing import Timing, time_in_turns
 
 
@@ -15,9 +15,12 @@ def result():
 
 
 def test_every_kernel_has_its_rows(result):
-    products = [row for row in result.rows if row.kernel in ("linear", "sparse_linear")]
+    products = [row for row in result.rows if row.kernel in ("linear", "sparse_linear", "low_bit_linear")]
     assert [(row.dtype, row.sparsity) for row in products if row.kernel == "sparse_linear"] == [
         (str(dtype).removeprefix("torch."), sparsity) for dtype in DTYPES for sparsity in SPARSITIES
+    ]
+    assert [(row.dtype, row.sparsity) for row in products if row.kernel == "low_bit_linear"] == [
+        (form.name, sparsity) for form in FORMATS for sparsity in SPARSITIES
     ]
     assert {(row.kernel, int(row.shape)) for row in result.rows if row not in products} == {
         (kernel, width) for kernel, widths in WIDTHS.items() for width in widths
@@ -33,6 +36,8 @@ def test_ratios_follow_from_what_was_measured(result):
         assert content["threads"] == result.machine["threads"]
     half = next(row for row in result.rows if row.kernel == "sparse_linear" and row.sparsity == 0.5)
     assert (half.shape, half.bytes) == ("40+24x32", 64 * 16 * 2)
+    half = next(row for row in result.rows if row.dtype == "int4" and row.sparsity == 0.5)
+    assert (half.shape, half.bytes) == ("40+24x32", (20 + 12 + 2 + 2) * 16)
 
 
 def test_the_share_of_selections_needs_the_layer(result):

@@ -36,8 +36,10 @@ def test_from_conversion_to_text(cli, refused, checkpoint, tmp_path):
     assert outcome.code == 0, outcome.err
     assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 1
     generate = ("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3)
-    assert cli(*generate, "--engine", "transformers").code == 0
-    assert refused(*generate).endswith("does not run weights of few bits: use --engine transformers")
+    for engine in ("transformers", "larosa"):
+        outcome = cli(*generate, "--engine", engine)
+        assert outcome.code == 0, outcome.err
+        assert f"{engine} engine" in outcome.err
     message = refused("recover", out, tmp_path / "again", "--reference", checkpoint, "--sequence-length", 64)
     assert message.endswith("weights of few bits are not trained; convert with --weights full, and recover that")
 

@@ -16,7 +16,6 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import SITES, LarosaConfig
 from larosa.convert_checkpoint import Conversion
-from larosa.decoding.weights import DecoderWeights
 from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
 from larosa.models import QuantizedLinear, selectors
 from larosa.quantizers import gptq, quantize, round_to_nearest
@@ -203,12 +202,6 @@ def test_settings_that_are_not_what_is_stored(saved):
         file.write_text(json.dumps(config), "utf-8")
         with pytest.raises(LarosaError, match=r"22 in all; the first is 'lm_head\.weight'|_proj\.codes' is stored"):
             larosa.load(str(folder))
-
-
-def test_the_engine_refuses_in_one_line(saved):
-    model, _ = saved
-    with pytest.raises(LarosaError, match=r"does not run weights of few bits: use --engine transformers$"):
-        DecoderWeights(model)
 
 
 @pytest.mark.parametrize(("head", "tied"), [("full", True), ("int8", False)])

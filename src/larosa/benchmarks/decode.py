@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,16 +16,17 @@ from larosa.benchmarks.machine import machine
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
-    AdapterLayout,
+    Layout,
     check_room,
     random_model,
+    random_sparse_model,
     shape_config,
     shape_name,
     sparse_copies,
     sparse_models,
     weight_bytes,
 )
-from larosa.config import Selection, check_sparsity
+from larosa.config import LarosaConfig, Rotation, Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.decoding.loop import StepEngine, checked
@@ -34,6 +35,8 @@ from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
 
 TRANSFORMERS, DENSE, LAROSA = "transformers dense", "engine dense", "LaRoSA"
+#: The dense model's linears and head in few bits, without adapters.
+DENSE_LOW_BIT = "engine dense, few bits"
 
 #: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
 _ROUND = 8
@@ -62,7 +65,7 @@ def measure_shape(
     dtype: torch.dtype = torch.bfloat16,
     layers: int | None = None,
     vocab_size: int | None = None,
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     prompt_tokens: int = 128,
     tokens: int = 64,
@@ -76,7 +79,8 @@ def measure_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
-        layout: where LaRoSA's adapters are, and how they are stored.
+        layout: where LaRoSA's adapters are, and how they and all else are stored. With few bits there is a dense row
+            of such weights too.
         selection: whether LaRoSA counts, or compares with thresholds of random tokens, that keep as much on average.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
@@ -106,7 +110,7 @@ def measure_config(
     dtype: torch.dtype,
     prompt_tokens: int,
     tokens: int,
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
 ) -> DecodeBenchmark:
@@ -115,10 +119,14 @@ def measure_config(
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
-    sparse = weight_bytes(config, dtype, layout)
-    check_room(weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse, device)
+    low_bit = layout.quantization is not None
+    copies = sparse_copies(sparsities) + low_bit
+    check_room(weight_bytes(config, dtype) + copies * weight_bytes(config, dtype, layout), device)
     subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
     subjects.add_dense(random_model(config, dtype, device))
+    if low_bit:
+        dense = replace(layout, layers_per_rotation=1)
+        subjects.add(DENSE_LOW_BIT, random_sparse_model(config, dtype, device, layout=dense, rotation=Rotation.NONE))
     for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
         subjects.add(larosa_row(selection), model)
     return subjects.measure()
@@ -162,7 +170,7 @@ class _Subject:
     ) -> None:
         report = inspect_config(model.config)
         self.name = name
-        self.dtype, self.kv_cache_dtype = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, cache))
+        self.dtype, self.kv_cache_dtype = _weights_name(model), str(cache).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
         kept = cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
         self.bytes = report.bytes_sparse_total + report.head_bytes + kept
@@ -182,6 +190,14 @@ class _Subject:
             if counted:
                 self.seconds.append(time.perf_counter() - start)
             self._position += 1
+
+
+def _weights_name(model: Any) -> str:
+    """What a model's linears are stored in: its dtype, or a format of few bits."""
+    block = None if getattr(model.config, "larosa", None) is None else LarosaConfig.parse(model.config.larosa)
+    if block is None or block.quantization is None or block.quantization.linear_format is None:
+        return str(model.dtype).removeprefix("torch.")
+    return block.quantization.weights
 
 
 class _Subjects:

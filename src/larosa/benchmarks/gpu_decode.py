@@ -27,7 +27,7 @@ from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandw
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
-    AdapterLayout,
+    Layout,
     check_room,
     random_model,
     shape_config,
@@ -74,7 +74,7 @@ def measure_gpu_shape(
     dtype: torch.dtype = torch.float16,
     layers: int | None = None,
     vocab_size: int | None = None,
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     prompt_tokens: int = 128,
     tokens: int = 256,
@@ -126,7 +126,7 @@ def measure_gpu_config(
     dtype: torch.dtype,
     prompt_tokens: int,
     tokens: int,
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,

@@ -13,10 +13,12 @@ from larosa.benchmarks.bandwidth import read_bandwidth
 from larosa.benchmarks.machine import machine
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.timing import Timing, time_in_turns
+from larosa.formats import ColumnFormat, Int4, Int8
 from larosa.ops import column_major
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.75)
 DTYPES = (torch.bfloat16, torch.float32)
+FORMATS = (Int8(Int8.usual_group), Int4(Int4.usual_group))
 
 #: Copies of a weight take so much together that no cache keeps one until its turn comes again, even a quarter of it.
 _BYTES_OF_COPIES = 256 << 20
@@ -123,6 +125,12 @@ def measure_kernels(
         for row in _products(shape, dtype, rounds, bytes_of_copies, generator)
     ]
     rows += [
+        row
+        for shape in shapes
+        for form in FORMATS
+        for row in _low_bit_products(shape, form, rounds, bytes_of_copies, generator)
+    ]
+    rows += [
         _selection(kernel, width, bandwidth, rounds, generator) for kernel, widths in WIDTHS.items() for width in widths
     ]
     return KernelBenchmark(machine(), bandwidth, rows)
@@ -167,6 +175,55 @@ def _products(
     yield row("linear", 0.0, times["linear"])
     for sparsity in SPARSITIES:
         yield row("sparse_linear", sparsity, times[str(sparsity)])
+
+
+def _low_bit_products(
+    shape: Shape, form: ColumnFormat, rounds: int, bytes_of_copies: int, generator: torch.Generator
+) -> Iterator[Row]:
+    """As `_products`, beside PyTorch's product in bfloat16."""
+    depth, outputs = shape.depth, list(shape.outputs)
+    column = sum(form.column_bytes(count) for count in outputs)
+    copies = max(2, -(-bytes_of_copies // (column * depth)))
+    dense = [
+        torch.randn(sum(outputs), depth, generator=generator).bfloat16()
+        for _ in range(max(2, -(-bytes_of_copies // (2 * sum(outputs) * depth))))
+    ]
+    weights = [[_random(form, count, depth, generator) for count in outputs] for _ in range(copies)]
+    packed = [([codes for codes, _ in one], [scales for _, scales in one], outputs, form.group) for one in weights]
+    biases = [None] * len(outputs)
+    as_large = torch.zeros(copies, column * depth // 4)
+    x = torch.randn(1, depth, generator=generator)
+    ops = torch.ops.larosa
+
+    def sparse(sparsity: float) -> Callable[[int], object]:
+        kept = depth - round(sparsity * depth)
+        chosen = [ops.top_k(torch.randn(1, depth, generator=generator), kept) for _ in range(copies)]
+        return lambda copy: ops.low_bit_linear(*chosen[copy], *packed[copy], biases)
+
+    times = time_in_turns(
+        {
+            "read": lambda copy: as_large[copy].sum(),
+            "dense": lambda copy: F.linear(x.bfloat16(), dense[copy % len(dense)]),
+            "0.0": lambda copy: ops.low_bit_linear(x, None, *packed[copy], biases),
+            **{str(sparsity): sparse(sparsity) for sparsity in SPARSITIES if sparsity},
+        },
+        copies,
+        rounds,
+    )
+    bandwidth = column * depth / times["read"].median
+    for sparsity in SPARSITIES:
+        read, time = column * (depth - round(sparsity * depth)), times[str(sparsity)]
+        threads = torch.get_num_threads()
+        yield Row("low_bit_linear", str(shape), form.name, threads, sparsity, time, times["dense"], read, bandwidth)
+
+
+def _random(
+    form: ColumnFormat, outputs: int, depth: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a random matrix."""
+    codes, scales = form.empty(outputs, depth)
+    whole = torch.randint(form.lowest, form.highest + 1, (depth, outputs), generator=generator, dtype=torch.int8)
+    return codes.copy_(form.pack(whole)), scales.copy_(torch.rand(scales.shape, generator=generator))
 
 
 def _selection(kernel: str, width: int, bandwidth: float, rounds: int, generator: torch.Generator) -> Row:

@@ -36,11 +36,13 @@ from larosa.config import (
 )
 from larosa.demo import bundled_model
 from larosa.errors import LarosaError
+from larosa.formats import Quantization, Quantizer, WeightFormat
 from larosa.memory import available_memory, release_memory
-from larosa.models import Int8Adapter, family_of, selectors, set_adapter, set_keep_counts
+from larosa.models import Int8Adapter, QuantizedLinear, family_of, selectors, set_adapter, set_keep_counts
 from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.prices import no_thresholds
+from larosa.sparsity.sites import column_bytes
 from larosa.version import __version__
 
 
@@ -118,11 +120,15 @@ def shape_config(name: str, *, layers: int | None = None, vocab_size: int | None
 
 
 @dataclass(frozen=True)
-class AdapterLayout:
-    """Where a random model has adapters, after so many layers each, and how it stores them; by default as `convert`."""
+class Layout:
+    """Where a random model has adapters, after so many layers each, and how it stores them; by default as `convert`.
+
+    Linears and head are in the model's dtype, or in few bits where `quantization` says so.
+    """
 
     layers_per_rotation: int = 1
     adapters: AdapterFormat | None = None  # None: what suits the model's dtype
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_layers_per_rotation(self.layers_per_rotation)
@@ -132,26 +138,38 @@ class AdapterLayout:
         return self.adapters or usual_format(dtype)
 
 
-DEFAULT_LAYOUT = AdapterLayout()
+DEFAULT_LAYOUT = Layout()
 
 
-def shape_name(name: str, layers: int | None, layout: AdapterLayout) -> str:
+def shape_name(name: str, layers: int | None, layout: Layout) -> str:
     """What rows call a shape: its name, and what differs from the whole shape as it is converted by default."""
     cut = "" if layers is None else f", {layers} layers"
     shared = "" if layout.layers_per_rotation == 1 else f", {layout.layers_per_rotation} layers per rotation"
     return name + cut + shared + ("" if layout.adapters is None else f", {layout.adapters} adapters")
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, layout: AdapterLayout | None = None) -> int:
+def random_quantization(weights: WeightFormat, group: int | None = None) -> Quantization | None:
+    """Linears of few bits, and a head of 8, for a random model: whose numbers nobody has rounded."""
+    if weights is WeightFormat.FULL:
+        return None
+    return Quantization.complete(weights, WeightFormat.INT8, group, Quantizer.RTN)
+
+
+def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) -> int:
     """What the weights of a model of this configuration take, which is sparsified if it has adapters."""
-    sizes = SiteSizes.of(config)
-    tables = 1 if config.tie_word_embeddings and layout is None else 2
-    elements = sizes.linear_weights + tables * sizes.vocabulary * sizes.hidden
-    weights = elements * dtype.itemsize
+    sizes, item = SiteSizes.of(config), dtype.itemsize
+    table = sizes.vocabulary * sizes.hidden * item
     if layout is None:
-        return weights
-    adapters = layout.stored(dtype)
-    return weights + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, adapters, dtype.itemsize)
+        return sizes.linear_weights * item + (1 if config.tie_word_embeddings else 2) * table
+    form = layout.quantization
+    linears = sizes.linear_bytes(None if form is None else form.linear_format, item)
+    head = sizes.hidden * column_bytes((sizes.vocabulary,), None if form is None else form.head_format, item)
+    return (
+        table
+        + linears
+        + head
+        + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, layout.stored(dtype), item)
+    )
 
 
 def check_room(needed: int, device: torch.device, mend: str = "take fewer --layers or a smaller shape") -> None:
@@ -189,8 +207,9 @@ def random_sparse_model(
     device: torch.device,
     seed: int = 0,
     *,
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
+    rotation: Rotation = Rotation.LAYER,
 ) -> Any:
     """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
@@ -201,11 +220,12 @@ def random_sparse_model(
         recipe=Recipe.BEST,
         sparsity=0.0,
         budget=Budget.WEIGHTS,
-        rotation=Rotation.LAYER,
+        rotation=rotation,
         layers_per_rotation=layout.layers_per_rotation,
-        adapters=layout.stored(dtype),
+        adapters=layout.stored(dtype) if rotation.has_adapters else AdapterFormat.FULL,
         score=Score.WEIGHTS,
         search=Search.NONE,
+        quantization=layout.quantization,
         **everything,
     )
     with no_init_weights(), device:
@@ -225,7 +245,7 @@ def sparse_models(
     dtype: torch.dtype,
     device: torch.device,
     sparsities: tuple[float, ...],
-    layout: AdapterLayout = DEFAULT_LAYOUT,
+    layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
@@ -294,19 +314,29 @@ def _fill(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(_BLOCK, generator=generator)
     adapters = [module for module in model.modules() if isinstance(module, Int8Adapter)]
-    of_adapters = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    filled = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
+    filled |= {id(parameter) for linear in quantized for parameter in (linear.codes, linear.scales)}
     for weight in model.parameters():
-        if id(weight) in of_adapters:
-            continue
-        matrix = weight.dim() > 1
-        numbers = block / math.sqrt(weight.shape[1]) if matrix else 1 + 0.1 * block
-        numbers = numbers.to(weight)
-        for piece in weight.view(-1).split(_BLOCK):
-            piece.copy_(numbers[: len(piece)])
+        if id(weight) not in filled:
+            _repeat(block / math.sqrt(weight.shape[1]) if weight.dim() > 1 else 1 + 0.1 * block, weight)
+    for linear in quantized:
+        form = linear.format
+        whole = torch.randint(form.lowest, form.highest + 1, (1, 2 * _BLOCK), generator=generator)
+        _repeat(form.pack(whole)[0], linear.codes)
+        length = float(whole.double().square().mean().sqrt())
+        _repeat((1 + 0.1 * block) / (length * math.sqrt(linear.in_features)), linear.scales)
     if adapters:
         one = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed)
         for adapter in adapters:
             set_adapter(adapter, one)
+
+
+def _repeat(numbers: torch.Tensor, weight: torch.Tensor) -> None:
+    """Fill a weight with these numbers, over and over."""
+    numbers = numbers.to(weight)
+    for piece in weight.view(-1).split(len(numbers)):
+        piece.copy_(numbers[: len(piece)])
 
 
 def random_adapter(width: int, dtype: torch.dtype, adapters: AdapterFormat, seed: int = 0) -> Adapter:

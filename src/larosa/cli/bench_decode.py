@@ -11,13 +11,14 @@ from rich.table import Table
 
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
 from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_shape
-from larosa.benchmarks.shapes import DEFAULT_LAYOUT, AdapterLayout
+from larosa.benchmarks.shapes import DEFAULT_LAYOUT, Layout, random_quantization
 from larosa.checkpoint import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
 from larosa.config import AdapterFormat, Selection
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
+from larosa.formats import WeightFormat
 
 
 def decode(
@@ -39,6 +40,13 @@ def decode(
     selection: Annotated[
         Selection | None, typer.Option(help="Whether --shape keeps counts of entries (by default) or by thresholds.")
     ] = None,
+    weights: Annotated[
+        WeightFormat,
+        typer.Option(help="How --shape stores linears: few bits, with a head of 8, beside the dense model."),
+    ] = WeightFormat.FULL,
+    weight_group: Annotated[
+        int | None, typer.Option(help="Outputs that share a scale in --weights int8 and int4; by default as convert.")
+    ] = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
@@ -53,13 +61,16 @@ def decode(
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
-    layout = AdapterLayout(layers_per_rotation, adapters)
+    layout = Layout(layers_per_rotation, adapters, random_quantization(weights, weight_group))
     if shape is None and ((sparsity, layers, vocab_size, selection) != (None,) * 4 or layout != DEFAULT_LAYOUT):
         raise LarosaError(
-            "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters and --selection are for --shape: "
+            "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters, --selection and --weights are for "
+            "--shape: "
             "leave them out, a checkpoint has its own"
         )
     where = find_device(device)
+    if where.type == "cuda" and quantization is not None:
+        raise LarosaError(f"--weights {weights}: only the CPU has kernels for it: add --device cpu")
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
