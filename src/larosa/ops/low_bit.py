@@ -10,15 +10,16 @@ from larosa.formats import ColumnFormat, Int4, Int8
 from larosa.ops.linear import Biases, Weights, linear_reference, sparse_linear_reference
 from larosa.ops.schema import define
 
-#: Columns that follow each other in a product share the unit by which their activations are rounded to 8 bits.
+#: Columns that follow each other in a product share the unit by which their activations are rounded.
 BLOCK = 16
 
 #: Blocks are added up in up to so many segments of at least so many columns.
 _SEGMENTS, _SEGMENT = 4, 64
 
-_LARGEST = 127.0
+#: What the largest activation becomes, by the bits of the codes: 8 bits are finer than a weight's 4, but not than its 8.
+_LARGEST = {4: 127.0, 8: 127.0 * 128}
 #: Magnitudes up to this count as nothing: the reciprocal of a smaller one would be too large for float32.
-_NOTHING = 1e-36
+_NOTHING = 1e-30
 
 
 @define(
@@ -88,9 +89,9 @@ def low_bit_linear_in_integers(
 ) -> torch.Tensor:
     """What kernels compute, bit by bit: each `BLOCK` of columns in whole numbers, and the sum of blocks in float32.
 
-    In a block, values times scales are rounded to 8 bits by one unit for each group of outputs, a 127th of the largest
-    of them. So an output is off by up to half a unit times the sum of |q| for each block. Where the largest is NaN or
-    infinite, the group's outputs are NaN: whole numbers would hide it.
+    In a block, values times scales are rounded by one unit for each group of outputs: a 127th of the largest of them
+    for codes of 4 bits, a 16,256th for codes of 8. So an output is off by up to half a unit times the sum of |q| for
+    each block. Where the largest is NaN or infinite, the group's outputs are NaN: whole numbers would hide it.
 
     Arguments and result are those of `low_bit_linear_reference`, in float32.
     """
@@ -101,7 +102,7 @@ def low_bit_linear_in_integers(
     rows = []
     for value, index in zip(values, indices.long(), strict=True):
         parts = [
-            _segments(value, _format(matrix, group).unpack(matrix[index], size), scale[index].float(), group)
+            _segments(value, matrix[index], scale[index].float(), _format(matrix, group), size)
             + (0 if bias is None else bias.float())
             for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True)
         ]
@@ -114,17 +115,20 @@ def _format(codes: torch.Tensor, group: int) -> ColumnFormat:
     return Int4(group) if codes.dtype is torch.uint8 else Int8(group)
 
 
-def _segments(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
-    """[N] for k values, whole numbers [k, N] and scales [k, groups] of their columns."""
+def _segments(
+    value: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, form: ColumnFormat, outputs: int
+) -> torch.Tensor:
+    """[outputs] for k values, codes [k, columns] and scales [k, groups] of their columns."""
+    q = form.unpack(codes, outputs)
     blocks = [
-        _block(value[at : at + BLOCK], q[at : at + BLOCK], scales[at : at + BLOCK], group)
+        _block(value[at : at + BLOCK], q[at : at + BLOCK], scales[at : at + BLOCK], form)
         for at in range(0, len(value), BLOCK)
     ]
     segments = max(1, min(len(value) // _SEGMENT, _SEGMENTS))
     ends = [len(blocks) * segment // segments for segment in range(segments + 1)]
     sums = []
     for start, end in pairwise(ends):
-        total = value.new_zeros(q.shape[1])
+        total = value.new_zeros(outputs)
         for block in blocks[start:end]:
             total = total + block
         sums.append(total)
@@ -134,13 +138,14 @@ def _segments(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, group:
     return result
 
 
-def _block(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+def _block(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, form: ColumnFormat) -> torch.Tensor:
     """[N], the sum of up to `BLOCK` columns."""
+    most, outputs = torch.tensor(_LARGEST[form.bits]), q.shape[1]
     scaled = value[:, None] * scales
     largest = scaled.abs().amax(dim=0)  # NaN where there is one
     counts = (largest > _NOTHING) & largest.isfinite()
-    inverse = torch.full_like(largest, _LARGEST) / largest  # a number over a tensor would be rounded twice
-    digits = (scaled * torch.where(counts, inverse, 0)).nan_to_num(0).round().int()
-    unit = torch.where(largest.isfinite(), torch.where(counts, largest / _LARGEST, 0), torch.nan)
-    total = (digits.repeat_interleave(group, dim=1)[:, : q.shape[1]] * q).sum(dim=0, dtype=torch.int32)
-    return total.float() * unit.repeat_interleave(group)[: q.shape[1]]
+    # Of tensors, for a Python number over a tensor is rounded twice.
+    numbers = (scaled * torch.where(counts, most / largest, 0)).nan_to_num(0).round().int()
+    unit = torch.where(largest.isfinite(), torch.where(counts, largest / most, 0), torch.nan)
+    total = (numbers.repeat_interleave(form.group, dim=1)[:, :outputs] * q).sum(dim=0, dtype=torch.int32)
+    return total.float() * unit.repeat_interleave(form.group)[:outputs]

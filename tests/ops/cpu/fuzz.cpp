@@ -333,7 +333,7 @@ void low_bits() {
             for (int64_t n = 0; n < matrices[m].outputs; ++n) {
                 const larosa_low_bit &matrix = matrices[m];
                 const int64_t at = row * outputs + offset + n;
-                double total = biases[m] ? biases[m]->wide[n] : 0, bound = 1e-5 * std::fabs(total) + 1e-34;
+                double total = biases[m] ? biases[m]->wide[n] : 0, bound = 1e-5 * std::fabs(total) + 1e-26;
                 if (added) total += residual[at], bound += 1e-5 * std::fabs(residual[at]);
                 for (int64_t from = 0; from < k; from += 16) {
                     double largest = 0, whole = 0;
@@ -346,7 +346,7 @@ void low_bits() {
                         total += scaled * q, bound += 1e-5 * std::fabs(scaled * q);
                         largest = std::max(largest, std::fabs(scaled)), whole += std::abs(q);
                     }
-                    bound += 0.501 * largest / 127 * whole;
+                    bound += 0.501 * largest / (matrix.bits == 4 ? 127 : 16256) * whole;
                 }
                 check_near(out[at], total, bound);
             }

@@ -88,7 +88,7 @@ def test_every_instruction_set_gives_the_bits_of_whole_numbers(problem):
 
 @settings(deadline=None, max_examples=150)
 @given(problems("normal", "integer", "wild"))
-def test_results_are_off_by_no_more_than_8_bits_for_a_block(problem):
+def test_results_are_off_by_no_more_than_a_block_s_unit(problem):
     chance, given = problem
     result = chance.run(ops.low_bit_linear, *given.given())
     exact = replace(
@@ -110,7 +110,9 @@ def test_results_are_off_by_no_more_than_8_bits_for_a_block(problem):
             bound = torch.zeros(size, dtype=torch.float64)
             for at in range(0, count, BLOCK):
                 block = slice(at, at + BLOCK)
-                unit = scaled[block].amax(dim=0).repeat_interleave(given.group)[:size] / 127
+                unit = scaled[block].amax(dim=0).repeat_interleave(given.group)[:size] / (
+                    127 if kind is Int4 else 16256
+                )
                 bound += 0.501 * unit * q[block].sum(dim=0)
             # And the sums of blocks in float32.
             whole = scaled.repeat_interleave(given.group, dim=1)[:, :size] * q
@@ -118,7 +120,7 @@ def test_results_are_off_by_no_more_than_8_bits_for_a_block(problem):
     bound = torch.cat([torch.empty(0, dtype=torch.float64), *bounds]).view(result.shape)
     biases = zip(given.outputs, given.biases, strict=True)
     added = torch.cat([torch.zeros(size) if bias is None else bias.float() for size, bias in biases])
-    bound += 2**-22 * (added.abs() + (0 if given.residual is None else given.residual.abs())) + 1e-34
+    bound += 2**-22 * (added.abs() + (0 if given.residual is None else given.residual.abs())) + 1e-26
     assert ((result.double() - low_bit_linear_reference(*exact.given())).abs() <= bound).all()
 
 

@@ -111,8 +111,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          const int64_t *listed, int64_t threads);
 
-/* The same by weights of few bits, in whole numbers: values times scales are rounded to 8 bits, by one unit for 16 listed
- * columns of a group of outputs. Results have the same bits on every instruction set. A column whose value is not finite
+/* The same by weights of few bits, in whole numbers: values times scales are rounded by one unit for 16 listed columns of
+ * a group of outputs, to 8 bits for codes of 4 and to 15 for codes of 8. Results have the same bits on every instruction set. A column whose value is not finite
  * makes NaN of all outputs. Null indices mean all columns, k = depth. */
 int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                           const struct larosa_low_bit *matrices, int64_t count, const float *residual, float *out,

@@ -45,6 +45,11 @@ inline Integers high_pairs(Integers a, Integers b) {
 }
 #endif
 
+// The lowest bytes of four words.
+inline Integers pack_bytes(const Integers *words) {
+    return words[0] & 0xff | (words[1] & 0xff) << 8 | (words[2] & 0xff) << 16 | words[3] << 24;
+}
+
 inline Integers repeat(uint8_t byte) { return Integers{} + int32_t(0x01010101u * byte); }
 
 // Products of 16-bit numbers, and sums of two of them.
@@ -55,7 +60,8 @@ inline Integers add_pairs(Shorts a, Shorts b) {
     return bits<Integers>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #else
     const auto even = [](Shorts x) { return bits<Integers>(bits<Words>(x) << 16) >> 16; };
-    return even(a * b) + (bits<Integers>(a * b) >> 16);
+    const auto odd = [](Shorts x) { return bits<Integers>(x) >> 16; };
+    return even(a) * even(b) + odd(a) * odd(b);
 #endif
 }
 
@@ -66,18 +72,22 @@ inline Shorts even_bytes(Integers x) {
 }
 inline Shorts odd_bytes(Integers x) { return bits<Shorts>(x) >> 8; }
 
-// Dot products of each four bytes, added up: of codes 0 to 15 in the low and in the high half of each byte, and digits
-// -127 to 127, of up to 16 columns.
+// Dot products of codes of four columns, a byte each, and whole numbers up to kLargest, which come packed in kWords
+// words: added up over up to 16 columns, for 4 kLanes bytes. Both classes have the same members but for their totals.
+//
+// Codes 0 to 15 in the low and in the high half of each byte, and numbers of 8 bits.
 #if defined(__AVX512VNNI__)
 class NibbleDots {
   public:
+    static constexpr int kWords = 1, kLargest = 127, kOffset = 8;
+    static void pack(const Integers *numbers, Integers *words) { words[0] = pack_bytes(numbers); }
     void begin(Integers start) {
         high_ = start << 4;
         all_ = high_ + start;
     }
-    void add(Integers codes, Integers digits) {
-        all_ = bits<Integers>(_mm512_dpbusd_epi32(raw(all_), raw(codes), raw(digits)));
-        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes & repeat(0xf0)), raw(digits)));
+    void add(Integers codes, const Integers *words) {
+        all_ = bits<Integers>(_mm512_dpbusd_epi32(raw(all_), raw(codes), raw(words[0])));
+        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes & repeat(0xf0)), raw(words[0])));
     }
     Integers low() const { return all_ - high_; }
     Integers high() const { return high_ >> 4; }
@@ -88,24 +98,26 @@ class NibbleDots {
 #else
 class NibbleDots {
   public:
+    static constexpr int kWords = 1, kLargest = 127, kOffset = 8;
+    static void pack(const Integers *numbers, Integers *words) { words[0] = pack_bytes(numbers); }
     // A sum and its start stay within 16 bits: 8 columns times 15 times 127, and 16 times 8 times 127.
     void begin(Integers start) { low_ = high_ = bits<Shorts>(start & 0xffff); }
-    void add(Integers codes, Integers digits) {
-        low_ += products(codes & repeat(15), digits);
-        high_ += products(codes >> 4 & repeat(15), digits);
+    void add(Integers codes, const Integers *words) {
+        low_ += products(codes & repeat(15), words[0]);
+        high_ += products(codes >> 4 & repeat(15), words[0]);
     }
     Integers low() const { return add_pairs(low_, Shorts{} + int16_t(1)); }
     Integers high() const { return add_pairs(high_, Shorts{} + int16_t(1)); }
 
   private:
     // Sums of two.
-    static Shorts products(Integers codes, Integers digits) {
+    static Shorts products(Integers codes, Integers numbers) {
 #if defined(__AVX512BW__)
-        return bits<Shorts>(_mm512_maddubs_epi16(raw(codes), raw(digits)));
+        return bits<Shorts>(_mm512_maddubs_epi16(raw(codes), raw(numbers)));
 #elif defined(__AVX2__)
-        return bits<Shorts>(_mm256_maddubs_epi16(raw(codes), raw(digits)));
+        return bits<Shorts>(_mm256_maddubs_epi16(raw(codes), raw(numbers)));
 #else
-        return even_bytes(codes) * even_bytes(digits) + odd_bytes(codes) * odd_bytes(digits);
+        return even_bytes(codes) * even_bytes(numbers) + odd_bytes(codes) * odd_bytes(numbers);
 #endif
     }
 
@@ -113,30 +125,54 @@ class NibbleDots {
 };
 #endif
 
-// The same of codes -128 to 127, a byte each.
+// Codes -128 to 127, and numbers of 15 bits, for which there is time while bytes are read.
 class ByteDots {
   public:
+    static constexpr int kWords = 2, kLargest = 127 * 128;
 #if defined(__AVX512VNNI__)
-    static constexpr int32_t kOffset = 128;  // added to codes, so that none is negative
+    static constexpr int kOffset = 128;  // added to codes, so that none is negative
+    // Of each number a high digit, which counts 128 times, and a low one.
+    static void pack(const Integers *numbers, Integers *words) {
+        Integers high[4], low[4];
+        for (int i = 0; i < 4; ++i) {
+            high[i] = (numbers[i] + 64) >> 7;
+            low[i] = numbers[i] - (high[i] << 7);
+        }
+        words[0] = pack_bytes(high);
+        words[1] = pack_bytes(low);
+    }
+    void begin(Integers start) {
+        high_ = Integers{};
+        low_ = start;
+    }
+    void add(Integers codes, const Integers *words) {
+        codes ^= repeat(kOffset);
+        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes), raw(words[0])));
+        low_ = bits<Integers>(_mm512_dpbusd_epi32(raw(low_), raw(codes), raw(words[1])));
+    }
+    Integers total() const { return (high_ << 7) + low_; }
+
+  private:
+    Integers high_, low_;
 #else
-    static constexpr int32_t kOffset = 0;
-#endif
+    static constexpr int kOffset = 0;
+    static void pack(const Integers *numbers, Integers *words) {
+        for (int i = 0; i < 2; ++i) words[i] = numbers[i] & 0xffff | numbers[i + 2] << 16;
+    }
     void begin(Integers start) { total_ = start; }
-    void add(Integers codes, Integers digits) {
-#if defined(__AVX512VNNI__)
-        total_ = bits<Integers>(_mm512_dpbusd_epi32(raw(total_), raw(codes ^ repeat(kOffset)), raw(digits)));
-#else
-        total_ += add_pairs(even_bytes(codes), even_bytes(digits)) + add_pairs(odd_bytes(codes), odd_bytes(digits));
-#endif
+    void add(Integers codes, const Integers *words) {
+        total_ += add_pairs(even_bytes(codes), bits<Shorts>(words[0]));
+        total_ += add_pairs(odd_bytes(codes), bits<Shorts>(words[1]));
     }
     Integers total() const { return total_; }
 
   private:
     Integers total_;
+#endif
 };
 
-// Numbers that each stand for some lanes of 16 bytes, to be spread over them: number i / 4 * outputs / group for element
-// i, of so many outputs every 16 bytes.
+// Numbers that each stand for some lanes of 16 bytes, to be spread over them: for element i number
+// i / 4 * outputs / group, of so many outputs every 16 bytes.
 class Spread {
   public:
     Spread(int64_t outputs, int64_t group) {

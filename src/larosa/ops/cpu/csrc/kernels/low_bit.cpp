@@ -1,7 +1,7 @@
 // Products of a vector with weights of 8 or 4 bits, by columns and in whole numbers.
 //
-// The vector's entries times the scales of their columns are rounded to 8 bits, by one unit for kBlock columns in each
-// group of outputs. Sums over a block are exact then. What is left in float32 has one order, and is compiled without
+// The vector's entries times the scales of their columns are rounded, by one unit for kBlock columns in each group of
+// outputs. Sums over a block are exact then. What is left in float32 has one order, and is compiled without
 // fused multiplications and additions (nothing of vector.h that does both is called): so results have the same bits on
 // every instruction set.
 #include "bytes.h"
@@ -16,15 +16,13 @@ constexpr int64_t kTile = 4 * kLanes;        // bytes of a column that are taken
 constexpr int64_t kQuads = kBlock / 4;       // of columns, whose digits share a word
 constexpr int64_t kRoom = kStrip / 32 + 16;  // groups of a strip, which have 32 outputs at least, in whole vectors
 
-// Largest magnitude of a digit, and the magnitude up to which an entry counts as nothing: the reciprocal of a smaller
-// one would be too large for a float.
-constexpr float kLargest = 127, kNothing = 1e-36f;
+// Entries up to this magnitude count as nothing: the reciprocal of a smaller one would be too large for a float.
+constexpr float kNothing = 1e-30f;
 
 // How outputs lie in the bytes of a column, and what dot products make of them.
 struct Nibbles {
     using Dots = NibbleDots;
     static constexpr int64_t outputs = 2;  // a byte
-    static constexpr int32_t offset = 8;
     static void totals(const Dots &dots, Integers *of) {
         of[0] = dots.low();
         of[1] = dots.high();
@@ -45,7 +43,6 @@ struct Nibbles {
 struct WholeBytes {
     using Dots = ByteDots;
     static constexpr int64_t outputs = 1;
-    static constexpr int32_t offset = Dots::kOffset;
     static void totals(const Dots &dots, Integers *of) { of[0] = dots.total(); }
     static void order(const float *totals, float *out) { __builtin_memcpy(out, totals, 4 * sizeof *out); }
 };
@@ -54,9 +51,9 @@ struct WholeBytes {
 struct Block {
     const uint8_t *codes[kBlock];
     const uint8_t *next[kBlock];  // codes of the block that is likely to follow
-    // For each group of the strip's outputs: digits of four columns a word, what sums start at for the codes' offset,
-    // and the bits of the unit.
-    int32_t digits[kQuads][kRoom];
+    // For each group of the strip's outputs: the rounded entries of four columns in up to two words, what sums start at
+    // for the codes' offset, and the bits of the unit.
+    int32_t words[kQuads][2][kRoom];
     int32_t starts[kRoom];
     int32_t units[kRoom];
 };
@@ -69,9 +66,11 @@ inline Floats load_scales(const larosa_low_bit &matrix, int64_t column, int64_t 
     return whole ? load<BFloat16>(from) : load_some<BFloat16>(from, groups - at < kLanes ? groups - at : kLanes);
 }
 
-// Entries times scales, rounded, for `count` groups from `first` on of codes that have an `offset`.
+// Entries times scales, rounded, for `count` groups from `first` on.
+template <class Dots>
 inline void round_entries(const float *values, const int32_t *columns, const larosa_low_bit &matrix, int64_t depth,
-                          int64_t first, int64_t count, int32_t offset, Block &block) {
+                          int64_t first, int64_t count, Block &block) {
+    constexpr float most = Dots::kLargest;
     const int64_t groups = (matrix.outputs + matrix.group - 1) / matrix.group;
     for (int64_t at = 0; at < count; at += kLanes) {
         Floats scaled[kBlock];
@@ -83,23 +82,24 @@ inline void round_entries(const float *values, const int32_t *columns, const lar
         }
         const Floats largest = bits<Floats>(magnitude);
         const Floats none = {};
-        const Floats inverse = largest > kNothing ? kLargest / largest : none;
-        const Floats unit = largest > kNothing ? largest / kLargest : none;
+        const Floats inverse = largest > kNothing ? most / largest : none;
+        const Floats unit = largest > kNothing ? largest / most : none;
         const Floats nan = splat(__builtin_nanf(""));
         const Floats kept = magnitude < 0x7f800000 ? unit : nan;
-        // Where the unit is NaN, so is the result, whatever the digits are.
-        Words total = {};
+        // Where the unit is NaN, so is the result, whatever the numbers are.
+        Integers total = {};
         for (int64_t quad = 0; quad < kQuads; ++quad) {
-            Words word = {};
+            Integers numbers[4], words[2];
             for (int64_t i = 0; i < 4; ++i) {
-                // To a number so large that no fraction has room: the lowest bits are the rounded entry.
-                const Words digit = bits<Words>(scaled[4 * quad + i] * inverse + 12582912.0f);
-                total += digit;
-                word |= (digit & 0xffu) << (8 * i);
+                // To a number so large that no fraction has room: its bits are those of 12582912 and the rounded entry.
+                numbers[i] = bits<Integers>(scaled[4 * quad + i] * inverse + 12582912.0f) - 0x4b400000;
+                total += numbers[i];
             }
-            __builtin_memcpy(&block.digits[quad][at], &word, sizeof word);
+            Dots::pack(numbers, words);
+            for (int64_t i = 0; i < Dots::kWords; ++i)
+                __builtin_memcpy(&block.words[quad][i][at], &words[i], sizeof words[i]);
         }
-        const Words start = (uint32_t(kBlock) * 0x4b400000u - total) * uint32_t(offset);
+        const Integers start = total * -Dots::kOffset;
         __builtin_memcpy(&block.starts[at], &start, sizeof start);
         __builtin_memcpy(&block.units[at], &kept, sizeof kept);
     }
@@ -112,15 +112,16 @@ inline void add_tile(const Block &block, const uint8_t *const *codes, int64_t at
     typename Type::Dots dots[4];
     for (int64_t i = 0; i < 4; ++i) dots[i].begin(spread(&block.starts[group]));
     for (int64_t quad = 0; quad < kQuads; ++quad) {
-        const Integers digits = spread(&block.digits[quad][group]);
+        Integers words[2];
+        for (int64_t i = 0; i < Type::Dots::kWords; ++i) words[i] = spread(&block.words[quad][i][group]);
         Integers columns[4];
         for (int64_t i = 0; i < 4; ++i) columns[i] = load_bytes(codes[4 * quad + i] + at);
         const Integers low[2] = {low_bytes(columns[0], columns[1]), low_bytes(columns[2], columns[3])};
         const Integers high[2] = {high_bytes(columns[0], columns[1]), high_bytes(columns[2], columns[3])};
-        dots[0].add(low_pairs(low[0], low[1]), digits);
-        dots[1].add(high_pairs(low[0], low[1]), digits);
-        dots[2].add(low_pairs(high[0], high[1]), digits);
-        dots[3].add(high_pairs(high[0], high[1]), digits);
+        dots[0].add(low_pairs(low[0], low[1]), words);
+        dots[1].add(high_pairs(low[0], low[1]), words);
+        dots[2].add(low_pairs(high[0], high[1]), words);
+        dots[3].add(high_pairs(high[0], high[1]), words);
     }
     const Floats unit = bits<Floats>(spread(&block.units[group]));
     for (int64_t i = 0; i < 4; ++i) {
@@ -170,7 +171,7 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
             for (int64_t at = 0; at < groups; at += kLine / 2) __builtin_prefetch(scales + at, 0, 3);
             ends_inside = ends_inside && offset(columns[i]) + whole + kTile <= last_byte + 1;
         }
-        round_entries(entries, columns, matrix, depth, first_group, groups, Type::offset, block);
+        round_entries<typename Type::Dots>(entries, columns, matrix, depth, first_group, groups, block);
         const auto add = [&](int64_t at, const uint8_t *const *codes, int64_t codes_at) {
             if (at % kLine == 0)
                 for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at, 0, 3);
