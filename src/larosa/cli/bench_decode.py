@@ -69,7 +69,7 @@ def decode(
             "leave them out, a checkpoint has its own"
         )
     where = find_device(device)
-    if where.type == "cuda" and quantization is not None:
+    if where.type == "cuda" and layout.quantization is not None:
         raise LarosaError(f"--weights {weights}: only the CPU has kernels for it: add --device cpu")
     options.check_json_file(json)
     if threads is not None:

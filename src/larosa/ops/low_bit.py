@@ -16,7 +16,7 @@ BLOCK = 16
 #: Blocks are added up in up to so many segments of at least so many columns.
 _SEGMENTS, _SEGMENT = 4, 64
 
-#: What the largest activation becomes, by the bits of the codes: 8 bits are finer than a weight's 4, but not than its 8.
+#: What the largest activation becomes, by the bits of the codes: 8 are finer than a weight's 4, but not than its 8.
 _LARGEST = {4: 127.0, 8: 127.0 * 128}
 #: Magnitudes up to this count as nothing: the reciprocal of a smaller one would be too large for float32.
 _NOTHING = 1e-30
