@@ -21,8 +21,9 @@ GROUPS = (32, 64, 128)
 #: nothing, as whole numbers are chosen for the rounded scale. A scale times a whole number is exact in float32.
 SCALE_DTYPE = torch.bfloat16
 
-#: Columns dequantised at a time, so that no matrix needs a whole float32 copy beside the one that is wanted.
-_COLUMNS = 1024
+#: Weights dequantised at a time, for no matrix to need a whole float32 copy beside the one that is wanted: on a CPU so
+#: many that what is made of them on the way stays in a core's cache, elsewhere so many that launches take no time.
+_WEIGHTS, _WEIGHTS_ELSEWHERE = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ class ColumnFormat(ABC):
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, outputs: int, dtype: torch.dtype) -> torch.Tensor:
         """The linear's transpose W^T [D, N]: exact in float32 and float64, in 16 bits rounded once."""
+        # bfloat16 numbers are multiplied exactly before they are rounded, anyway.
+        exact = torch.float32 if dtype is torch.float16 else dtype
         weight = torch.empty(len(codes), outputs, dtype=dtype, device=codes.device)
-        for at in range(0, len(codes), _COLUMNS):
-            rows = slice(at, at + _COLUMNS)
-            wide = scales[rows].to(torch.promote_types(dtype, torch.float32))
-            wide = wide.repeat_interleave(self.group, dim=1)[:, :outputs]
-            weight[rows] = wide * self.unpack(codes[rows], outputs)
+        columns = max(1, (_WEIGHTS if codes.is_cpu else _WEIGHTS_ELSEWHERE) // outputs)
+        for at in range(0, len(codes), columns):
+            rows = slice(at, at + columns)
+            wide = scales[rows, :, None].to(exact).expand(-1, -1, self.group).flatten(1)[:, :outputs]
+            weight[rows] = self.unpack(codes[rows], outputs).to(exact) * wide
         return weight
 
 
