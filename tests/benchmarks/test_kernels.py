@@ -37,7 +37,7 @@ def test_ratios_follow_from_what_was_measured(result):
     half = next(row for row in result.rows if row.kernel == "sparse_linear" and row.sparsity == 0.5)
     assert (half.shape, half.bytes) == ("40+24x32", 64 * 16 * 2)
     half = next(row for row in result.rows if row.dtype == "int4" and row.sparsity == 0.5)
-    assert (half.shape, half.bytes) == ("40+24x32", (20 + 12 + 2 + 2) * 16)
+    assert (half.shape, half.bytes) == ("40+24x32", (20 + 12 + 2 * 2 + 2) * 16)
 
 
 def test_the_share_of_selections_needs_the_layer(result):
