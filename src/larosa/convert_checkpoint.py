@@ -262,17 +262,17 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    if config.tie_word_embeddings and settings.rotation.rotates:
+    linears = None if settings.quantization is None else settings.quantization.linear_format
+    of_head = None if settings.quantization is None else settings.quantization.head_format
+    if config.tie_word_embeddings and (settings.rotation.rotates or of_head is not None):
         needed += head.numel() * head.element_size()
     sizes, item = SiteSizes.of(config), head.element_size()
     adapters = settings.adapters or usual_format(head.dtype)
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item
-    if settings.quantization is not None:
-        linears, of_head = settings.quantization.linear_format, settings.quantization.head_format
-        needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
-        needed -= sizes.hidden * (column_bytes([len(head)], None, item) - column_bytes([len(head)], of_head, item))
+    needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
+    needed -= sizes.hidden * (column_bytes([len(head)], None, item) - column_bytes([len(head)], of_head, item))
     needed *= copies
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,23 @@ def test_another_format_is_a_class(make_model, quick_convert, token_ids, monkeyp
             assert set(linear.codes.unique().tolist()) <= {-1, 0, 1}
     assert model(token_ids(1, 5)).logits.isfinite().all()
     assert larosa.inspect(model).weight_bits > 8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["full", "int8"])
+@pytest.mark.parametrize("weights", ["full", "int4"])
+def test_asks_for_the_space_that_it_takes(make_model, tokenizer, tmp_path, monkeypatch, tied, head, weights):
+    make_model("llama", torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = {"method": "topk", "weights": weights, "head": head, "measure": False, "device": "cpu"}
+    options |= {"quantizer": "rtn"} if weights == "int4" else {}
+
+    def convert(free):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        return Conversion(str(tmp_path / "dense"), [tmp_path / "out"], sparsity=0.5, search="none", **options)
+
+    taken = larosa.inspect(convert(2**30)._converted.model).parameter_bytes
+    with pytest.raises(LarosaError, match="no space left on the disk"):
+        convert(taken - 1)
+    convert(taken)

@@ -165,8 +165,9 @@ def family_of(architecture: Architecture) -> Family:
 def model_class(config: Any) -> type[Any]:
     """The causal language model of a supported configuration, dense or sparsified."""
     architecture = find_architecture(config.model_type)
-    converted = config.model_type == architecture.converted_model_type
-    return family_of(architecture).causal_lm_class if converted else architecture.causal_lm_class
+    family = family_of(architecture)
+    # By class: a configuration that was loaded keeps the dense model's type when its model is converted.
+    return family.causal_lm_class if isinstance(config, family.config_class) else architecture.causal_lm_class
 
 
 def register_families() -> None:

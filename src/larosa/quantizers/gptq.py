@@ -7,7 +7,7 @@ import torch
 from larosa.formats import SCALE_DTYPE, ColumnFormat
 from larosa.quantizers.scales import round_groups
 
-#: What each entry's mean square is raised by, as a share of itself.
+#: What each entry's mean square is raised by, as a share of their mean.
 _DAMPING = 0.01
 
 #: Columns whose errors are passed on one by one before all that follow get them together.
@@ -51,9 +51,8 @@ def _passed_on(moment: torch.Tensor) -> torch.Tensor:
 
     These are the rows of the Cholesky factor of H^-1, which has the inverse of H without the columns already rounded.
     """
-    moment.diagonal().mul_(1 + _DAMPING)
-    # An entry that was never there has no correlations: with any mean square it takes and gives nothing.
-    moment.diagonal().masked_fill_(moment.diagonal() == 0, 1)
+    ridge = _DAMPING * float(moment.diagonal().mean())
+    moment.diagonal().add_(ridge or 1.0)  # where nothing ever came there is nothing to pass on
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     factor = torch.linalg.cholesky(inverse, upper=True)
     return factor / factor.diagonal()[:, None]
