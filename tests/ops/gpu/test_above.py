@@ -69,7 +69,7 @@ def test_long_vectors(target, kind, width):
 
 
 @pytest.mark.parametrize("kind", ["normal", "tied", "zero"])
-@pytest.mark.parametrize("width", [1, 300, 1500])
+@pytest.mark.parametrize("width", [300, 1500])
 def test_fused_selections_are_above_of_what_they_fuse(target, kind, width):
     x, gate_up = entries(kind, 1, width, seed=1), entries(kind, 1, 2 * width, seed=2)
     gain, score = entries("normal", width, seed=3).bfloat16(), scores(width, torch.float32, 4)
@@ -154,7 +154,7 @@ def test_a_count_of_more_than_there_is_room_for(target):
     assert torch.equal(target("sparse_linear", *operands, torch.tensor([99])), target("sparse_linear", *operands))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(products(), st.floats(0, 1))
 def test_products_of_what_is_above(target, problem, share):
     x, gain, score, _, weights, biases, residual = problem
