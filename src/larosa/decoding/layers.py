@@ -310,12 +310,17 @@ def norm(module: Any) -> Norm:
 
 def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
-    on_gpu = next(linears[0].parameters()).device.type != "cpu"
+    on_gpu = _on_gpu(linears[0])
     # [1, D] int32, where all columns are read faster than all rows.
     every = _every_column(linears[0]) if on_gpu and not kept else None
     # Launching one kernel less is worth selecting in every block of a product.
     fused = source if on_gpu and kept and not isinstance(source, _Gated) else None
     return Site(source, read_linears(linears, by_columns=bool(kept) or on_gpu), every=every, fused=fused, **kept)
+
+
+def _on_gpu(linear: Any) -> bool:
+    """Whether it is a GPU's kernels that read a linear."""
+    return next(linear.parameters()).device.type != "cpu"
 
 
 def _every_column(linear: Any) -> torch.Tensor:
@@ -346,6 +351,6 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | None:
     module = getattr(layer, name, None)
     if module is None:
         return None
-    along = module.weight.device.type != "cpu"
+    along = _on_gpu(module)
     lay_out(module, by_columns=along)
     return Adapter(module.weight.data, own(getattr(module, "scale", None)), along)

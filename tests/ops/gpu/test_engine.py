@@ -11,10 +11,10 @@ TOKENS = 6
 
 @pytest.fixture
 def engine(target, monkeypatch):
-    """engine(model): an engine over the target's operators, which selects in products as on a GPU."""
+    """engine(model): an engine over the target's operators, which reads weights as on a GPU."""
     for name in OPERATORS:
         monkeypatch.setattr(torch.ops.larosa, name, getattr(target.kernels, name))
-    monkeypatch.setattr(layers, "_selects_in_products", lambda weight: True)
+    monkeypatch.setattr(layers, "_on_gpu", lambda linear: True)
     # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
     monkeypatch.setattr(Engine, "_replayed", lambda engine: engine._run(engine._hidden, engine._position))
     return lambda model, *options: Engine(model.to(target.device), TOKENS, *options)
