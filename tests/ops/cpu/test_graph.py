@@ -81,13 +81,18 @@ def branches(x, dtype, bias):
     adapters = [random(370, 370), random(370, 370)]
     digits, scale = (40 * random(370, 740)).clamp(-127, 127).to(torch.int8), random(370) / 2**17
     inner, outer = column_major(random(1000, 370)), column_major(random(370, 500))
+    codes, scales = (40 * random(500, 370)).clamp(-127, 127).to(torch.int8), (random(500, 6) / 40).bfloat16()
 
     def run():
         y = x
         for adapter in [*adapters, None]:
             carried = ops.adapt(y, digits, scale) if adapter is None else ops.linear(y, [adapter], [bias], y)
             gate_up = ops.sparse_linear(*ops.rms_norm_top_k(y, None, 1e-6, 290), [inner], [None])
-            y = ops.sparse_linear(*ops.silu_mul_top_k(gate_up, 340), [outer], [bias], carried)
+            chosen = ops.silu_mul_top_k(gate_up, 340)
+            if adapter is adapters[1]:
+                y = ops.low_bit_linear(*chosen, [codes], [scales], [370], 64, [bias], carried)
+            else:
+                y = ops.sparse_linear(*chosen, [outer], [bias], carried)
         return y
 
     return run
