@@ -149,10 +149,16 @@ def shape_name(name: str, layers: int | None, layout: Layout) -> str:
 
 
 def random_quantization(weights: WeightFormat, group: int | None = None) -> Quantization | None:
-    """Linears of few bits, and a head of 8, for a random model: whose numbers nobody has rounded."""
-    if weights is WeightFormat.FULL:
-        return None
-    return Quantization.complete(weights, WeightFormat.INT8, group, Quantizer.RTN)
+    """Linears of few bits, and a head of 8, for a random model: whose numbers nobody has rounded. None for `full`.
+
+    Args:
+        group: outputs that share a scale; None for what suits the format.
+
+    Raises:
+        LarosaError: so many cannot share one, or there are no scales.
+    """
+    few = weights is not WeightFormat.FULL
+    return Quantization.complete(weights, None, group, Quantizer.RTN if few else None)
 
 
 def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) -> int:
