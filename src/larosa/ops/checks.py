@@ -80,8 +80,14 @@ def selection(values: torch.Tensor, indices: torch.Tensor) -> tuple[int, int]:
     return vectors("values", values)
 
 
+def counts(counts: torch.Tensor | None, rows: int) -> None:
+    """How many entries of each row of a list are meant: [B] int64; or None."""
+    if counts is not None and (counts.dtype != torch.int64 or counts.shape != (rows,) or not counts.is_contiguous()):
+        raise ValueError(f"count must be int64 [{rows}], one a row, not {counts.dtype} {list(counts.shape)}")
+
+
 def count(count: torch.Tensor | None, rows: int) -> None:
-    """How many entries of a list are meant: [1] int64, for one row; or None."""
+    """The same for a GPU's kernels, which take one row."""
     if count is not None and (count.dtype != torch.int64 or count.shape != (1,) or rows != 1):
         raise ValueError(f"count must be int64 [1] beside one row, not {count.dtype} {list(count.shape)} beside {rows}")
 
@@ -162,12 +168,15 @@ def attention(
     position: torch.Tensor,
     tables: Sequence[torch.Tensor | None],
     scales: torch.Tensor | None,
+    cache: torch.Tensor | None,
 ) -> int:
     """The number of query heads of what `attend` is given; `tables` are cos and sin."""
+    if len(qkv) != 1 or cache is not None or keys.dim() != 3:
+        raise ValueError("on a GPU attend takes one row of one cache [K, T, d]: run rows one after the other")
     key_heads, length, size = keys.shape
-    rows, width = vectors("qkv", qkv)
+    _, width = vectors("qkv", qkv)
     heads = width // size - 2 * key_heads
-    if rows != 1 or width % size or size % 2 or heads < key_heads or heads % key_heads:
+    if width % size or size % 2 or heads < key_heads or heads % key_heads:
         raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not hold the heads of a cache {tuple(keys.shape)}")
     kinds = FLOATS if scales is None else (torch.int8,)
     if keys.dtype not in kinds or values.dtype != keys.dtype or values.shape != keys.shape:

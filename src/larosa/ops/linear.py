@@ -83,16 +83,16 @@ def sparse_linear_reference(
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. For a GPU's kernels alone, which want it column-major.
         adapter_scale: [sum of N_i] of any float dtype, or None: the adapter is then int8, and used as `adapt` has it.
-        count: [1] int64, how many of the k entries of one row are meant, the first ones; None for all.
+        count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all. A GPU's
+            kernels take it of one row.
 
     Returns:
         [B, sum of N_i] like `values`.
     """
-    if count is not None:
-        values, indices = values[:, : int(count)], indices[:, : int(count)]
+    meant = [values.shape[1]] * len(values) if count is None else count.tolist()
     rows = [
-        linear_reference(value[None], [weight[:, index.long()] for weight in weights], biases)
-        for value, index in zip(values, indices, strict=True)
+        linear_reference(value[None, :k], [weight[:, index[:k].long()] for weight in weights], biases)
+        for value, index, k in zip(values, indices, meant, strict=True)
     ]
     result = torch.cat([_outputs(values[:0], weights), *rows])  # cat of nothing is an error
     if residual is not None and adapter is not None:

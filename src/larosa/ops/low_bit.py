@@ -62,7 +62,7 @@ def low_bit_linear_reference(
         group: outputs of a column that share a scale, one of `GROUPS`.
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
-        count: [1] int64, how many of the k entries of one row are meant, the first ones; None for all.
+        count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all.
 
     Returns:
         [B, sum of N_i] like `values`.
@@ -97,10 +97,10 @@ def low_bit_linear_in_integers(
     """
     if indices is None:
         indices = torch.arange(values.shape[1], dtype=torch.int32).expand(values.shape)
-    if count is not None:
-        values, indices = values[:, : int(count)], indices[:, : int(count)]
+    meant = [values.shape[1]] * len(values) if count is None else count.tolist()
     rows = []
-    for value, index in zip(values, indices.long(), strict=True):
+    for value, index, k in zip(values, indices.long(), meant, strict=True):
+        value, index = value[:k], index[:k]
         parts = [
             _segments(value, matrix[index], scale[index].float(), _format(matrix, group), size)
             + (0 if bias is None else bias.float())

@@ -10,7 +10,7 @@ from larosa.ops.top_k import top_k_mask
 
 #: Values [B, k] and their indices [B, k] int32, ascending in each row.
 Selection = tuple[torch.Tensor, torch.Tensor]
-#: The same of one row of D entries in memory for D, [1, D] each, and how many they are, [1] int64; zeros stand behind
+#: The same of rows of D entries in memory for D, [B, D] each, and how many they are, [B] int64; zeros stand behind
 #: them. So shapes stay the same whatever is kept, and no host has to wait for a number.
 CountedSelection = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -58,7 +58,7 @@ def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor
 
 
 def _counted_selection(x: torch.Tensor, width: int) -> CountedSelection:
-    return *_selection(x, width), x.new_empty(1, dtype=torch.int64)
+    return *_selection(x, width), x.new_empty(len(x), dtype=torch.int64)
 
 
 def _selection(x: torch.Tensor, k: int) -> Selection:
@@ -93,7 +93,7 @@ def above_reference(x: torch.Tensor, threshold: float, score: torch.Tensor | Non
     """The entries whose magnitude is above a threshold, or that are NaN: how many, depends on the values.
 
     Args:
-        x: [1, D], float32 (float64 for a reference).
+        x: [B, D], float32 (float64 for a reference). A GPU's kernels take one row.
         threshold: not negative; compared in the dtype of `x`.
         score: [D], not negative, any float dtype: magnitude times score is compared, a product in the dtype of `x`.
     """

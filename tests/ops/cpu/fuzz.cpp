@@ -114,7 +114,7 @@ larosa_vector vector_of(const std::unique_ptr<Typed> &typed) {
 }
 
 void products() {
-    const int64_t rows = integer(0, 3), depth = width(), k = integer(0, 4) ? integer(0, depth) : depth;
+    const int64_t rows = integer(0, 6), depth = width(), k = integer(0, 4) ? integer(0, depth) : depth;
     const int64_t dtype = integer(0, 2), threads = integer(1, 5), count = integer(1, 3);
     const bool sparse = integer(0, 1);
     what = std::string(sparse ? "sparse_linear" : "linear") + " rows " + std::to_string(rows) + " depth " +
@@ -136,22 +136,40 @@ void products() {
     const float *added = integer(0, 1) ? residual.get() : nullptr;
     if (sparse) {
         for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
+        for (int64_t row = 0; integer(0, 1) && row < rows; ++row)
+            std::sort(indices.get() + row * k, indices.get() + (row + 1) * k);
         check(larosa_sparse_linear(x.get(), indices.get(), rows, k, depth, matrices.data(), count, added, out.get(),
                                    nullptr, threads) == LAROSA_OK,
               "refused");
-        if (rows == 1) {  // of a longer list so many, and what stands behind them is nothing
-            const Heap<float> counted(outputs), longer(k + 3);
-            Heap<int32_t> where(k + 3);
-            std::fill_n(longer.get(), k + 3, NAN), std::fill_n(where.get(), k + 3, -1);
-            std::copy_n(x.get(), k, longer.get()), std::copy_n(indices.get(), k, where.get());
-            check(larosa_sparse_linear(longer.get(), where.get(), 1, k + 3, depth, matrices.data(), count, added,
-                                       counted.get(), &k, threads) == LAROSA_OK,
-                  "refused");
-            check(std::memcmp(counted.get(), out.get(), size_t(outputs) * sizeof(float)) == 0, "by count another");
+        // Of longer lists so many, and what stands behind them is nothing, alone and beside other rows.
+        const Heap<float> counted(rows * outputs), longer(rows * (k + 3));
+        const Heap<int32_t> where(rows * (k + 3));
+        const Heap<int64_t> meant(rows);
+        std::fill_n(longer.get(), longer.size(), NAN);
+        std::fill_n(where.get(), where.size(), rows == 1 ? -1 : 0);
+        std::fill_n(meant.get(), rows, k);
+        for (int64_t row = 0; row < rows; ++row) {
+            std::copy_n(x.get() + row * k, k, longer.get() + row * (k + 3));
+            std::copy_n(indices.get() + row * k, k, where.get() + row * (k + 3));
         }
+        check(larosa_sparse_linear(longer.get(), where.get(), rows, k + 3, depth, matrices.data(), count, added,
+                                   counted.get(), meant.get(), threads) == LAROSA_OK,
+              "refused");
+        check(std::memcmp(counted.get(), out.get(), size_t(rows * outputs) * sizeof(float)) == 0, "by count another");
     } else {
         check(larosa_linear(x.get(), rows, depth, matrices.data(), count, added, out.get(), threads) == LAROSA_OK,
               "refused");
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const Heap<float> alone(outputs);
+        const float *of_row = added ? added + row * outputs : nullptr;
+        const int status = sparse ? larosa_sparse_linear(x.get() + row * k, indices.get() + row * k, 1, k, depth,
+                                                         matrices.data(), count, of_row, alone.get(), nullptr, threads)
+                                  : larosa_linear(x.get() + row * depth, 1, depth, matrices.data(), count, of_row,
+                                                  alone.get(), threads);
+        check(status == LAROSA_OK, "refused");
+        check(std::memcmp(alone.get(), out.get() + row * outputs, size_t(outputs) * sizeof(float)) == 0,
+              "another one alone");
     }
     int64_t offset = 0;
     for (int64_t m = 0; m < count; offset += matrices[m++].outputs)
@@ -204,16 +222,18 @@ void selections() {
         for (int64_t i = 0; i < width; ++i)
             check(kept[i] || k == 0 || rank(row, i) < lowest || (rank(row, i) == lowest && i > last), "a larger one");
     }
-    const Heap<float> kept(width);
-    const Heap<int32_t> where(width);
-    if (rows == 0) return;
+    const Heap<float> kept(rows * width);
+    const Heap<int32_t> where(rows * width);
+    const Heap<int64_t> counts(rows);
     const larosa_vector unscored = {nullptr, LAROSA_FLOAT32};
-    int64_t count = -1;
-    larosa_above(x.get(), width, 1.0f, &unscored, kept.get(), where.get(), &count);
-    int64_t expected = 0;
-    for (int64_t i = 0; i < width; ++i)
-        if (!(std::fabs(x[i]) <= 1)) check(expected < count && where[expected++] == i, "not above");
-    check(expected == count, "too many");
+    larosa_above(x.get(), rows, width, 1.0f, &unscored, kept.get(), where.get(), counts.get());
+    for (int64_t row = 0; row < rows; ++row) {
+        int64_t expected = 0;
+        for (int64_t i = 0; i < width; ++i)
+            if (!(std::fabs(x[row * width + i]) <= 1))
+                check(expected < counts[row] && where[row * width + expected++] == i, "not above");
+        check(expected == counts[row], "too many");
+    }
 }
 
 // Two calls at once, the second on what the first leaves, with arguments of each kind.
@@ -390,29 +410,37 @@ void attention() {
     const int64_t key_heads = integer(1, 3), shared = integer(1, 3), size = 2 * integer(1, 40);
     const int64_t capacity = integer(0, 3) ? integer(1, 40) : integer(100, 400), threads = integer(1, 5);
     const int64_t heads = shared * key_heads, window = integer(0, 2) ? 0 : integer(1, 300), dtype = integer(0, 3);
-    what = "attend dtype " + std::to_string(dtype) + " size " + std::to_string(size) + " capacity " + std::to_string(capacity);
-    const Heap<float> qkv = floats((heads + 2 * key_heads) * size);
+    const int64_t caches = integer(1, 3), rows = integer(0, std::min<int64_t>(capacity, 4));
+    what = "attend dtype " + std::to_string(dtype) + " size " + std::to_string(size) + " capacity " +
+           std::to_string(capacity) + " rows " + std::to_string(rows);
+    const int64_t width = (heads + 2 * key_heads) * size;
+    const Heap<float> qkv = floats(rows * width);
     const bool rounded = dtype == LAROSA_INT8;
-    const int64_t rows = key_heads * capacity;
-    const Typed numbers[2] = {{rounded ? 0 : rows * size, dtype}, {rounded ? 0 : rows * size, dtype}};
-    const Heap<int8_t> digits[2] = {Heap<int8_t>(rounded ? rows * size : 0), Heap<int8_t>(rounded ? rows * size : 0)};
-    const Heap<uint16_t> scales(rounded ? 2 * rows : 0);
+    const int64_t places = caches * key_heads * capacity;
+    const int64_t exact = rounded ? 0 : places * size, codes = rounded ? places * size : 0;
+    const Typed numbers[2] = {{exact, dtype}, {exact, dtype}};
+    const Heap<int8_t> digits[2] = {Heap<int8_t>(codes), Heap<int8_t>(codes)};
+    const Heap<uint16_t> scales(rounded ? 2 * places : 0);
     for (const Heap<int8_t> &each : digits)
         for (int64_t i = 0; i < each.size(); ++i) each[i] = int8_t(integer(-127, 127));
     for (int64_t i = 0; i < scales.size(); ++i) scales[i] = uint16_t(integer(0x3c00, 0x3c7f));  // about a hundredth
     const auto data = [&](int which) -> void * {
         return rounded ? digits[which].get() : const_cast<void *>(numbers[which].data());
     };
-    const Heap<float> cos = floats(capacity * size), sin = floats(capacity * size), out(heads * size);
-    const Heap<int64_t> position(1);
-    position[0] = integer(0, capacity - 1);
+    const Heap<float> cos = floats(capacity * size), sin = floats(capacity * size), out(rows * heads * size);
+    const Heap<int64_t> position(rows), cache(rows);
+    const int64_t last = integer(std::max<int64_t>(rows - 1, 0), capacity - 1);
+    for (int64_t row = 0; row < rows; ++row) {  // positions that follow each other, of whatever caches
+        position[row] = last - rows + 1 + row;
+        cache[row] = integer(0, caches - 1);
+    }
     const std::unique_ptr<Typed> q_gain = maybe(size), k_gain = maybe(size);
-    const bool rotate = integer(0, 1);
+    const bool rotate = integer(0, 1), several = caches > 1 || integer(0, 1);
     const double scale = 1 / std::sqrt(double(size));
     const larosa_attention attention = {
-        qkv.get(), data(0), data(1), rounded ? scales.get() : nullptr, position.get(),
+        qkv.get(), data(0), data(1), rounded ? scales.get() : nullptr, position.get(), several ? cache.get() : nullptr,
         rotate ? cos.get() : nullptr, rotate ? sin.get() : nullptr, vector_of(q_gain), vector_of(k_gain),
-        heads, key_heads, capacity, size, dtype, window, 1e-6, scale};
+        heads, key_heads, capacity, size, dtype, window, rows, caches, 1e-6, scale};
     check(larosa_attend(&attention, out.get(), threads) == LAROSA_OK, "refused");
     const auto bfloat16 = [](uint16_t bits) {
         const uint32_t word = uint32_t(bits) << 16;
@@ -420,53 +448,56 @@ void attention() {
         std::memcpy(&value, &word, sizeof value);
         return double(value);
     };
-    const auto cached = [&](int which, int64_t row, int64_t i) {  // entry i of a row of keys (0) or values (1)
-        const Typed &cache = numbers[which];
-        const int64_t at = row * size + i;
-        if (rounded) return digits[which][at] * bfloat16(scales[2 * row + which]);
-        if (dtype == LAROSA_FLOAT32) return double(cache.wide[at]);
-        if (dtype == LAROSA_FLOAT16) return half(cache.narrow[at]);
-        return bfloat16(cache.narrow[at]);
+    const auto cached = [&](int which, int64_t place, int64_t i) {  // entry i at a place of keys (0) or values (1)
+        const Typed &typed = numbers[which];
+        const int64_t at = place * size + i;
+        if (rounded) return digits[which][at] * bfloat16(scales[2 * place + which]);
+        if (dtype == LAROSA_FLOAT32) return double(typed.wide[at]);
+        if (dtype == LAROSA_FLOAT16) return half(typed.narrow[at]);
+        return bfloat16(typed.narrow[at]);
     };
-    for (int64_t head = 0; rounded && head < key_heads; ++head)
-        for (int64_t i = 0; i < size; ++i) {
-            const int64_t row = head * capacity + position[0];
-            const double value = qkv[(heads + key_heads + head) * size + i], scale = bfloat16(scales[2 * row + 1]);
-            check_near(float(cached(1, row, i)), value, 0.8 * scale);
-        }
-    const int64_t start = window && position[0] + 1 > window ? position[0] + 1 - window : 0;
-    for (int64_t head = 0; head < heads; ++head) {
-        std::vector<double> query(size), mixed(size, 0.0);
-        double squares = 0;
-        for (int64_t i = 0; i < size; ++i) squares += std::pow(double(qkv[head * size + i]), 2);
-        for (int64_t i = 0; i < size; ++i)
-            query[i] = q_gain ? qkv[head * size + i] / std::sqrt(squares / size + 1e-6) * q_gain->wide[i]
-                              : double(qkv[head * size + i]);
-        if (rotate)
-            for (int64_t i = 0; i < size / 2; ++i) {
-                const double first = query[i], second = query[size / 2 + i];
-                const float *c = &cos[position[0] * size], *s = &sin[position[0] * size];
-                query[i] = first * c[i] - second * s[i];
-                query[size / 2 + i] = second * c[size / 2 + i] + first * s[size / 2 + i];
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = position[row];
+        const float *own = qkv.get() + row * width;
+        const auto place = [&](int64_t head, int64_t t) { return (cache[row] * key_heads + head) * capacity + t; };
+        for (int64_t head = 0; rounded && head < key_heads; ++head)
+            for (int64_t i = 0; i < size; ++i) {
+                const double value = own[(heads + key_heads + head) * size + i];
+                check_near(float(cached(1, place(head, at), i)), value, 0.8 * bfloat16(scales[2 * place(head, at) + 1]));
             }
-        std::vector<double> scores;
-        double largest = -INFINITY, total = 0, span = 0;
-        for (int64_t t = start; t <= position[0]; ++t) {
-            double score = 0;
+        const int64_t start = window && at + 1 > window ? at + 1 - window : 0;
+        for (int64_t head = 0; head < heads; ++head) {
+            std::vector<double> query(size), mixed(size, 0.0);
+            double squares = 0;
+            for (int64_t i = 0; i < size; ++i) squares += std::pow(double(own[head * size + i]), 2);
             for (int64_t i = 0; i < size; ++i)
-                score += query[i] * cached(0, head / shared * capacity + t, i);
-            scores.push_back(scale * score);
-            largest = std::max(largest, scores.back());
-            span = std::max(span, std::fabs(scores.back()));
-        }
-        for (int64_t t = start; t <= position[0]; ++t) {
-            const double weight = std::exp(scores[t - start] - largest);
-            total += weight;
+                query[i] = q_gain ? own[head * size + i] / std::sqrt(squares / size + 1e-6) * q_gain->wide[i]
+                                  : double(own[head * size + i]);
+            if (rotate)
+                for (int64_t i = 0; i < size / 2; ++i) {
+                    const double first = query[i], second = query[size / 2 + i];
+                    const float *c = &cos[at * size], *s = &sin[at * size];
+                    query[i] = first * c[i] - second * s[i];
+                    query[size / 2 + i] = second * c[size / 2 + i] + first * s[size / 2 + i];
+                }
+            std::vector<double> scores;
+            double largest = -INFINITY, total = 0, span = 0;
+            for (int64_t t = start; t <= at; ++t) {
+                double score = 0;
+                for (int64_t i = 0; i < size; ++i) score += query[i] * cached(0, place(head / shared, t), i);
+                scores.push_back(scale * score);
+                largest = std::max(largest, scores.back());
+                span = std::max(span, std::fabs(scores.back()));
+            }
+            for (int64_t t = start; t <= at; ++t) {
+                const double weight = std::exp(scores[t - start] - largest);
+                total += weight;
+                for (int64_t i = 0; i < size; ++i) mixed[i] += weight * cached(1, place(head / shared, t), i);
+            }
             for (int64_t i = 0; i < size; ++i)
-                mixed[i] += weight * cached(1, head / shared * capacity + t, i);
+                check_near(out[(row * heads + head) * size + i], mixed[i] / total,
+                           1e-4 * (1 + span) * (1 + std::fabs(mixed[i] / total)));
         }
-        for (int64_t i = 0; i < size; ++i)
-            check_near(out[head * size + i], mixed[i] / total, 1e-4 * (1 + span) * (1 + std::fabs(mixed[i] / total)));
     }
 }
 

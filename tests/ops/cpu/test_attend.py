@@ -136,3 +136,48 @@ def test_a_position_outside_the_cache(position):
     keys, values = torch.zeros(2, 1, 4, 8)
     with pytest.raises(IndexError, match="position"):
         ops.attend(torch.zeros(1, 24), keys, values, torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0)
+
+
+@settings(deadline=None, max_examples=300)
+@given(problems(), st.data())
+def test_rows_of_several_caches_are_the_reference(problem, data):
+    """Each row is what it is alone, to the bit, once the rows before it in its cache have been stored."""
+    chance, qkv, (floats, _), _, rotary, gains, window = problem
+    heads, capacity, size = floats.shape
+    caches, kind = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([floats.dtype, torch.int8]))
+    places = [(cache, at) for cache in range(caches) for at in range(capacity)]
+    chosen = data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=8, unique=True))
+    number, position = torch.tensor(chosen).T.contiguous()
+    qkv = chance.tensor(len(chosen), qkv.shape[1])
+    keys, values = ((30 * chance.tensor(caches, heads, capacity, size)).to(kind) for _ in range(2))
+    scales = chance.tensor(caches, heads, capacity, 2).abs().bfloat16() if kind == torch.int8 else None
+    rest = *rotary, *gains, 1e-6, size**-0.5, window
+    stored = [None if x is None else x.clone() for x in (keys, values, scales)]
+    found = chance.run(ops.attend, qkv, *stored[:2], position, *rest, stored[2], number)
+
+    by_one = [None if x is None else x.clone() for x in (keys, values, scales)]
+    for row in sorted(range(len(chosen)), key=lambda row: chosen[row]):
+        mine = [None if x is None else x[chosen[row][0]] for x in by_one]
+        alone = chance.run(ops.attend, qkv[row : row + 1], *mine[:2], position[row : row + 1], *rest, mine[2])
+        assert torch.equal(found[row : row + 1], alone)
+    for one, other in zip(stored, by_one, strict=True):
+        assert one is None or torch.equal(one, other)
+
+    # The reference stores them once more, over what the kernel has stored.
+    exact = [x.clone() if kind == torch.int8 else x.double() for x in stored[:2]]
+    doubles = [doubled(x) for x in (*rotary, *gains)]
+    factors = None if stored[2] is None else stored[2].clone()
+    expected = attend_reference(qkv.double(), *exact, position, *doubles, *rest[4:], factors, number)
+    tolerance = 2e-4 if kind == torch.float32 else 0.1
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def test_what_rows_may_not_be():
+    qkv, keys, values = torch.zeros(2, 24), *torch.zeros(2, 2, 1, 4, 8)
+    at, rest = torch.tensor([1, 1]), (*[None] * 4, 0.0, 1.0, 0, None)
+    with pytest.raises(IndexError, match="the same for two rows of one cache"):
+        ops.attend(qkv, keys, values, at, *rest, torch.tensor([1, 1]))
+    for number in (-1, 2):
+        with pytest.raises(IndexError, match="not the number of one of the caches"):
+            ops.attend(qkv, keys, values, at, *rest, torch.tensor([0, number]))
+    ops.attend(qkv, keys, values, at, *rest, torch.tensor([0, 1]))

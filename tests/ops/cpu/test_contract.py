@@ -46,9 +46,9 @@ CALLS = {
     "top_k": lambda: (random(2, 9), 4, random(9).abs()),
     "rms_norm_top_k": lambda: (random(2, 9), None, 1e-5, 4),
     "silu_mul_top_k": lambda: (random(2, 10), 3),
-    "above": lambda: (random(1, 9), 0.5, random(9).abs()),
-    "rms_norm_above": lambda: (random(1, 9), random(9), 1e-5, 0.5, random(9).abs()),
-    "silu_mul_above": lambda: (random(1, 10), 0.5, random(5).abs()),
+    "above": lambda: (random(2, 9), 0.5, random(9).abs()),
+    "rms_norm_above": lambda: (random(2, 9), random(9), 1e-5, 0.5, random(9).abs()),
+    "silu_mul_above": lambda: (random(2, 10), 0.5, random(5).abs()),
     "linear": lambda: (random(2, 9), [random(3, 9), random(4, 9)], [None, random(4)], random(2, 7)),
     "adapt": lambda: (random(2, 9), (20 * random(3, 11)).to(torch.int8), random(3)),
     "sparse_linear": lambda: (
@@ -69,6 +69,17 @@ CALLS = {
     ),
     "attend": lambda: (random(1, 64), *cache(), torch.tensor([3]), random(6, 8), random(6, 8), None, None, 0.0, 1.0, 0),
     "attend of digits": lambda: (random(1, 64), *digits(), torch.tensor([3]), *[None] * 4, 0.0, 1.0, 0, scales()),
+    "attend of several caches": lambda: (
+        random(3, 64),
+        *(torch.stack([x, x]) for x in cache()),
+        torch.tensor([3, 4, 3]),
+        *[None] * 4,
+        0.0,
+        1.0,
+        0,
+        None,
+        torch.tensor([0, 0, 1]),
+    ),
 }
 
 
@@ -112,23 +123,81 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
             assert torch.equal(bits(one), bits(other))
 
 
-def test_rows_of_a_batch_are_computed_as_if_alone():
-    weight = random(70, 50).to(torch.bfloat16)
+def test_rows_of_few_bits_are_computed_as_if_alone():
     x = random(4, 50)
     values, indices = ops.top_k(x, 20)
-    dense = ops.linear(x, [weight], [None])
-    digits, scale = (20 * random(70, 60)).to(torch.int8), random(70)
-    adapted = ops.adapt(x, digits, scale)
-    sparse = ops.sparse_linear(values, indices, [column_major(weight)], [None])
     few_bits = *low_bit(50, 70), [70], 32, [None]
     narrow, narrow_dense = ops.low_bit_linear(values, indices, *few_bits), ops.low_bit_linear(x, None, *few_bits)
+    above = ops.above(x, 0.7)
+    counted = ops.low_bit_linear(*above[:2], *few_bits, None, above[2])
     for row in range(4):
         one = slice(row, row + 1)
         assert torch.equal(narrow[one], ops.low_bit_linear(values[one], indices[one], *few_bits))
         assert torch.equal(narrow_dense[one], ops.low_bit_linear(x[one], None, *few_bits))
-        assert torch.equal(dense[one], ops.linear(x[one], [weight], [None]))
-        assert torch.equal(adapted[one], ops.adapt(x[one], digits, scale))
-        assert torch.equal(sparse[one], ops.sparse_linear(values[one], indices[one], [column_major(weight)], [None]))
+        alone = ops.low_bit_linear(above[0][one], above[1][one], *few_bits, None, above[2][one])
+        assert torch.equal(counted[one], alone)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(ISAS),
+    st.integers(0, 1000),
+    st.integers(2, 9),
+    st.sampled_from([1, 31, 32, 33, 300, 700]),
+    st.sampled_from([1, 70, 255, 600]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([0.05, 0.5, 1.0]),
+    st.integers(1, 3),
+)
+def test_rows_of_a_batch_are_computed_as_if_alone(isa, seed, rows, depth, outputs, dtype, share, threads):
+    library.set_isa(isa)
+    torch.set_num_threads(threads)
+    weights = [random(outputs, depth, seed=seed).to(dtype), random(outputs + 9, depth, seed=seed + 1).to(dtype)]
+    columns, biases = [column_major(weight) for weight in weights], [None, random(outputs + 9)]
+    x, residual = random(rows, depth, seed=seed), random(rows, 2 * outputs + 9)
+    values, indices = ops.top_k(x, int(share * depth))
+    above = ops.above(x, 1 - share)
+    norm = ops.rms_norm_above(x, None, 1e-5, 1 - share)
+    digits, scale = (20 * random(outputs, depth, seed=seed)).to(torch.int8), random(outputs)
+    together = (
+        ops.linear(x, weights, biases, residual),
+        ops.adapt(x, digits, scale),
+        ops.sparse_linear(values, indices, columns, biases, residual),
+        ops.sparse_linear(*above[:2], columns, biases, residual, count=above[2]),
+        *above,
+        *norm,
+    )
+    for row in range(rows):
+        one = slice(row, row + 1)
+        counted = ops.above(x[one], 1 - share)
+        alone = (
+            ops.linear(x[one], weights, biases, residual[one]),
+            ops.adapt(x[one], digits, scale),
+            ops.sparse_linear(values[one], indices[one], columns, biases, residual[one]),
+            ops.sparse_linear(*counted[:2], columns, biases, residual[one], count=counted[2]),
+            *counted,
+            *ops.rms_norm_above(x[one], None, 1e-5, 1 - share),
+        )
+        assert [torch.equal(whole[one], part) for whole, part in zip(together, alone, strict=True)] == [True] * 10
+    torch.set_num_threads(1)
+
+
+def test_a_column_that_only_another_row_keeps_does_not_show():
+    weight = random(70, 8)
+    weight[:, 5] = float("nan")
+    indices = torch.tensor([[1, 5], [1, 6]], dtype=torch.int32)
+    result = ops.sparse_linear(random(2, 2), indices, [column_major(weight)], [None])
+    assert result[0].isnan().all()
+    assert result[1].isfinite().all()
+
+
+def test_indices_in_any_order():
+    values, order = random(3, 100), torch.stack([torch.randperm(100) for _ in range(3)])
+    ascending = order.sort(dim=1)
+    weight = [column_major(random(40, 100))]
+    expected = ops.sparse_linear(values.gather(1, ascending.indices), ascending.values.int(), weight, [None])
+    found = ops.sparse_linear(values, order.int(), weight, [None])
+    torch.testing.assert_close(found, expected)
 
 
 def test_strided_activations_are_read_right():
@@ -184,11 +253,10 @@ BAD = {
     "wrong gain": (lambda: ops.rms_norm(random(1, 8), random(7), 0.0), ValueError, "gain"),
     "wrong score": (lambda: ops.top_k(random(1, 8), 2, random(1, 8)), ValueError, "score"),
     "odd gate_up": (lambda: ops.silu_mul(random(1, 7)), ValueError, "side by side"),
-    "two rows above": (lambda: ops.above(random(2, 7), 0.0), ValueError, "one row"),
     "a count of two rows": (
         lambda: ops.sparse_linear(random(2, 2), I.expand(2, -1), [C], [None], count=torch.ones(1, dtype=torch.int64)),
         ValueError,
-        "beside one row",
+        r"int64 \[2\], one a row",
     ),
     "a count of 32 bits": (
         lambda: ops.sparse_linear(V, I, [C], [None], count=torch.ones(1, dtype=torch.int32)),
@@ -228,6 +296,13 @@ ATTEND = {
         r"\[2, 6, 2\]",
     ),
     "int position": ({"position": torch.tensor([1], dtype=torch.int32)}, "int64"),
+    "a position for two rows": ({"qkv": random(2, 64)}, r"position must be contiguous int64 \[2\], one a row"),
+    "a number of one cache": ({"cache": torch.tensor([0])}, r"contiguous \[C, K, T, d\]"),
+    "several caches without numbers": (dict.fromkeys(("keys", "values"), random(1, 2, 6, 8)), r"\[K, T, d\]"),
+    "a number for two rows": (
+        dict.fromkeys(("keys", "values"), random(1, 2, 6, 8)) | {"cache": torch.tensor([0, 0])},
+        r"cache must be contiguous int64 \[1\]",
+    ),
 }
 
 

@@ -132,36 +132,50 @@ def residual(values: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor | N
     return activations("residual", values)
 
 
-def cache(keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None) -> int:
-    """`larosa_dtype` of keys and values [K, T, d], int8 with scales [K, T, 2] bfloat16; all are written in place."""
+def cache(
+    keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None, numbers: torch.Tensor | None = None
+) -> int:
+    """`larosa_dtype` of keys and values [K, T, d], int8 with scales [K, T, 2] bfloat16; all are written in place.
+
+    With the numbers of caches for rows these are [C, K, T, d] and [C, K, T, 2].
+    """
+    dimensions = "K, T, d" if numbers is None else "C, K, T, d"
     for name, tensor in (("keys", keys), ("values", values)):
         known = tensor.dtype in DTYPES if scales is None else tensor.dtype is torch.int8
         if not known or tensor.dtype is not keys.dtype:
             raise ValueError(f"{name} must be all of one dtype of {_names()}, or int8 with scales, not {_of(tensor)}")
-        if tensor.dim() != 3 or tensor.shape != keys.shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [K, T, d], keys and values alike, not {_of(tensor)}")
+        if tensor.dim() != 3 + (numbers is not None) or tensor.shape != keys.shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{dimensions}], keys and values alike, not {_of(tensor)}")
     if scales is None:
         return DTYPES[keys.dtype]
-    shape = (*keys.shape[:2], 2)
+    shape = (*keys.shape[:-1], 2)
     if scales.dtype != torch.bfloat16 or scales.shape != shape or not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous bfloat16 {list(shape)}, not {_of(scales)}")
     return _INT8
 
 
 def query_heads(qkv: torch.Tensor, keys: torch.Tensor) -> int:
-    """H of `qkv` [1, (H + 2 K) d]."""
-    shared, _, size = keys.shape
+    """H of `qkv` [B, (H + 2 K) d]."""
+    shared, _, size = keys.shape[-3:]
     heads, rest = divmod(qkv.shape[1] - 2 * shared * size, size) if shared and size else (-1, 0)
-    if len(qkv) != 1 or heads < 0 or rest or heads % shared:
-        raise ValueError(f"qkv {list(qkv.shape)} is not [1, (H + 2 K) d] of keys [K, T, d] = {list(keys.shape)}")
+    if heads < 0 or rest or heads % shared:
+        raise ValueError(f"qkv {list(qkv.shape)} is not [B, (H + 2 K) d] of keys [K, T, d] = {list(keys.shape[-3:])}")
     return heads
+
+
+def for_rows(name: str, numbers: torch.Tensor | None, rows: int) -> None:
+    """Checks `numbers` [B] int64, one a row, if there are any."""
+    if numbers is not None and (
+        numbers.dtype != torch.int64 or numbers.shape != (rows,) or not numbers.is_contiguous()
+    ):
+        raise ValueError(f"{name} must be contiguous int64 [{rows}], one a row, not {_of(numbers)}")
 
 
 def rotary(name: str, values: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor | None:
     """`cos` or `sin` [T, d] float32 of a cache, in one piece."""
     if values is None:
         return None
-    _, capacity, size = keys.shape
+    _, capacity, size = keys.shape[-3:]
     if values.shape != (capacity, size) or size % 2:
         raise ValueError(f"{name} must be [{capacity}, {size}] and of even width, not {_of(values)}")
     return activations(name, values)

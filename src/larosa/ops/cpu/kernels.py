@@ -16,6 +16,7 @@ from larosa.ops.select import CountedSelection, Selection
 # `larosa_status`.
 _BAD_INDEX = 1
 _BAD_POSITION = 2
+_BAD_CACHE = 4
 
 
 @implement("rms_norm", "CPU")
@@ -70,10 +71,11 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
 @implement("above", "CPU")
 def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
     x = arguments.activations("x", x)
-    found = values, indices, count = _counted(x, x.shape[1])
-    packed = arguments.vector("score", score, x.shape[1])
+    rows, width = x.shape
+    found = values, indices, count = _counted(x, width)
+    packed = arguments.vector("score", score, width)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().above(x.data_ptr(), x.shape[1], threshold, packed, *outputs)
+    load().above(x.data_ptr(), rows, width, threshold, packed, *outputs)
     return found
 
 
@@ -82,11 +84,11 @@ def _rms_norm_above(
     x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
 ) -> CountedSelection:
     x = arguments.activations("x", x)
-    width = x.shape[1]
+    rows, width = x.shape
     found = values, indices, count = _counted(x, width)
     gains, scores = arguments.vector("gain", gain, width), arguments.vector("score", score, width)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().rms_norm_above(x.data_ptr(), gains, eps, width, threshold, scores, *outputs)
+    load().rms_norm_above(x.data_ptr(), gains, eps, rows, width, threshold, scores, *outputs)
     return found
 
 
@@ -96,15 +98,13 @@ def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor
     found = values, indices, count = _counted(gate_up, width)
     packed = arguments.vector("score", score, width)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().silu_mul_above(gate_up.data_ptr(), width, threshold, packed, *outputs)
+    load().silu_mul_above(gate_up.data_ptr(), len(gate_up), width, threshold, packed, *outputs)
     return found
 
 
 def _counted(x: torch.Tensor, width: int) -> CountedSelection:
-    """Room for a selection from one row of so many entries, and for how many it has."""
-    if len(x) != 1:
-        raise ValueError(f"above selects from one row, not {len(x)}")
-    return *arguments.room(x, width, width), x.new_empty(1, dtype=torch.int64)
+    """Room for a selection from rows of so many entries, and for how many each has."""
+    return *arguments.room(x, width, width), x.new_empty(len(x), dtype=torch.int64)
 
 
 @implement("linear", "CPU")
@@ -156,7 +156,7 @@ def _sparse_linear(
         )
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
-    checks.count(count, len(values))
+    checks.counts(count, len(values))
     rows, k = values.shape
     depth = weights[0].shape[1] if weights else 0
     matrices, outputs = arguments.matrices(weights, biases, depth, column_major=True)
@@ -196,7 +196,7 @@ def _low_bit_linear(
     depth = len(codes[0]) if codes else 0
     if indices is not None:
         indices = arguments.selection(indices, values)
-        checks.count(count, rows)
+        checks.counts(count, rows)
     elif k != depth or count is not None:
         raise ValueError(f"without indices values must be [B, {depth}], all of them, not {list(values.shape)}")
     matrices, total = arguments.low_bit(codes, scales, outputs, group, biases, depth)
@@ -233,23 +233,25 @@ def _attend(
     scale: float,
     window: int,
     scales: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
     qkv = arguments.activations("qkv", qkv)
-    dtype = arguments.cache(keys, values, scales)
-    key_heads, capacity, size = keys.shape
-    heads = arguments.query_heads(qkv, keys)
-    if position.dtype != torch.int64 or position.shape != (1,):
-        raise ValueError(f"position must be int64 [1], not {position.dtype} {list(position.shape)}")
+    dtype = arguments.cache(keys, values, scales, cache)
+    key_heads, capacity, size = keys.shape[-3:]
+    heads, rows = arguments.query_heads(qkv, keys), len(qkv)
+    arguments.for_rows("position", position, rows)
+    arguments.for_rows("cache", cache, rows)
     if (cos is None) != (sin is None):
         raise ValueError("give both cos and sin, or neither")
     cos, sin = arguments.rotary("cos", cos, keys), arguments.rotary("sin", sin, keys)
-    out = qkv.new_empty(1, heads * size)
+    out = qkv.new_empty(rows, heads * size)
     attention = Attention(
         qkv.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         None if scales is None else scales.data_ptr(),
         position.data_ptr(),
+        None if cache is None else cache.data_ptr(),
         None if cos is None else cos.data_ptr(),
         None if sin is None else sin.data_ptr(),
         Vector.from_buffer_copy(arguments.vector("q_gain", q_gain, size)),
@@ -260,6 +262,8 @@ def _attend(
         size,
         dtype,
         window,
+        rows,
+        1 if cache is None else len(keys),
         eps,
         scale,
     )
@@ -280,6 +284,8 @@ def check_status(status: int) -> None:
     if status == _BAD_INDEX:
         raise IndexError("an index is not that of a column of the weights")
     if status == _BAD_POSITION:
-        raise IndexError("position is not that of a row of the cache")
+        raise IndexError("position is not that of a place in the cache, or the same for two rows of one cache")
+    if status == _BAD_CACHE:
+        raise IndexError("cache is not the number of one of the caches")
     if status:
         raise ValueError("a tensor begins in the middle of an element: clone it")

@@ -19,7 +19,7 @@ ISA_VARIABLE = "LAROSA_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
-INTERFACE = 3
+INTERFACE = 4
 
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 
@@ -39,6 +39,7 @@ class Attention(ctypes.Structure):
         ("values", c_void_p),
         ("scales", c_void_p),
         ("position", c_void_p),
+        ("cache", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("q_gain", Vector),
@@ -49,6 +50,8 @@ class Attention(ctypes.Structure):
         ("size", c_int64),
         ("dtype", c_int64),
         ("window", c_int64),
+        ("rows", c_int64),
+        ("caches", c_int64),
         ("eps", c_double),
         ("scale", c_double),
     )
@@ -68,12 +71,12 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p),
     ),
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
-    "above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "above": (None, (c_void_p, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "rms_norm_above": (
         None,
-        (c_void_p, c_char_p, c_double, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
+        (c_void_p, c_char_p, c_double, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
     ),
-    "silu_mul_above": (None, (c_void_p, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "silu_mul_above": (None, (c_void_p, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (

@@ -339,6 +339,7 @@ def attend(
     scale: float,
     window: int,
     scales: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
@@ -348,7 +349,7 @@ def attend(
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
     """
-    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales)
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales, cache)
     key_heads, length, size = keys.shape
     pieces, rest = divmod(size * keys.element_size(), 16)
     if rest or pieces > 32 or (keys.data_ptr() | values.data_ptr()) % 16:

@@ -25,9 +25,10 @@ def attend(
     scale: float,
     window: int,
     scales: torch.Tensor | None = None,
+    cache: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is."""
-    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales)
+    query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales, cache)
     key_heads, length, size = keys.shape
     checks.vector("q_gain", q_gain, size)
     checks.vector("k_gain", k_gain, size)

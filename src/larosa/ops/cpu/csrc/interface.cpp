@@ -17,6 +17,9 @@ constexpr int64_t kWorthSharing = 128 << 10;
 // The indices of a sparse product are cut into up to kSegments segments of at least kSegment.
 constexpr int64_t kSegments = 4, kSegment = 64;
 
+// Of several rows, weights of so many columns and outputs are read while as many are fetched to the second-level cache.
+constexpr int64_t kColumnsOfRows = 16, kStripOfRows = 2048;
+
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -121,11 +124,8 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
         kernels().arrange(x + row * depth, depth, matrices->dtype, arranged + row * depth);
     const auto run = [=](int64_t task) {
         const auto block = blocks.at(task);
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t offset = row * blocks.outputs + block.offset;
-            kernels().dense_rows(arranged + row * depth, depth, *block.matrix, block.first, block.count,
-                                 residual ? residual + offset : nullptr, out + offset);
-        }
+        kernels().dense_rows(arranged, rows, depth, *block.matrix, block.first, block.count,
+                             residual ? residual + block.offset : nullptr, out + block.offset, blocks.outputs);
     };
     if (later) {
         defer(blocks.of_row, threads, run);
@@ -135,6 +135,8 @@ int linear(const float *x, int64_t rows, int64_t depth, const larosa_matrix *mat
     }
     return LAROSA_OK;
 }
+
+int64_t segments_of(int64_t k) { return clamp(k / kSegment, 1, kSegments); }
 
 // A product by columns: sum(first entry, entries, block, sums) sums those of one segment up, whose bounds are multiples
 // of `step`.
@@ -146,7 +148,7 @@ void by_columns(const Matrix *matrices, int64_t count, int64_t rows, int64_t k, 
     if (rows * outputs * k * bits / 8 < 2 * kWorthSharing) threads = 1;
     // The longer the piece of a column, the better memory delivers it. So threads share the indices first, in segments
     // that depend on k alone, for the bits to be the same on any number of threads; and then the outputs, in strips.
-    const int64_t steps = (k + step - 1) / step, segments = clamp(k / kSegment, 1, kSegments);
+    const int64_t steps = (k + step - 1) / step, segments = segments_of(k);
     const int64_t strips = (threads + segments - 1) / segments;
     const int64_t size = clamp(round_up((rows * outputs + strips - 1) / strips, 128), 512, kStrip);
     const Blocks<Matrix> blocks(matrices, count, size);
@@ -191,6 +193,133 @@ int64_t keep_above(const float *x, int64_t width, float threshold, const larosa_
     std::fill_n(std::copy_n(kept, count, values), width - count, 0.0f);
     std::fill_n(std::copy_n(where, count, indices), width - count, 0);
     return count;
+}
+
+// What up to kTogether rows keep of `depth` columns: the columns that any of them keeps, each with a value for every row.
+class Kept {
+  public:
+    // Indices ascend. The memory is kept for the next time.
+    void set(const float *values, const int32_t *indices, int64_t rows, int64_t k, const int64_t *listed, int64_t depth,
+             int64_t threads) {
+        const auto count = [&](int64_t row) { return listed ? clamp(listed[row], 0, k) : k; };
+        rows_ = rows;
+        rank_.assign(size_t(depth), 0);  // of a column: first whether any row keeps it
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t i = 0; i < count(row); ++i) rank_[size_t(indices[row * k + i])] = 1;
+        columns_.resize(size_t(depth));
+        int32_t found = 0;
+        for (int64_t column = 0; column < depth; ++column) {
+            const int32_t kept = rank_[size_t(column)];
+            rank_[size_t(column)] = found;
+            columns_[size_t(found)] = int32_t(column);  // written before it is known to be kept
+            found += kept;
+        }
+        columns_.resize(size_t(found));
+        values_.assign(size_t(found * rows), 0.0f);
+        parallel(rows, threads, [&](int64_t row) {
+            segments[row] = segments_of(count(row));
+            for (int64_t segment = 0, i = 0; segment < segments[row]; ++segment) {
+                const int64_t end = count(row) * (segment + 1) / segments[row];
+                for (; i < end; ++i)
+                    values_[size_t(rank_[size_t(indices[row * k + i])] * rows + row)] = values[row * k + i];
+                ends[row][segment] = i < count(row) ? rank_[size_t(indices[row * k + i])] : size();
+            }
+        });
+        cuts.clear();
+        for (int64_t row = 0; row < rows; ++row) cuts.insert(cuts.end(), ends[row], ends[row] + segments[row]);
+        for (int64_t cut = 0; cut < size(); cut += kColumnsOfRows) cuts.push_back(cut);
+        std::sort(cuts.begin(), cuts.end());
+        cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    }
+
+    int64_t size() const { return int64_t(columns_.size()); }
+    const int32_t *columns(int64_t from) const { return columns_.data() + from; }
+    const float *values(int64_t from) const { return values_.data() + from * rows_; }
+
+    // Each row's sums are taken in segments, as if alone: how many, and which column each ends before.
+    int64_t segments[kTogether];
+    int64_t ends[kTogether][kSegments];
+    // Between two of these no segment ends, and there are no more than kColumnsOfRows columns.
+    std::vector<int64_t> cuts;
+
+  private:
+    int64_t rows_ = 0;
+    std::vector<int32_t> rank_, columns_;
+    std::vector<float> values_;
+};
+
+// One strip of the outputs of a sparse product of several rows, each with the sums that it has alone. Only where a weight
+// that a row does not keep is not finite does it get NaN: whether a row has any is told.
+void sparse_strip(int64_t rows, const Kept &kept, const Block<larosa_matrix> &block, const float *residual, float *out,
+                  int64_t outputs, std::atomic<bool> *nan) {
+    const larosa_matrix &matrix = *block.matrix;
+    const int64_t room = padded(block.count), of_row = kSegments * room;
+    float *sums = scratch<float>(rows * of_row);
+    std::fill_n(sums, rows * of_row, 0.0f);
+    int64_t segment[kTogether] = {};
+    for (size_t cut = 0; cut + 1 < kept.cuts.size(); ++cut) {
+        const int64_t from = kept.cuts[cut], to = kept.cuts[cut + 1];
+        float *now[kTogether];
+        for (int64_t row = 0; row < rows; ++row) {
+            // Past its last segment a row keeps none of the columns.
+            while (segment[row] + 1 < kept.segments[row] && kept.ends[row][segment[row]] <= from) ++segment[row];
+            now[row] = sums + row * of_row + segment[row] * room;
+        }
+        kernels().add_columns_of(kept.values(from), rows, kept.columns(from), to - from, kept.columns(to),
+                                 std::min(to - from, kept.size() - to), matrix, block.first, block.count, now);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        float *parts = sums + row * of_row;
+        for (int64_t part = 0; part < kept.segments[row]; ++part)
+            kernels().order_sums(matrix.dtype, block.count, parts + part * room);
+        const int64_t offset = row * outputs + block.offset;
+        kernels().finish(parts, kept.segments[row], matrix.bias, block.first, block.count,
+                         residual ? residual + offset : nullptr, out + offset);
+        int64_t found = 0;
+        for (int64_t i = 0; i < block.count; ++i) found += out[offset + block.first + i] != out[offset + block.first + i];
+        if (found) nan[row].store(true, std::memory_order_relaxed);
+    }
+}
+
+// larosa_sparse_linear of one row.
+void sparse_row(const float *values, const int32_t *indices, int64_t k, const larosa_matrix *matrices, int64_t count,
+                const float *residual, float *out, int64_t threads) {
+    by_columns(matrices, count, 1, k, 1, 8 * element_size(matrices->dtype), residual, out, threads,
+               [=](int64_t from, int64_t some, const Block<larosa_matrix> &block, float *sums) {
+                   kernels().sparse_columns(values + from, indices + from, some, k - from, *block.matrix, block.first,
+                                            block.count, sums);
+               });
+}
+
+bool ascend(const int32_t *indices, int64_t count) {
+    int64_t wrong = 0;
+    for (int64_t i = 1; i < count; ++i) wrong += indices[i] <= indices[i - 1];
+    return wrong == 0;
+}
+
+// larosa_sparse_linear of up to kTogether rows, which come to what each of them does alone.
+void sparse_rows(const float *values, const int32_t *indices, int64_t rows, int64_t k, const int64_t *listed,
+                 int64_t depth, const larosa_matrix *matrices, int64_t count, int64_t outputs, const float *residual,
+                 float *out, int64_t threads) {
+    const auto length = [&](int64_t row) { return listed ? clamp(listed[row], 0, k) : k; };
+    bool together = rows > 1;
+    for (int64_t row = 0; row < rows; ++row) together = together && ascend(indices + row * k, length(row));
+    std::atomic<bool> alone[kTogether];
+    for (std::atomic<bool> &each : alone) each.store(!together, std::memory_order_relaxed);
+    if (together) {
+        static thread_local Kept memory;
+        Kept &kept = memory;  // the caller's, for all threads
+        kept.set(values, indices, rows, k, listed, depth, threads);
+        const int64_t share = round_up((outputs + 2 * threads - 1) / (2 * threads), 64);
+        const Blocks<larosa_matrix> blocks(matrices, count, clamp(share, 64, kStripOfRows));
+        parallel(blocks.of_row, threads, [&](int64_t task) {
+            sparse_strip(rows, kept, blocks.at(task), residual, out, outputs, alone);
+        });
+    }
+    for (int64_t row = 0; row < rows; ++row)
+        if (alone[row].load(std::memory_order_relaxed))
+            sparse_row(values + row * k, indices + row * k, length(row), matrices, count,
+                       residual ? residual + row * outputs : nullptr, out + row * outputs, threads);
 }
 
 int adapt(const float *x, int64_t rows, int64_t width, int64_t depth, const larosa_matrix *matrix, float *out,
@@ -252,26 +381,35 @@ void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, in
     });
 }
 
-void larosa_above(const float *x, int64_t width, float threshold, const larosa_vector *score, float *values,
-                  int32_t *indices, int64_t *count) {
-    *count = keep_above(x, width, threshold, *score, scratch<float>(width + 1), values, indices);
+void larosa_above(const float *x, int64_t rows, int64_t width, float threshold, const larosa_vector *score,
+                  float *values, int32_t *indices, int64_t *counts) {
+    for (int64_t row = 0; row < rows; ++row)
+        counts[row] = keep_above(x + row * width, width, threshold, *score, scratch<float>(width + 1),
+                                 values + row * width, indices + row * width);
 }
 
-void larosa_rms_norm_above(const float *x, const larosa_vector *gain, double eps, int64_t width, float threshold,
-                           const larosa_vector *score, float *values, int32_t *indices, int64_t *count) {
+void larosa_rms_norm_above(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width,
+                           float threshold, const larosa_vector *score, float *values, int32_t *indices,
+                           int64_t *counts) {
     parallel(1, deferred_threads(), [&](int64_t) {
         float *normed = scratch<float>(2 * width + 1);
-        kernels().rms_norm(x, *gain, eps, width, normed);
-        *count = keep_above(normed, width, threshold, *score, normed + width, values, indices);
+        for (int64_t row = 0; row < rows; ++row) {
+            kernels().rms_norm(x + row * width, *gain, eps, width, normed);
+            counts[row] = keep_above(normed, width, threshold, *score, normed + width, values + row * width,
+                                     indices + row * width);
+        }
     });
 }
 
-void larosa_silu_mul_above(const float *gate_up, int64_t width, float threshold, const larosa_vector *score,
-                           float *values, int32_t *indices, int64_t *count) {
+void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, float threshold,
+                           const larosa_vector *score, float *values, int32_t *indices, int64_t *counts) {
     parallel(1, deferred_threads(), [&](int64_t) {
         float *product = scratch<float>(2 * width + 1);
-        larosa_silu_mul(gate_up, 1, width, product);
-        *count = keep_above(product, width, threshold, *score, product + width, values, indices);
+        for (int64_t row = 0; row < rows; ++row) {
+            larosa_silu_mul(gate_up + row * 2 * width, 1, width, product);
+            counts[row] = keep_above(product, width, threshold, *score, product + width, values + row * width,
+                                     indices + row * width);
+        }
     });
 }
 
@@ -301,14 +439,22 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
                          const larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          const int64_t *listed, int64_t threads) {
     if (any_misaligned(matrices, count)) return LAROSA_MISALIGNED;
-    if (listed) k = clamp(*listed, 0, k);
+    if (listed && rows == 1) k = clamp(*listed, 0, k), listed = nullptr;  // what stands behind them may be anything
     if (!kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
-    const int64_t bits = 8 * element_size(matrices->dtype);
-    by_columns(matrices, count, rows, k, 1, bits, residual, out, threads,
-               [=](int64_t from, int64_t some, const Block<larosa_matrix> &block, float *sums) {
-                   kernels().sparse_columns(values + from, indices + from, some, (block.row + 1) * k - from,
-                                            *block.matrix, block.first, block.count, sums);
-               });
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
+    if (rows * outputs * k * element_size(matrices->dtype) < 2 * kWorthSharing) threads = 1;
+    const float *late = residual == put_off ? residual : nullptr;  // not there yet
+    if (late) residual = nullptr;
+    for (int64_t row = 0; row < rows; row += kTogether)
+        sparse_rows(values + row * k, indices + row * k, std::min(rows - row, kTogether), k,
+                    listed ? listed + row : nullptr, depth, matrices, count, outputs,
+                    residual ? residual + row * outputs : nullptr, out + row * outputs, threads);
+    if (late) {
+        finish_deferred();
+        put_off = nullptr;
+        for (int64_t i = 0; i < rows * outputs; ++i) out[i] += late[i];
+    }
     return LAROSA_OK;
 }
 
@@ -316,6 +462,16 @@ int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t r
                           const larosa_low_bit *matrices, int64_t count, const float *residual, float *out,
                           const int64_t *listed, int64_t threads) {
     if (any_misaligned(matrices, count)) return LAROSA_MISALIGNED;
+    if (listed && rows > 1) {  // one after the other: they have segments of their own
+        int64_t outputs = 0;
+        for (int64_t i = 0; i < count; ++i) outputs += matrices[i].outputs;
+        int status = LAROSA_OK;
+        for (int64_t row = 0; row < rows && status == LAROSA_OK; ++row)
+            status = larosa_low_bit_linear(values + row * k, indices ? indices + row * k : nullptr, 1, k, depth, matrices,
+                                           count, residual ? residual + row * outputs : nullptr, out + row * outputs,
+                                           listed + row, threads);
+        return status;
+    }
     if (listed) k = clamp(*listed, 0, k);
     if (indices && !kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
     const int32_t *every = indices ? nullptr : counting(k);
@@ -335,46 +491,64 @@ int larosa_attend(const larosa_attention *attention, float *out, int64_t threads
     if (misaligned(a.keys, bytes) || misaligned(a.values, bytes) || misaligned(a.scales, 2) ||
         misaligned(a.q_gain) || misaligned(a.k_gain))
         return LAROSA_MISALIGNED;
-    const int64_t position = *a.position;
-    if (position < 0 || position >= a.capacity) return LAROSA_BAD_POSITION;
+    const auto cache_of = [&](int64_t row) { return a.cache ? a.cache[row] : 0; };
+    for (int64_t row = 0; row < a.rows; ++row) {
+        if (a.position[row] < 0 || a.position[row] >= a.capacity) return LAROSA_BAD_POSITION;
+        if (cache_of(row) < 0 || cache_of(row) >= a.caches) return LAROSA_BAD_CACHE;
+        for (int64_t other = 0; other < row; ++other)
+            if (a.position[other] == a.position[row] && cache_of(other) == cache_of(row)) return LAROSA_BAD_POSITION;
+    }
 
-    const int64_t start = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
-    const int64_t seen = position + 1 - start;
-    const int64_t chunks = (seen + kChunk - 1) / kChunk;
+    const auto start = [&](int64_t row) { return a.window ? std::max<int64_t>(a.position[row] + 1 - a.window, 0) : 0; };
+    const auto chunks_of = [&](int64_t row) { return (a.position[row] + 1 - start(row) + kChunk - 1) / kChunk; };
+    int64_t chunks = 0, seen = 0;  // of the row with most; of all rows
+    for (int64_t row = 0; row < a.rows; ++row) {
+        chunks = std::max(chunks, chunks_of(row));
+        seen += a.position[row] + 1 - start(row);
+    }
     const int64_t sharing = a.key_heads ? a.heads / a.key_heads : 0;  // query heads that read one key head
-    const int64_t part_size = a.size + 2;
-    float *queries = scratch<float>(a.heads * a.size + a.size + a.heads * chunks * part_size);
-    float *key = queries + a.heads * a.size;
+    const int64_t part_size = a.size + 2, width = a.heads * a.size, row_parts = a.heads * chunks * part_size;
+    float *queries = scratch<float>(a.rows * (width + row_parts) + a.size);
+    float *key = queries + a.rows * width;
     float *parts = key + a.size;
-    const float *cos = a.cos ? a.cos + position * a.size : nullptr;
-    const float *sin = a.sin ? a.sin + position * a.size : nullptr;
-    const auto row = [&](void *cache, int64_t head, int64_t at) {
-        return static_cast<char *>(cache) + (head * a.capacity + at) * a.size * bytes;
+    const auto entry = [&](void *cache, int64_t row, int64_t head, int64_t at) {
+        return static_cast<char *>(cache) + ((cache_of(row) * a.key_heads + head) * a.capacity + at) * a.size * bytes;
     };
-    const auto scales = [&](int64_t head, int64_t at, int64_t which) {
-        return a.scales ? a.scales + 2 * (head * a.capacity + at) + which : nullptr;
+    const auto scales = [&](int64_t row, int64_t head, int64_t at, int64_t which) {
+        return a.scales ? a.scales + 2 * ((cache_of(row) * a.key_heads + head) * a.capacity + at) + which : nullptr;
     };
 
-    for (int64_t head = 0; head < a.heads; ++head)
-        kernels().prepare_head(a.qkv + head * a.size, a.size, a.q_gain, a.eps, cos, sin, queries + head * a.size);
-    for (int64_t head = 0; head < a.key_heads; ++head) {
-        const float *raw = a.qkv + (a.heads + head) * a.size;
-        kernels().prepare_head(raw, a.size, a.k_gain, a.eps, cos, sin, key);
-        const float *value = raw + a.key_heads * a.size;
-        kernels().store_head(key, a.size, a.dtype, row(a.keys, head, position), scales(head, position, 0));
-        kernels().store_head(value, a.size, a.dtype, row(a.values, head, position), scales(head, position, 1));
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const float *qkv = a.qkv + row * (a.heads + 2 * a.key_heads) * a.size;
+        const int64_t at = a.position[row];
+        const float *cos = a.cos ? a.cos + at * a.size : nullptr;
+        const float *sin = a.sin ? a.sin + at * a.size : nullptr;
+        for (int64_t head = 0; head < a.heads; ++head)
+            kernels().prepare_head(qkv + head * a.size, a.size, a.q_gain, a.eps, cos, sin,
+                                   queries + row * width + head * a.size);
+        for (int64_t head = 0; head < a.key_heads; ++head) {
+            const float *raw = qkv + (a.heads + head) * a.size;
+            kernels().prepare_head(raw, a.size, a.k_gain, a.eps, cos, sin, key);
+            const float *value = raw + a.key_heads * a.size;
+            kernels().store_head(key, a.size, a.dtype, entry(a.keys, row, head, at), scales(row, head, at, 0));
+            kernels().store_head(value, a.size, a.dtype, entry(a.values, row, head, at), scales(row, head, at, 1));
+        }
     }
     if (2 * seen * a.key_heads * a.size * bytes < 2 * kWorthSharing) threads = 1;
-    parallel(a.key_heads * chunks, threads, [&](int64_t task) {
-        const int64_t key_head = task / chunks, chunk = task % chunks;
-        const int64_t from = start + chunk * kChunk;
-        const int64_t count = clamp(position + 1 - from, 0, kChunk);
+    // Rows innermost: those of one cache find its chunk in a processor's own cache.
+    parallel(a.key_heads * chunks * a.rows, threads, [&](int64_t task) {
+        const int64_t row = task % a.rows, chunk = task / a.rows % chunks, key_head = task / a.rows / chunks;
+        const int64_t from = start(row) + chunk * kChunk;
+        const int64_t count = clamp(a.position[row] + 1 - from, 0, kChunk);
+        if (count == 0) return;
         for (int64_t head = key_head * sharing; head < (key_head + 1) * sharing; ++head)
-            kernels().attend_chunk(queries + head * a.size, row(a.keys, key_head, from), row(a.values, key_head, from),
-                                   scales(key_head, from, 0), count, a.size, a.dtype, float(a.scale),
-                                   parts + (head * chunks + chunk) * part_size);
+            kernels().attend_chunk(queries + row * width + head * a.size, entry(a.keys, row, key_head, from),
+                                   entry(a.values, row, key_head, from), scales(row, key_head, from, 0), count, a.size,
+                                   a.dtype, float(a.scale), parts + row * row_parts + (head * chunks + chunk) * part_size);
     });
-    for (int64_t head = 0; head < a.heads; ++head)
-        kernels().merge_chunks(parts + head * chunks * part_size, chunks, a.size, out + head * a.size);
+    for (int64_t row = 0; row < a.rows; ++row)
+        for (int64_t head = 0; head < a.heads; ++head)
+            kernels().merge_chunks(parts + row * row_parts + head * chunks * part_size, chunks_of(row), a.size,
+                                   out + row * width + head * a.size);
     return LAROSA_OK;
 }

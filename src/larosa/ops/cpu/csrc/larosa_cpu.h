@@ -1,8 +1,9 @@
 /* The CPU kernels' C interface.
  *
  * Activations are float32 and contiguous. Tensors of weights come in the dtypes below. No pointer needs more alignment
- * than its elements. Every sum is taken in an order that depends on the shapes and on the instruction set alone, so
- * results have the same bits whatever the number of threads. Functions that can fail return a larosa_status.
+ * than its elements. Every sum is taken in an order that depends on the shapes but for the number of rows and on the
+ * instruction set alone, so results have the same bits whatever the number of threads, and a row's whatever other rows
+ * there are. Functions that can fail return a larosa_status.
  */
 #pragma once
 
@@ -18,8 +19,9 @@ enum larosa_dtype { LAROSA_FLOAT32 = 0, LAROSA_BFLOAT16 = 1, LAROSA_FLOAT16 = 2,
 enum larosa_status {
     LAROSA_OK = 0,
     LAROSA_BAD_INDEX = 1,    /* an index is outside [0, depth) */
-    LAROSA_BAD_POSITION = 2, /* the position is outside [0, capacity) */
-    LAROSA_MISALIGNED = 3    /* a pointer is not a multiple of its element size */
+    LAROSA_BAD_POSITION = 2, /* a position is outside [0, capacity), or two rows have the same one of one cache */
+    LAROSA_MISALIGNED = 3,   /* a pointer is not a multiple of its element size */
+    LAROSA_BAD_CACHE = 4     /* a row's cache is outside [0, caches) */
 };
 
 /* A vector of some dtype; data is null where there is none. */
@@ -53,7 +55,7 @@ struct larosa_low_bit {
 
 /* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
  * another header is told apart before anything else of it is called. */
-enum { LAROSA_INTERFACE = 3 };
+enum { LAROSA_INTERFACE = 4 };
 int64_t larosa_interface(void);
 
 /* The instruction set in use: "portable", "avx2", "avx512" or "avx512vnni"; at first the widest that the processor has. */
@@ -80,16 +82,16 @@ void larosa_rms_norm_top_k(const float *x, const struct larosa_vector *gain, dou
                            int64_t k, const struct larosa_vector *score, float *values, int32_t *indices);
 void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k,
                            const struct larosa_vector *score, float *values, int32_t *indices);
-/* The entries of x[width] whose magnitude, times the score if any, is not up to the threshold, and how many they are:
- * values and indices have room for width, and end in zeros. */
-void larosa_above(const float *x, int64_t width, float threshold, const struct larosa_vector *score, float *values,
-                  int32_t *indices, int64_t *count);
+/* The entries of each row of x whose magnitude, times the score if any, is not up to the threshold, and how many they
+ * are: values and indices [rows, width] end in zeros in each row, counts [rows]. */
+void larosa_above(const float *x, int64_t rows, int64_t width, float threshold, const struct larosa_vector *score,
+                  float *values, int32_t *indices, int64_t *counts);
 /* The same of rms_norm and of silu_mul, whose results are not kept. */
-void larosa_rms_norm_above(const float *x, const struct larosa_vector *gain, double eps, int64_t width,
+void larosa_rms_norm_above(const float *x, const struct larosa_vector *gain, double eps, int64_t rows, int64_t width,
                            float threshold, const struct larosa_vector *score, float *values, int32_t *indices,
-                           int64_t *count);
-void larosa_silu_mul_above(const float *gate_up, int64_t width, float threshold, const struct larosa_vector *score,
-                           float *values, int32_t *indices, int64_t *count);
+                           int64_t *counts);
+void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, float threshold,
+                           const struct larosa_vector *score, float *values, int32_t *indices, int64_t *counts);
 
 /* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
 int larosa_linear(const float *x, int64_t rows, int64_t depth, const struct larosa_matrix *matrices, int64_t count,
@@ -106,7 +108,8 @@ int larosa_adapt(const float *x, int64_t rows, int64_t width, int64_t depth, con
 int larosa_adapt_meanwhile(const float *x, int64_t rows, int64_t width, int64_t depth,
                            const struct larosa_matrix *matrix, float *out, int64_t threads);
 /* larosa_linear of the vectors that have values[rows, k] at indices[rows, k] and are zero elsewhere. Where `listed` is not
- * null, rows is 1, and the first *listed of the k entries are meant. */
+ * null, the first listed[row] of a row's k entries are meant. Of several rows indices are to ascend for the weights to be
+ * read once. */
 int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                          const struct larosa_matrix *matrices, int64_t count, const float *residual, float *out,
                          const int64_t *listed, int64_t threads);
@@ -118,14 +121,15 @@ int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t r
                           const struct larosa_low_bit *matrices, int64_t count, const float *residual, float *out,
                           const int64_t *listed, int64_t threads);
 
-/* One position's attention over a cache [key_heads, capacity, size]. qkv holds `heads` query heads, then key_heads
- * key heads, then as many value heads, of `size` each. */
+/* The attention of a position each of `rows` rows, over caches [caches, key_heads, capacity, size]. A row of qkv holds
+ * `heads` query heads, then key_heads key heads, then as many value heads, of `size` each. */
 struct larosa_attention {
     const float *qkv;
     void *keys;
     void *values;
-    uint16_t *scales; /* [key_heads, capacity, 2] bfloat16: what int8 keys and values are multiplied by; else null */
-    const int64_t *position;
+    uint16_t *scales; /* [caches, key_heads, capacity, 2] bfloat16: what int8 keys and values are multiplied by, or null */
+    const int64_t *position; /* [rows] */
+    const int64_t *cache;    /* [rows], which cache each is of; null where all are of the first */
     const float *cos; /* [capacity, size], or null */
     const float *sin;
     struct larosa_vector q_gain;
@@ -136,10 +140,13 @@ struct larosa_attention {
     int64_t size;
     int64_t dtype; /* of the cache */
     int64_t window; /* positions attended to, this one included; 0 for all */
+    int64_t rows;
+    int64_t caches;
     double eps;
     double scale;
 };
-/* Writes row `position` of the cache and out[heads, size]. */
+/* Writes the keys and values of all rows to their places, and then out[rows, heads, size]: rows of one cache attend to
+ * each other up to their own positions. */
 int larosa_attend(const struct larosa_attention *attention, float *out, int64_t threads);
 
 enum larosa_function {

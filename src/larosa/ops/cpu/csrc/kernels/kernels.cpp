@@ -24,6 +24,8 @@ extern const Kernels kernels = {
     above,
     all_below,
     sparse_columns,
+    add_columns_of,
+    order_sums,
     low_bit_columns,
     finish,
     arrange,

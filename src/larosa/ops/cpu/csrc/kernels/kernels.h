@@ -10,6 +10,7 @@ namespace larosa {
 constexpr int64_t kStrip = 8192;  // outputs of the sparse product summed up at once: 32 KiB of sums
 constexpr int64_t kBlock = 16;    // columns of few bits whose activations are rounded by one unit
 constexpr int64_t kChunk = 128;   // positions attended to
+constexpr int64_t kTogether = 8;  // vectors that sparse products have in registers at once
 
 // Room for `count` floats in whole vectors of any instruction set.
 constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -31,7 +32,15 @@ struct Kernels {
     // Of the `listed` >= k indices those past k say what to fetch for the call that is likely to follow.
     void (*sparse_columns)(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                            const larosa_matrix &matrix, int64_t first, int64_t count, float *sums);
-    // The same of a matrix of few bits, with `depth` columns; first is a multiple of 128.
+    // Adds columns to such sums of `rows` <= kTogether vectors, whose values for a column follow each other; one column
+    // after the other, as sparse_columns does, so that a value of 0 changes nothing where the weight is finite. Meanwhile
+    // the first `fetched` <= columns of `next` are fetched. The sums are left in an order of their own:
+    void (*add_columns_of)(const float *values, int64_t rows, const int32_t *indices, int64_t columns,
+                           const int32_t *next, int64_t fetched, const larosa_matrix &matrix, int64_t first,
+                           int64_t count, float *const *sums);
+    // puts them into that of the outputs.
+    void (*order_sums)(int64_t dtype, int64_t count, float *sums);
+    // sparse_columns of a matrix of few bits, with `depth` columns; first is a multiple of 128.
     void (*low_bit_columns)(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                             const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums);
     // residual + (sum of the `parts`, padded(count) apart, + bias) for those outputs; residual and out are of output 0.
@@ -39,8 +48,10 @@ struct Kernels {
                    const float *residual, float *out);
     // x as dense_rows takes it for weights of this dtype.
     void (*arrange)(const float *x, int64_t depth, int64_t dtype, float *out);
-    void (*dense_rows)(const float *x, int64_t depth, const larosa_matrix &matrix, int64_t first, int64_t count,
-                       const float *residual, float *out);
+    // The products with rows [first, first + count) of a matrix, of each of the `rows` vectors of x what it has alone.
+    // Those of residual and out are `stride` apart.
+    void (*dense_rows)(const float *x, int64_t rows, int64_t depth, const larosa_matrix &matrix, int64_t first,
+                       int64_t count, const float *residual, float *out, int64_t stride);
 
     // Norm and rotation of one head of queries or keys; cos and sin are those of the position, or null.
     void (*prepare_head)(const float *head, int64_t size, const larosa_vector &gain, double eps, const float *cos,
