@@ -1,4 +1,4 @@
-"""The keys and values of a text of limited length, allocated once."""
+"""The keys and values of texts of limited length, allocated once."""
 
 from __future__ import annotations
 
@@ -56,10 +56,15 @@ def _rounded(x: torch.Tensor) -> torch.Tensor:
     return (rounded * scale.float()[..., None]).to(x.dtype)
 
 
-class KeyValueCache:
-    """Room for the keys and values of `length` positions: for each layer two tensors [K, length, d].
+#: Keys and values of a layer, and what int8 ones are multiplied by.
+Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
-    int8 ones are to be multiplied by their position's scales, for each layer [K, length, 2] bfloat16; others have None.
+
+class KeyValueCache:
+    """Room for the keys and values of `length` positions of each of some texts.
+
+    For each layer these are two tensors [texts, K, length, d]; int8 ones are to be multiplied by their position's
+    scales, [texts, K, length, 2] bfloat16.
 
     Memory is checked before it is taken. The entries are undefined until they are written; attention
     reads none after the current position.
@@ -68,25 +73,31 @@ class KeyValueCache:
         LarosaError: there is less memory than the cache needs.
     """
 
-    def __init__(self, config: Any, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Any, length: int, dtype: torch.dtype, device: torch.device, texts: int = 1) -> None:
         heads = Heads.of(config)
-        shape = (config.num_hidden_layers, heads.keys, length, heads.size)
-        needed = cache_bytes(config, dtype, length)
+        shape = (config.num_hidden_layers, texts, heads.keys, length, heads.size)
+        needed = texts * cache_bytes(config, dtype, length)
         free = available_memory(device)
         if needed > free:
             raise LarosaError(
-                f"a cache of {length} tokens needs {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: "
-                "ask for fewer tokens"
+                f"a cache of {length} tokens{f' for each of {texts} texts' if texts > 1 else ''} needs "
+                f"{needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free: ask for fewer tokens"
             )
         self.length = length
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device).unbind() for _ in range(2))
-        self.scales: tuple[torch.Tensor | None, ...] = (None,) * len(self.keys)
+        keys, values = (torch.empty(shape, dtype=dtype, device=device).unbind() for _ in range(2))
+        scales: tuple[torch.Tensor | None, ...] = (None,) * len(keys)
         if dtype == torch.int8:
-            self.scales = torch.empty(*shape[:3], 2, dtype=_SCALE, device=device).unbind()
+            scales = torch.empty(*shape[:-1], 2, dtype=_SCALE, device=device).unbind()
+        #: Of all texts, layer by layer.
+        self.layers: list[Entries] = list(zip(keys, values, scales, strict=True))
 
-    def fill(self, past: Any, start: int = 0) -> None:
+    def of(self, text: int) -> list[Entries]:
+        """The entries of one text, layer by layer: [K, length, d]."""
+        return [(keys[text], values[text], None if s is None else s[text]) for keys, values, s in self.layers]
+
+    def fill(self, past: Any, start: int = 0, text: int = 0) -> None:
         """Copy the positions from `start` on from a transformers cache that holds all of them, of batch size 1."""
-        for keys, values, scales, layer in zip(self.keys, self.values, self.scales, past.layers, strict=True):
+        for (keys, values, scales), layer in zip(self.of(text), past.layers, strict=True):
             positions = slice(start, layer.keys.shape[-2])
             new_keys, new_values = layer.keys[0, :, start:], layer.values[0, :, start:]
             if scales is None:
@@ -96,10 +107,10 @@ class KeyValueCache:
                 keys[:, positions], scales[:, positions, 0] = digits(new_keys.float())
                 values[:, positions], scales[:, positions, 1] = digits(new_values.float())
 
-    def past(self, length: int, dtype: torch.dtype) -> DynamicCache:
+    def past(self, length: int, dtype: torch.dtype, text: int = 0) -> DynamicCache:
         """The first positions as a transformers cache of batch size 1, in a model's number format."""
         past = DynamicCache()
-        for index, (keys, values, scales) in enumerate(zip(self.keys, self.values, self.scales, strict=True)):
+        for index, (keys, values, scales) in enumerate(self.of(text)):
             # Of length 0 it is to be empty: a model tells a prompt by that.
             if length:
                 read = [entries[None, :, :length].to(dtype) for entries in (keys, values)]
@@ -108,11 +119,9 @@ class KeyValueCache:
                 past.update(*read, index)
         return past
 
-    def copy(self, other: KeyValueCache, length: int) -> None:
-        """Take the first positions from a cache of the same model and format."""
-        for mine, theirs in zip(
-            (self.keys, self.values, self.scales), (other.keys, other.values, other.scales), strict=True
-        ):
+    def copy(self, other: KeyValueCache, length: int, source: int = 0, text: int = 0) -> None:
+        """Take the first positions of a text of a cache of the same model and format."""
+        for mine, theirs in zip(self.of(text), other.of(source), strict=True):
             for to, entries in zip(mine, theirs, strict=True):
                 if to is not None and entries is not None:
                     to[:, :length] = entries[:, :length]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from larosa.decoding.cache import CacheDtype, KeyValueCache
+from larosa.decoding.cache import CacheDtype, Entries, KeyValueCache
 from larosa.decoding.layers import Past
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.ops.cpu.graph import Graph
 
+#: Tokens of one step at most: a CPU reads weights once for all of them.
+MAX_ROWS = 8
+
 
 class Engine:
-    """Decodes one sequence at a time with a dense or converted model.
+    """Decodes with a dense or converted model: one text or several, for which it has caches of the same length.
 
-    Prompts run through the model's own forward; each further token is one step over `torch.ops.larosa`,
+    Prompts run through the model's own forward; each further token is a row of one step over `torch.ops.larosa`,
     in which a site that keeps k of its entries reads k columns of its weights. Weights are laid out as
     `DecoderWeights` says, and not held twice; several engines can share them.
 
@@ -26,24 +30,24 @@ class Engine:
         max_length: tokens there is room for, prompt included.
         kv_cache_dtype: how keys and values are kept: `auto` as the model's weights, or `int8`, which rounds them and
             takes half the memory of 16 bits.
+        texts: how many there is room for.
 
     Raises:
         LarosaError: a model that the engine cannot run, an unknown option, or too little memory for the cache.
     """
 
-    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
+    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO, texts: int = 1) -> None:
         self.weights = weights = model if isinstance(model, DecoderWeights) else DecoderWeights(model)
         self.max_length = max_length
         self.device = weights.device
         cache_dtype = CacheDtype.parse(kv_cache_dtype).beside(weights.dtype)
-        self._cache = KeyValueCache(weights.config, max_length, cache_dtype, weights.device)
-        cos, sin = weights.tables(max_length)
-        entries = zip(self._cache.keys, self._cache.values, self._cache.scales, strict=True)
-        self._past = [Past(*layer, cos, sin) for layer in entries]
+        self._cache = KeyValueCache(weights.config, max_length, cache_dtype, weights.device, texts)
+        self._tables = weights.tables(max_length)
+        self._past_of = [self._past(self._cache.of(text), None) for text in range(texts)]
         # What a step starts from, at places that a CPU's graph can read again.
-        self._hidden = torch.zeros(1, weights.embedding.shape[1], dtype=torch.float32, device=weights.device)
-        self._position = torch.zeros(1, dtype=torch.int64, device=weights.device)
-        self._graph: Graph | None = None
+        self._hidden = torch.zeros(MAX_ROWS, weights.embedding.shape[1], dtype=torch.float32, device=weights.device)
+        self._position, self._text = torch.zeros(2, MAX_ROWS, dtype=torch.int64, device=weights.device)
+        self._graphs: dict[int, Graph] = {}
         self._replays = weights.device.type == "cpu"
 
     @property
@@ -67,7 +71,7 @@ class Engine:
         return self.weights.logits(self.extend(prompt, 0)[-1:])
 
     @torch.inference_mode()
-    def extend(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    def extend(self, tokens: torch.Tensor, start: int, text: int = 0) -> torch.Tensor:
         """Run the next tokens of a prompt behind its first `start`, and keep their keys and values.
 
         They attend to those before them as the cache keeps these, which rounds other sums than one run of the whole
@@ -76,6 +80,7 @@ class Engine:
         Args:
             tokens: [1, length] int64, at least one token.
             start: positions kept so far; what was kept behind them is forgotten.
+            text: which one's.
 
         Returns:
             [length, D] float32 for `DecoderWeights.logits`.
@@ -86,42 +91,61 @@ class Engine:
         length = start + tokens.shape[1]
         if not start < length <= self.max_length:
             raise LarosaError(f"a prompt of {length} tokens does not fit a cache of {self.max_length}")
-        past = self._cache.past(start, self.weights.dtype)
+        past = self._cache.past(start, self.weights.dtype, text)
         hidden = self.weights.forward(tokens, past)
-        self._cache.fill(past, start)
+        self._cache.fill(past, start, text)
         return hidden[0].float()
 
-    def take(self, other: Engine, length: int) -> None:
-        """Keep another engine's first keys and values, one of the same weights and format."""
-        self._cache.copy(other._cache, length)
+    def take(self, other: Engine, length: int, source: int = 0, text: int = 0) -> None:
+        """Keep the first keys and values of a text of an engine of the same weights and format."""
+        self._cache.copy(other._cache, length, source, text)
 
     @torch.inference_mode()
-    def step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Run one token and keep its keys and values.
+    def step(self, token: torch.Tensor, position: torch.Tensor, texts: Sequence[int] | None = None) -> torch.Tensor:
+        """Run some tokens, of one text or of several, and keep their keys and values.
 
-        Nothing in it waits for the device or looks at the arguments' values.
+        Each gives what it gives alone, to the bit: those of one text behind those before them. Nothing in it waits for
+        the device or looks at the values of tokens and positions.
 
         Args:
-            token: [1] int64; on a GPU the first token stands in for `NO_TOKEN`.
-            position: [1] int64, how many tokens came before; less than `max_length`.
+            token: [B] int64, up to `MAX_ROWS`; on a GPU the first token stands in for `NO_TOKEN`.
+            position: [B] int64, how many tokens came before each; less than `max_length`. Those of one text differ.
+            texts: which one each token is of; None where all are of the first.
 
         Returns:
-            [1, vocabulary] float32, the logits of the token that follows.
+            [B, vocabulary] float32, the logits of the tokens that follow.
         """
+        rows = len(token)
+        if not 0 < rows <= MAX_ROWS:
+            raise ValueError(f"a step runs 1 to {MAX_ROWS} tokens, not {rows}")
+        texts = texts or (0,) * rows
         if self.device.type != "cpu":
-            return self._run(torch.ops.larosa.embed(self.weights.embedding, token), position)
-        self._hidden.copy_(torch.embedding(self.weights.embedding, token))
-        self._position.copy_(position)
-        return self._replayed().clone() if self._replays else self._run(self._hidden, self._position)
+            # Attention has one row there.
+            logits = [
+                self._run(torch.ops.larosa.embed(self.weights.embedding, one), at, self._past_of[text])
+                for one, at, text in zip(token.split(1), position.split(1), texts, strict=True)
+            ]
+            return logits[0] if rows == 1 else torch.cat(logits)
+        hidden, at, text = self._hidden[:rows], self._position[:rows], self._text[:rows]
+        hidden.copy_(torch.embedding(self.weights.embedding, token))
+        at.copy_(position)
+        text.copy_(torch.tensor(texts))
+        one = len(self._past_of) == 1
+        past = self._past_of[0] if one else self._past(self._cache.layers, text)
+        return self._replayed(hidden, at, past).clone() if self._replays else self._run(hidden, at, past)
 
-    def _run(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The step, operator by operator: logits [1, vocabulary] of an embedding x [1, D] at a position."""
-        for layer, past in zip(self.weights.layers, self._past, strict=True):
-            x = layer(x, position, past)
+    def _past(self, entries: list[Entries], cache: torch.Tensor | None) -> list[Past]:
+        return [Past(*layer, *self._tables, cache) for layer in entries]
+
+    def _run(self, x: torch.Tensor, position: torch.Tensor, past: list[Past]) -> torch.Tensor:
+        """The step, operator by operator: logits [B, vocabulary] of embeddings x [B, D] at positions."""
+        for layer, of_layer in zip(self.weights.layers, past, strict=True):
+            x = layer(x, position, of_layer)
         return self.weights.logits(self.weights.final_norm.every(x))
 
-    def _replayed(self) -> torch.Tensor:
-        if self._graph is None or self._graph.threads != torch.get_num_threads():
-            self._graph = Graph(lambda: self._run(self._hidden, self._position))
-            return self._graph.output
-        return self._graph.replay()
+    def _replayed(self, x: torch.Tensor, position: torch.Tensor, past: list[Past]) -> torch.Tensor:
+        graph = self._graphs.get(len(x))
+        if graph is None or graph.threads != torch.get_num_threads():
+            self._graphs[len(x)] = graph = Graph(lambda: self._run(x, position, past))
+            return graph.output
+        return graph.replay()

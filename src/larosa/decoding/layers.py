@@ -39,17 +39,17 @@ class Norm:
     carries: ClassVar[bool] = False  # whether `product` takes an adapter along where it counts, or none
 
     def every(self, x: torch.Tensor) -> torch.Tensor:
-        """The normed x [1, D]."""
+        """The normed x [B, D]."""
         normed: torch.Tensor = _ops.rms_norm(x, self.gain, self.eps)
         return normed
 
     def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection:
-        """The k entries of the normed x [1, D] with the largest scores."""
+        """The k entries of the normed x [B, D] with the largest scores."""
         selection: Selection = _ops.rms_norm_top_k(x, self.gain, self.eps, k, score)
         return selection
 
     def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection:
-        """The entries of the normed x [1, D] with scores above a threshold."""
+        """The entries of the normed x [B, D] with scores above a threshold."""
         selection: CountedSelection = _ops.rms_norm_above(x, self.gain, self.eps, threshold, score)
         return selection
 
@@ -157,7 +157,7 @@ class Site:
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
     ) -> torch.Tensor:
-        """The linears' outputs side by side, on top of a residual, for x [1, D] that the source starts from.
+        """The linears' outputs side by side, on top of a residual, for x [B, D] that the source starts from.
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
@@ -178,18 +178,19 @@ class Site:
 
 
 class Past(NamedTuple):
-    """What a layer's attention reads of one text: its part of the cache, and the rotary tables of its positions."""
+    """What a layer's attention reads: its part of the caches, which of them each row is of, and the rotary tables."""
 
     keys: torch.Tensor
     values: torch.Tensor
     scales: torch.Tensor | None
     cos: torch.Tensor
     sin: torch.Tensor
+    cache: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention: what `torch.ops.larosa.attend` is told beside the `Past` of a text."""
+    """One layer's attention: what `torch.ops.larosa.attend` is told beside the `Past`."""
 
     rotary: bool
     q_gain: torch.Tensor | None
@@ -199,7 +200,7 @@ class Attention:
     window: int
 
     def __call__(self, qkv: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
-        """Store one position's keys and values, and attend from it: [1, (H + 2 K) d] to [1, H d]."""
+        """Store keys and values of a position a row, and attend from it: [B, (H + 2 K) d] to [B, H d]."""
         output: torch.Tensor = _ops.attend(
             qkv,
             past.keys,
@@ -213,6 +214,7 @@ class Attention:
             self.scale,
             self.window,
             past.scales,
+            past.cache,
         )
         return output
 
@@ -231,7 +233,7 @@ class Adapter:
     along: bool
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [1, D] in the basis behind it, by rows."""
+        """x [B, D] in the basis behind it, by rows."""
         if self.scale is None:
             in_full: torch.Tensor = _ops.linear(x, [self.weight], [None])
             return in_full
@@ -241,7 +243,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class DecodeLayer:
-    """One decoder layer of one token."""
+    """One decoder layer of a token a row."""
 
     h1: Site
     attention: Attention
@@ -252,7 +254,7 @@ class DecodeLayer:
     residual_adapter: Adapter | None
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
-        """The residual stream [1, D] float32 after this layer."""
+        """The residual stream [B, D] float32 after this layer."""
         carried = _carried(x, self.attention_adapter)
         middle = self.h2(self.attention(self.h1(x), position, past), *carried)
         carried = _carried(middle, self.residual_adapter)

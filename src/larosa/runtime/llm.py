@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from larosa.context import context_length
-from larosa.decoding import CacheDtype
+from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.chat import Messages
 from larosa.decoding.generation import prompt_ids
 from larosa.decoding.loop import stop_tokens
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.runtime.continuation import Continuation, Event, Request
-from larosa.runtime.session import Session
+from larosa.runtime.session import Session, step_together
 
 
 class LLM:
@@ -47,12 +47,18 @@ class LLM:
         self.weights.tables(self.max_length)  # refuses a length that the rotary embedding does not bear
 
     def session(self) -> Session:
-        """A new text.
+        """A new text; see `sessions`."""
+        (session,) = self.sessions(1)
+        return session
+
+    def sessions(self, count: int) -> list[Session]:
+        """New texts whose tokens run together in one step.
 
         Raises:
-            LarosaError: there is too little memory for its cache.
+            LarosaError: there is too little memory for their caches.
         """
-        return Session(self.weights, self.max_length, self.kv_cache_dtype)
+        engine = Engine(self.weights, self.max_length, self.kv_cache_dtype, count)
+        return [Session(engine, text) for text in range(count)]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The tokens of a text, for an empty one the beginning-of-sequence token, or of a conversation.
@@ -64,12 +70,8 @@ class LLM:
         return ids
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
-        """Run one drawn token of each session, one session after the other.
-
-        Returns:
-            [sessions, vocabulary] float32, the logits of the tokens that follow.
-        """
-        return torch.cat([session.step(token) for session, token in zip(sessions, tokens, strict=True)])
+        """Run one drawn token of each session; see `step_together`."""
+        return step_together(sessions, tokens)
 
     def stream(self, request: Request, session: Session | None = None) -> Iterator[Event]:
         """Continue a prompt, token by token.

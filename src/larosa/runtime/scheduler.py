@@ -77,8 +77,8 @@ class Scheduler:
     """Runs the requests of many clients over one model.
 
     Sessions are made once, and keep the prompts that they ran: a later prompt that begins like one of them does not run
-    that part again. Between two tokens of the texts that are being written at most one piece of prompts runs, of the
-    prompts in turns.
+    that part again. All texts that are being written take each step together. Between two steps at most one piece of
+    prompts runs, of the prompts in turns.
 
     Args:
         llm: the model. Nobody else may run it.
@@ -95,7 +95,7 @@ class Scheduler:
                 raise LarosaError(f"the number of {name} must be at least {least}, not {count}")
         self.llm, self.max_sequences, self.max_waiting = llm, max_sequences, max_waiting
         _check_memory(llm, max_sequences)
-        self._sessions = [llm.session() for _ in range(max_sequences)]
+        self._sessions = llm.sessions(max_sequences)
         #: Those without a request, the one that has been so longest first.
         self._free = list(self._sessions)
         self._live: list[_Live] = []

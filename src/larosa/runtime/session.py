@@ -1,4 +1,4 @@
-"""One text's keys and values over weights that many texts share."""
+"""A text in the making, beside others over the same weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from larosa.decoding import CacheDtype, Engine
-from larosa.decoding.weights import DecoderWeights
+from larosa.decoding import Engine
+from larosa.decoding.engine import MAX_ROWS
 from larosa.errors import LarosaError
 
 #: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many
@@ -19,16 +19,12 @@ class Session:
     """A text in the making: its prompt runs piece by piece, then each token that is drawn.
 
     Args:
-        weights: of the model, shared with other sessions.
-        max_length: tokens there is room for.
-        kv_cache_dtype: see `Engine`.
-
-    Raises:
-        LarosaError: an unknown option, or too little memory for the cache.
+        engine: runs it, and other sessions as well.
+        text: which of its texts it is.
     """
 
-    def __init__(self, weights: DecoderWeights, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
-        self._engine = Engine(weights, max_length, kv_cache_dtype)
+    def __init__(self, engine: Engine, text: int = 0) -> None:
+        self._engine, self._text = engine, text
         self._prompt: list[int] = []
         #: Token ids whose keys and values are kept, prompt and drawn tokens alike.
         self.tokens: list[int] = []
@@ -85,28 +81,14 @@ class Session:
         """
         start = len(self.tokens)
         piece = self._prompt[start : (start // PIECE + 1) * PIECE]
-        hidden = self._engine.extend(torch.tensor([piece]), start)
+        hidden = self._engine.extend(torch.tensor([piece]), start, self._text)
         self.tokens += piece
         self.reusable = len(self.tokens) // PIECE * PIECE
         return hidden
 
     def step(self, token: int) -> torch.Tensor:
-        """Run one token that was drawn.
-
-        Returns:
-            [1, vocabulary] float32, the logits of the token that follows.
-
-        Raises:
-            LarosaError: there is no text yet, its prompt has not run, or the session is full.
-        """
-        position = len(self.tokens)
-        if not position or self.left:
-            raise LarosaError("a session has to run a prompt before a step")
-        if position == self.max_length:
-            raise LarosaError(f"a session of {self.max_length} tokens is full")
-        logits = self._engine.step(*(torch.tensor([x], device=self._engine.device) for x in (token, position)))
-        self.tokens.append(token)
-        return logits
+        """Run one token that was drawn; see `step_together`."""
+        return step_together([self], [token])
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
@@ -127,6 +109,36 @@ class Session:
         """Copy what another session of the same weights holds more of this one's prompt."""
         length = other.common(self._prompt)
         if length > len(self.tokens):
-            self._engine.take(other._engine, length)
+            self._engine.take(other._engine, length, other._text, self._text)
             self.tokens = other.tokens[:length]
             self.reusable = length
+
+
+def step_together(sessions: Sequence[Session], tokens: Sequence[int]) -> torch.Tensor:
+    """Run one token that was drawn for each session; those of one engine together.
+
+    Returns:
+        [sessions, vocabulary] float32, the logits of the tokens that follow: the same as of each alone, to the bit.
+
+    Raises:
+        LarosaError: one has no text yet, its prompt has not run, or it is full.
+    """
+    for session in sessions:
+        if not session.tokens or session.left:
+            raise LarosaError("a session has to run a prompt before a step")
+        if len(session.tokens) == session.max_length:
+            raise LarosaError(f"a session of {session.max_length} tokens is full")
+    together: dict[Engine, list[int]] = {}
+    for row, session in enumerate(sessions):
+        together.setdefault(session._engine, []).append(row)
+    logits: dict[int, torch.Tensor] = {}
+    for engine, rows in together.items():
+        for first in range(0, len(rows), MAX_ROWS):
+            some = rows[first : first + MAX_ROWS]
+            drawn = torch.tensor([tokens[row] for row in some], device=engine.device)
+            positions = torch.tensor([len(sessions[row].tokens) for row in some], device=engine.device)
+            found = engine.step(drawn, positions, [sessions[row]._text for row in some])
+            logits.update(zip(some, found.split(1), strict=True))
+    for session, token in zip(sessions, tokens, strict=True):
+        session.tokens.append(token)
+    return torch.cat([logits[row] for row in range(len(sessions))])
