@@ -70,6 +70,27 @@ def test_rows_of_a_shape(tiny, family, tied):
     assert json.loads(json.dumps(result.to_dict()))["rows"][3]["sparsity"] == 0.5
 
 
+def test_rows_of_batches(tiny):
+    tiny("llama")
+    options = {"sparsities": (0.5,), "dtype": torch.float32, "prompt_tokens": 5, "tokens": 10}
+    result = measure_shape("tiny", **options, batches=(1, 3))
+    assert [(row.row, row.batch) for row in result.rows] == [
+        (TRANSFORMERS, 1),
+        (DENSE, 1),
+        (DENSE, 3),
+        ("LaRoSA", 1),
+        ("LaRoSA", 3),
+    ]
+    for row in result.rows:
+        assert row.total_tokens_per_second == pytest.approx(row.batch * row.tokens_per_second)
+        assert row.speedup == pytest.approx(row.total_tokens_per_second / result.rows[1].total_tokens_per_second)
+    one, three = result.rows[1:3]
+    assert three.bytes_per_token - one.bytes_per_token == 2 * 2 * 3 * 2 * 8 * (5 + 5) * 4  # keys and values
+    for batches in ((), (0,), (1, 9)):
+        with pytest.raises(LarosaError, match="--batch takes numbers of texts from 1 to 8"):
+            measure_shape("tiny", **options, batches=batches)
+
+
 #: Bytes of an adapter of 8-bit numbers in a 16-bit model of 32 entries, of which 16 have two digits.
 ADAPTER = 32 * (32 + 16) + 2 * 32
 

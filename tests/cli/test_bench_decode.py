@@ -42,6 +42,15 @@ def test_keys_and_values_of_8_bits(cli, tmp_path):
     assert rows[1]["bytes_per_token"] < rows[0]["bytes_per_token"]
 
 
+def test_texts_at_once(cli, tmp_path):
+    options = ("--shape", "tiny", "--sparsity", "0.5", "--batch", "1,2", "--json", tmp_path / "d.json")
+    outcome = cli("bench", "decode", *options, *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "speedups over the engine dense, of all texts together" in outcome.out
+    rows = json.loads((tmp_path / "d.json").read_text("utf-8"))["rows"]
+    assert [row["batch"] for row in rows] == [1, 1, 2, 1, 2]
+
+
 def test_checkpoints(cli, checkpoint, converted, tmp_path):
     outcome = cli("bench", "decode", checkpoint, converted, *QUICK, "--json", tmp_path / "d.json")
     assert outcome.code == 0, outcome.err
@@ -71,6 +80,8 @@ def test_checkpoints_on_a_gpu(cli, checkpoint, converted, tmp_path):
         (("--shape", "tiny", "--layers-per-rotation", 0), "0 layers per rotation: give at least 1"),
         (("--shape", "tiny", "--sparsity", "half"), "give fractions separated by commas"),
         (("--shape", "tiny", "--sparsity", "50"), "give a fraction"),
+        (("--shape", "tiny", "--batch", "two"), "give numbers of texts separated by commas"),
+        (("--shape", "tiny", "--batch", "9"), "--batch takes numbers of texts from 1 to 8, not 9"),
         (("--shape", "gpt-5"), "unknown shape"),
         (("--shape", "tiny", "--device", "cuda:99"), "CUDA devices are visible"),
         (("--shape", "tiny", "--json", "nowhere/d.json"), "--json"),

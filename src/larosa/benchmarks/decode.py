@@ -29,8 +29,11 @@ from larosa.benchmarks.shapes import (
 from larosa.config import LarosaConfig, Rotation, Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
+from larosa.decoding.engine import MAX_ROWS
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
+from larosa.decoding.weights import DecoderWeights
+from larosa.errors import LarosaError
 from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
 
@@ -44,9 +47,15 @@ _ROUND = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CpuDecodeRow(DecodeRow):
-    """One model in one engine; `speedup` is over the engine dense."""
+    """One model in one engine, with so many texts at once (`batch`), each of which a step gives one token.
+
+    `tokens_per_second` and milliseconds are a text's, `total_tokens_per_second` is of all, and speedups are of that:
+    over the engine dense with the first batch size. What several texts read of the weights is that of one or more.
+    """
 
     threads: int
+    batch: int
+    total_tokens_per_second: float
     speedup_over_transformers: float
 
 
@@ -70,6 +79,7 @@ def measure_shape(
     prompt_tokens: int = 128,
     tokens: int = 64,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
 ) -> DecodeBenchmark:
     """Measure a shape with random weights: dense, and LaRoSA with adapters and scores at each sparsity.
 
@@ -85,6 +95,7 @@ def measure_shape(
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
+        batches: how many texts the engine continues at once, a row each.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
@@ -99,6 +110,7 @@ def measure_shape(
         layout=layout,
         selection=selection,
         kv_cache_dtype=kv_cache_dtype,
+        batches=batches,
     )
 
 
@@ -113,16 +125,18 @@ def measure_config(
     layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
+    _check_batches(batches)
     low_bit = layout.quantization is not None
     copies = sparse_copies(sparsities) + low_bit
     check_room(weight_bytes(config, dtype) + copies * weight_bytes(config, dtype, layout), device)
-    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
+    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(random_model(config, dtype, device))
     if low_bit:
         dense = replace(layout, layers_per_rotation=1)
@@ -139,6 +153,7 @@ def measure_checkpoints(
     prompt_tokens: int = 128,
     tokens: int = 64,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
 ) -> DecodeBenchmark:
     """Measure a dense checkpoint and converted ones of its shape; rows are called by their names.
 
@@ -148,22 +163,47 @@ def measure_checkpoints(
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
+        batches: how many texts the engine continues at once, a row each.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, different shapes, or
             too little memory.
     """
     check_counts(prompt_tokens, tokens)
+    _check_batches(batches)
     (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True)
-    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype)
+    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(dense)
     for path, model in converted:
         subjects.add(path, model)
     return subjects.measure()
 
 
+def _check_batches(batches: tuple[int, ...]) -> None:
+    if not batches or not all(1 <= batch <= MAX_ROWS for batch in batches):
+        given = ",".join(map(str, batches)) or "none"
+        raise LarosaError(f"--batch takes numbers of texts from 1 to {MAX_ROWS}, not {given}")
+
+
+class _Together:
+    """An engine with several texts of one length, as the others are that have one."""
+
+    def __init__(self, engine: Engine, texts: int) -> None:
+        self.device = engine.device
+        self._engine, self._texts = engine, range(texts)
+
+    def prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after prompts [B, length]."""
+        hidden = [self._engine.extend(prompt[text : text + 1], 0, text)[-1:] for text in self._texts]
+        return self._engine.weights.logits(torch.cat(hidden))
+
+    def step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after one more token of each [B]."""
+        return self._engine.step(token, position.repeat(len(token)), self._texts)
+
+
 class _Subject:
-    """One row as it is measured: an engine in the middle of a text."""
+    """One row as it is measured: an engine in the middle of a text, or of several."""
 
     def __init__(
         self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, prompt: torch.Tensor, tokens: int
@@ -172,7 +212,8 @@ class _Subject:
         self.name = name
         self.dtype, self.kv_cache_dtype = _weights_name(model), str(cache).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
-        kept = cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
+        self.batch = len(prompt)
+        kept = self.batch * cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
         self.bytes = report.bytes_sparse_total + report.head_bytes + kept
         self.seconds: list[float] = []
         self._engine = engine
@@ -203,27 +244,34 @@ def _weights_name(model: Any) -> str:
 class _Subjects:
     """The rows of a benchmark, which take turns."""
 
-    def __init__(self, shape: str, prompt_tokens: int, tokens: int, kv_cache_dtype: CacheDtype) -> None:
+    def __init__(
+        self, shape: str, prompt_tokens: int, tokens: int, kv_cache_dtype: CacheDtype, batches: tuple[int, ...]
+    ) -> None:
         self._shape = shape
         self._prompt_tokens = prompt_tokens
         self._tokens = tokens
         self._kv_cache_dtype = kv_cache_dtype
+        self._batches = batches
         self._subjects: list[_Subject] = []
 
     def add_dense(self, model: Any) -> None:
         """Two rows of one dense model: transformers' forward, and the engine on the same weights."""
-        self._add(TRANSFORMERS, model, ForwardEngine(model), model.dtype)
+        self._add(TRANSFORMERS, model, ForwardEngine(model), model.dtype, 1)
         self.add(DENSE, model)
 
     def add(self, name: str, model: Any) -> None:
-        """A row of the engine."""
+        """A row of the engine for each batch size."""
         rounds = -(-self._tokens // _ROUND)
-        engine = Engine(model, self._prompt_tokens + self._tokens + rounds, self._kv_cache_dtype)
-        self._add(name, model, engine, self._kv_cache_dtype.beside(model.dtype))
+        weights = DecoderWeights(model)
+        for batch in self._batches:
+            length = self._prompt_tokens + self._tokens + rounds
+            engine = Engine(weights, length, self._kv_cache_dtype, batch)
+            together = engine if batch == 1 else _Together(engine, batch)
+            self._add(name, model, together, self._kv_cache_dtype.beside(model.dtype), batch)
 
-    def _add(self, name: str, model: Any, engine: StepEngine, cache: torch.dtype) -> None:
+    def _add(self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, batch: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        prompt = torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator)
+        prompt = torch.randint(model.config.vocab_size, (batch, self._prompt_tokens), generator=generator)
         self._subjects.append(_Subject(name, model, engine, cache, prompt, self._tokens))
 
     def measure(self) -> DecodeBenchmark:
@@ -240,9 +288,9 @@ class _Subjects:
         return DecodeBenchmark(machine(), reading.bandwidth, list(self._rows(reading.bandwidth)))
 
     def _rows(self, bandwidth: float) -> Iterator[CpuDecodeRow]:
-        medians = {subject.name: statistics.median(subject.seconds) for subject in self._subjects[:2]}
-        for subject in self._subjects:
-            median = statistics.median(subject.seconds)
+        totals = [subject.batch / statistics.median(subject.seconds) for subject in self._subjects]
+        transformers, dense = totals[:2]
+        for subject, total in zip(self._subjects, totals, strict=True):
             yield CpuDecodeRow(
                 shape=self._shape,
                 dtype=subject.dtype,
@@ -252,7 +300,9 @@ class _Subjects:
                 sparsity=subject.sparsity,
                 prompt_tokens=self._prompt_tokens,
                 tokens=self._tokens,
-                speedup=medians[DENSE] / median,
-                speedup_over_transformers=medians[TRANSFORMERS] / median,
+                batch=subject.batch,
+                total_tokens_per_second=total,
+                speedup=total / dense,
+                speedup_over_transformers=total / transformers,
                 **per_token(subject.seconds, subject.bytes, bandwidth),
             )

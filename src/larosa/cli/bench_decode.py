@@ -51,6 +51,9 @@ def decode(
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
+    batch: Annotated[
+        str, typer.Option(help="Texts to continue at once on a CPU, numbers separated by commas: 1,2,4,8.")
+    ] = "1",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
     device: options.Device = "auto",
     json: options.JsonFile = None,
@@ -71,6 +74,9 @@ def decode(
     where = find_device(device)
     if where.type == "cuda" and layout.quantization is not None:
         raise LarosaError(f"--weights {weights}: only the CPU has kernels for it: add --device cpu")
+    batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
+    if where.type == "cuda" and batches != (1,):
+        raise LarosaError("--batch is for the CPU: the GPU's engine runs one text at a time")
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -80,7 +86,7 @@ def decode(
         if where.type == "cuda":
             bench_gpu.show_decode(measure_gpu_checkpoints(checkpoints or [], device=where, **settings), json)
         else:
-            _show(measure_checkpoints(checkpoints or [], **settings), json)
+            _show(measure_checkpoints(checkpoints or [], batches=batches, **settings), json)
         return
     fractions = options.numbers(
         "--sparsity", "0.25,0.5" if sparsity is None else sparsity, float, "fractions separated by commas, 0.25,0.5"
@@ -92,7 +98,7 @@ def decode(
     if where.type == "cuda":
         bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)
     else:
-        _show(measure_shape(shape, **settings), json)
+        _show(measure_shape(shape, batches=batches, **settings), json)
 
 
 def _show(result: DecodeBenchmark, json: Path | None) -> None:
@@ -103,17 +109,19 @@ def _show(result: DecodeBenchmark, json: Path | None) -> None:
 
 def _table(result: DecodeBenchmark) -> Table:
     first = result.rows[0]
+    several = any(row.batch > 1 for row in result.rows)
     table = Table(
         title=f"{options.decode_title(result.rows[-1])}, after {first.prompt_tokens} tokens; "
-        "speedups over the engine dense",
+        f"speedups over the engine dense{', of all texts together' if several else ''}",
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)
-    for column in ("tokens/s", "ms (p95)", "floor (share)", "speedup"):
+    for column in (*(("texts", "all tokens/s") if several else ()), "tokens/s", "ms (p95)", "floor (share)", "speedup"):
         table.add_column(column, justify="right")
     for row in result.rows:
         table.add_row(
             row.row if row.sparsity == 0 else f"{row.row} {row.sparsity:.0%}",
+            *((str(row.batch), f"{row.total_tokens_per_second:.1f}") if several else ()),
             f"{row.tokens_per_second:.1f}",
             f"{row.ms_per_token:.2f} ({row.ms_per_token_p95:.2f})",
             f"{row.floor_ms:.2f} ({row.floor_fraction:.0%})",
