@@ -46,7 +46,7 @@ def test_texts_at_once(cli, tmp_path):
     options = ("--shape", "tiny", "--sparsity", "0.5", "--batch", "1,2", "--json", tmp_path / "d.json")
     outcome = cli("bench", "decode", *options, *QUICK)
     assert outcome.code == 0, outcome.err
-    assert "speedups over the engine dense, of all texts together" in outcome.out
+    assert "of all texts together" in " ".join(outcome.out.split())
     rows = json.loads((tmp_path / "d.json").read_text("utf-8"))["rows"]
     assert [row["batch"] for row in rows] == [1, 1, 2, 1, 2]
 

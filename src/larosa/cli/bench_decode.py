@@ -116,15 +116,18 @@ def _table(result: DecodeBenchmark) -> Table:
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)
-    for column in (*(("texts", "all tokens/s") if several else ()), "tokens/s", "ms (p95)", "floor (share)", "speedup"):
+    # What several texts read together is not known, so that they have no floor.
+    own = ("texts", "of all", "tokens/s", "ms (p95)") if several else ("tokens/s", "ms (p95)", "floor (share)")
+    for column in (*own, "speedup"):
         table.add_column(column, justify="right")
     for row in result.rows:
+        speed, times = f"{row.tokens_per_second:.1f}", f"{row.ms_per_token:.2f} ({row.ms_per_token_p95:.2f})"
         table.add_row(
             row.row if row.sparsity == 0 else f"{row.row} {row.sparsity:.0%}",
             *((str(row.batch), f"{row.total_tokens_per_second:.1f}") if several else ()),
-            f"{row.tokens_per_second:.1f}",
-            f"{row.ms_per_token:.2f} ({row.ms_per_token_p95:.2f})",
-            f"{row.floor_ms:.2f} ({row.floor_fraction:.0%})",
+            speed,
+            times,
+            *(() if several else (f"{row.floor_ms:.2f} ({row.floor_fraction:.0%})",)),
             f"{row.speedup:.2f}x",
         )
     return table
