@@ -216,6 +216,16 @@ def test_generate_with_keys_and_values_of_8_bits(cli, converted, tmp_path):
     assert outcome.out == tokenizer.decode([*ids[0], *tokens], skip_special_tokens=True) + "\n"
 
 
+def test_generate_losslessly(cli, converted, tmp_path):
+    options = ("--max-new-tokens", 30, "--temperature", 0, "--json", tmp_path / "g.json")
+    outcome = cli("generate", converted, "--prompt", "w10 w20", "--lossless", *options)
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "g.json").read_text("utf-8"))
+    found = report["lossless"]
+    assert found["passes"] + found["accepted"] == report["tokens"] - 1
+    assert f"{found['accepted']} of {found['drafted']} drafted ones accepted" in " ".join(outcome.err.split())
+
+
 def test_generate_samples_by_seed(cli, converted):
     def text(seed):
         options = ("--max-new-tokens", 16, "--temperature", 1, "--top-p", 0.9, "--seed", seed)

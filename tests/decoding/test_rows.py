@@ -9,7 +9,7 @@ import torch
 
 from larosa import LarosaError
 from larosa.decoding import Engine
-from larosa.decoding.engine import MAX_ROWS
+from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.weights import DecoderWeights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -29,7 +29,7 @@ from larosa.benchmarks.shapes import (
 from larosa.config import LarosaConfig, Rotation, Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
-from larosa.decoding.engine import MAX_ROWS
+from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights

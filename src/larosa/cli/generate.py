@@ -35,6 +35,9 @@ def generate(
     seed: options.Seed = 0,
     engine: options.EngineOption = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="The text of the model with nothing skipped, drafted by what skips.")
+    ] = False,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -70,6 +73,7 @@ def generate(
         seed=seed,
         engine=engine,
         kv_cache_dtype=kv_cache_dtype,
+        lossless=lossless,
         on_text=options.write_text,
     )
     options.write_text("\n")

@@ -100,6 +100,12 @@ def tell_speed(result: Generation) -> None:
     """How many tokens came, how fast and by what, on standard error."""
     speed = "" if result.tokens_per_second is None else f", {result.tokens_per_second:.1f} tokens/s"
     stderr.print(f"{result.tokens} tokens{speed}, {result.engine} engine", highlight=False)
+    if (found := result.lossless) is not None:
+        stderr.print(
+            f"lossless: {found['tokens_per_pass'] or 1:.2f} tokens of a dense pass, "
+            f"{found['accepted']} of {found['drafted']} drafted ones accepted",
+            highlight=False,
+        )
 
 
 def note_unused_settings(model: Any) -> None:

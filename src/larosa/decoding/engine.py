@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from larosa.decoding.cache import CacheDtype, Entries, KeyValueCache
-from larosa.decoding.layers import Past
+from larosa.decoding.layers import MAX_ROWS, Past
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.ops.cpu.graph import Graph
-
-#: Tokens of one step at most: a CPU reads weights once for all of them.
-MAX_ROWS = 8
 
 
 class Engine:
@@ -49,6 +47,12 @@ class Engine:
         self._position, self._text = torch.zeros(2, MAX_ROWS, dtype=torch.int64, device=weights.device)
         self._graphs: dict[int, Graph] = {}
         self._replays = weights.device.type == "cpu"
+
+    def beside(self, weights: DecoderWeights) -> Engine:
+        """An engine of the same texts, over the same cache, with other weights of the model."""
+        other = copy.copy(self)
+        other.weights, other._graphs = weights, {}
+        return other
 
     @property
     def vocabulary(self) -> int:

@@ -18,6 +18,7 @@ from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
+from larosa.decoding.lossless import LosslessDecoder
 from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
 from larosa.errors import LarosaError, choose
@@ -48,6 +49,7 @@ class Generation:
     tokens_per_second: float | None
     engine: str
     kv_cache_dtype: str
+    lossless: dict[str, float | None] | None = None  # `Verifications`
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -69,6 +71,7 @@ def generate(
     stop: Sequence[str] = (),
     engine: str | None = None,
     kv_cache_dtype: str = CacheDtype.AUTO,
+    lossless: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue a prompt, or answer the last message of a conversation.
@@ -82,6 +85,8 @@ def generate(
         stop: strings that end the text; they may span tokens, and are not in it.
         engine: `larosa`, `transformers`, or None for larosa's where the device has its kernels.
         kv_cache_dtype: how larosa's engine keeps keys and values: `auto` as the model's weights, or `int8`.
+        lossless: give the text of the model with nothing skipped, which what the checkpoint skips drafts; see
+            `LosslessDecoder`.
         on_text: called with each piece of text as soon as it is complete.
 
     Raises:
@@ -103,6 +108,8 @@ def generate(
     device = model.get_input_embeddings().weight.device
     chosen = _engine(engine, device)
     cache_dtype = _cache_dtype(kv_cache_dtype, chosen)
+    if lossless and chosen is not EngineName.LAROSA:
+        raise LarosaError(f"--lossless is of larosa's engine: use --engine larosa, not {chosen}")
     ids = prompt_ids(model, tokenizer, prompt)
     context = context_length(model.config)
     if len(ids) + max_new_tokens > context:
@@ -114,14 +121,18 @@ def generate(
         ends |= turn_ends(tokenizer)
     output = TextStream(tokenizer, ids.tolist(), on_text, strings)
     started = time.perf_counter()
-    runner: StepEngine = (
-        Engine(model, len(ids) + max_new_tokens, cache_dtype) if chosen is EngineName.LAROSA else ForwardEngine(model)
-    )
+    length = len(ids) + max_new_tokens
     sampler = Sampler(sampling, device=device, kernels=chosen is EngineName.LAROSA and device.type != "cpu")
-    if isinstance(runner, Engine) and device.type == "cuda":
-        tokens = GraphLoop(runner, sampler).continue_prompt(ids[None], max_new_tokens, ends)
+    decoder: LosslessDecoder | None = None
+    if lossless:
+        decoder = LosslessDecoder(model, length, cache_dtype)
+        tokens = decoder.continue_prompt(ids[None], max_new_tokens, sampler, ends)
     else:
-        tokens = continue_prompt(runner, ids[None], max_new_tokens, sampler, ends)
+        runner: StepEngine = Engine(model, length, cache_dtype) if chosen is EngineName.LAROSA else ForwardEngine(model)
+        if isinstance(runner, Engine) and device.type == "cuda":
+            tokens = GraphLoop(runner, sampler).continue_prompt(ids[None], max_new_tokens, ends)
+        else:
+            tokens = continue_prompt(runner, ids[None], max_new_tokens, sampler, ends)
     for token in tokens:
         output.put(token)
         if output.stopped:
@@ -136,6 +147,7 @@ def generate(
         tokens_per_second=output.tokens_per_second,
         engine=chosen.value,
         kv_cache_dtype=cache_dtype.value,
+        lossless=None if decoder is None else decoder.verifications.to_dict(),
     )
 
 

@@ -19,6 +19,9 @@ from larosa.ops.select import CountedSelection, Selection
 
 _ops: Any = torch.ops.larosa
 
+#: Tokens of one step at most: a CPU reads weights once for all of them.
+MAX_ROWS = 8
+
 
 class _Source(Protocol):
     """What makes a site's activation: all of it or, fused with the selection, its k largest entries or those above."""
@@ -134,9 +137,9 @@ class _Gated:
 class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
-    With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where there is
-    a list of `every` column. Where `fused` is there, one operator selects entries and multiplies with them, and where
-    the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
+    With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where `every` lists
+    all columns, for one row, for two and so on. Where `fused` is there, one operator selects entries and multiplies
+    with them, and where the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
     """
 
     source: _Source
@@ -144,7 +147,7 @@ class Site:
     k: int | None = None
     score: torch.Tensor | None = None
     threshold: float | None = None
-    every: torch.Tensor | None = None
+    every: tuple[torch.Tensor, ...] | None = None
     fused: Norm | _AsItIs | None = None
     swiglu: bool = False
 
@@ -153,6 +156,18 @@ class Site:
         """Weights and biases of the linears, which `fused` wants in the model's own dtype."""
         assert isinstance(self.linears, Linears), "a GPU's operators read no others"
         return self.linears.weights, self.linears.biases
+
+    @property
+    def skips(self) -> bool:
+        """Whether some columns are not read."""
+        return self.k is not None or self.threshold is not None
+
+    def whole(self) -> Site:
+        """The same, keeping everything."""
+        if not self.skips:
+            return self
+        every = _columns(self.linears.weights[0], MAX_ROWS) if isinstance(self.linears, Linears) else None
+        return replace(self, k=None, threshold=None, score=None, fused=None, every=every)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
@@ -172,7 +187,7 @@ class Site:
             values = self.source.every(x)
             if self.every is None:
                 return self.linears.every(values, residual)
-            indices = self.every
+            indices = self.every[len(values) - 1]
         along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
         return self.linears.listed(values, indices, residual, along, count)
 
@@ -253,6 +268,15 @@ class DecodeLayer:
     h4: Site
     residual_adapter: Adapter | None
 
+    @property
+    def skips(self) -> bool:
+        """Whether a site leaves columns out."""
+        return any(site.skips for site in (self.h1, self.h2, self.h3, self.h4))
+
+    def whole(self) -> DecodeLayer:
+        """The same, with nothing left out."""
+        return replace(self, **{name: getattr(self, name).whole() for name in ("h1", "h2", "h3", "h4")})
+
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [B, D] float32 after this layer."""
         carried = _carried(x, self.attention_adapter)
@@ -314,7 +338,7 @@ def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsI
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
     on_gpu = _on_gpu(linears[0])
     # [1, D] int32, where all columns are read faster than all rows.
-    every = _every_column(linears[0]) if on_gpu and not kept else None
+    every = _columns(linears[0].weight, 1) if on_gpu and not kept else None
     # Launching one kernel less is worth selecting in every block of a product.
     fused = source if on_gpu and kept and not isinstance(source, _Gated) else None
     return Site(source, read_linears(linears, by_columns=bool(kept) or on_gpu), every=every, fused=fused, **kept)
@@ -325,8 +349,10 @@ def _on_gpu(linear: Any) -> bool:
     return next(linear.parameters()).device.type != "cpu"
 
 
-def _every_column(linear: Any) -> torch.Tensor:
-    return torch.arange(linear.in_features, dtype=torch.int32, device=linear.weight.device)[None]
+def _columns(weight: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+    """All columns of a weight for each row of one, of two and of up to so many: [B, D] int32."""
+    columns = torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device).repeat(rows, 1)
+    return tuple(columns[: row + 1] for row in range(rows))
 
 
 def _kept(selector: Selector, width: int) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from larosa.errors import LarosaError
+from larosa.finite import not_finite
 from larosa.ops.greedy import NO_TOKEN
 
 #: What divides logits is no less, so that it is not rounded to zero; the likeliest token has everything long before.
@@ -122,6 +123,13 @@ def _check(name: str, value: float, right: bool, wanted: str) -> None:
         raise LarosaError(f"{name} must be {wanted}, not {value}")
 
 
+class Proposal(NamedTuple):
+    """A drafted token, and by which probabilities [vocabulary] it was drawn; None where it was no chance."""
+
+    token: int
+    probabilities: torch.Tensor | None
+
+
 class Sampler:
     """Draws the tokens of a text, or of several at once.
 
@@ -188,6 +196,72 @@ class Sampler:
         state = self.generator.get_state()
         yield
         self.generator.set_state(state)
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What is drawn meanwhile does not count as drawn for the repetition penalty."""
+        seen = None if self._seen is None else self._seen.clone()
+        yield
+        if self._seen is not None and seen is not None:
+            self._seen.copy_(seen)
+
+    def propose(self, logits: torch.Tensor) -> Proposal:
+        """Draw a text's next token from logits [1, vocabulary], for `accept` to judge.
+
+        Raises:
+            LarosaError: the logits are NaN or Inf.
+        """
+        probabilities = self._probabilities(logits)
+        token = self._drawn(probabilities)
+        return Proposal(token, None if self._sampling.temperature == 0 else probabilities)
+
+    def accept(self, proposals: Sequence[Proposal], logits: torch.Tensor) -> list[int]:
+        """As many of the proposed tokens as are accepted, and one more, as if all were drawn from the logits.
+
+        Token by token (Leviathan et al., arXiv 2211.17192, algorithm 1): one that was proposed with probability q and
+        has p is accepted with probability p / q; else the token is drawn in proportion to max(p - q, 0).
+
+        Args:
+            proposals: tokens that follow each other in one text.
+            logits: [proposals + 1, vocabulary] float32, of the text's next token and behind each proposed one.
+
+        Raises:
+            LarosaError: logits that are drawn from are NaN or Inf.
+        """
+        new: list[int] = []
+        for (token, proposed), row in zip(proposals, logits.split(1), strict=False):
+            wanted = self._probabilities(row)
+            chance = 1.0 if proposed is None else float(proposed[token])
+            uniform = torch.rand((), dtype=torch.float64, generator=self.generator, device=logits.device)
+            if float(uniform) * chance >= float(wanted[token]):
+                rest = wanted.index_fill(0, torch.tensor(token), 0.0) if proposed is None else wanted - proposed
+                rest = rest.clamp_min(0)
+                return [*new, self._drawn(rest if rest.any() else wanted)]
+            self._count(token)
+            new.append(token)
+        return [*new, self._drawn(self._probabilities(logits[-1:]))]
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """[vocabulary] float64, by which a token is drawn from logits [1, vocabulary]; greedy has all on one."""
+        if not logits.max().isfinite():
+            raise not_finite("the model's logits are")
+        logits = self.changed(logits)
+        whole = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
+        if self._sampling.temperature == 0:
+            whole[logits.argmax()] = 1
+            return whole
+        weights, tokens = candidates(logits, self._sampling)
+        weights = weights[0].double() / weights.double().sum()
+        return weights if tokens is None else whole.scatter_(0, tokens[0], weights)
+
+    def _drawn(self, probabilities: torch.Tensor) -> int:
+        token = int(self._drawn_index(probabilities[None]))
+        self._count(token)
+        return token
+
+    def _count(self, token: int) -> None:
+        if self._seen is not None:
+            self._seen[0, token] = True
 
     def changed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [B, vocabulary] after the penalty and the ban, from which `candidates` goes on."""

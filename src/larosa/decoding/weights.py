@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,15 @@ class DecoderWeights:
         self._head = read_linears([architecture.head(model)], by_columns=False)
         self._model, self._architecture = model, architecture
         self._decoder = architecture.decoder(model)
+        self._prompts_whole = False
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def whole(self) -> DecoderWeights:
+        """The same weights with nothing skipped, in prompts neither."""
+        other = copy.copy(self)
+        other.layers = [layer.whole() for layer in self.layers]
+        other._prompts_whole = True
+        return other
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of positions 0 to `length` - 1, each [length, d] float32.
@@ -83,7 +92,8 @@ class DecoderWeights:
         know whether a prompt is still going on.
         """
         layers: Any = self._architecture.layers(self._model)
-        dense = [layer.dense for layer in layers if hasattr(layer, "dense") and layer.dense.prompts]
+        every = [layer.dense for layer in layers if hasattr(layer, "dense")]
+        dense = [tokens for tokens in every if tokens.prompts or self._prompts_whole]
         for tokens in dense:
             tokens.before = position
         try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from larosa.decoding import Engine
-from larosa.decoding.engine import MAX_ROWS
+from larosa.decoding.layers import MAX_ROWS
 from larosa.errors import LarosaError
 
 #: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many

@@ -114,7 +114,7 @@ larosa_vector vector_of(const std::unique_ptr<Typed> &typed) {
 }
 
 void products() {
-    const int64_t rows = integer(0, 6), depth = width(), k = integer(0, 4) ? integer(0, depth) : depth;
+    const int64_t rows = integer(0, 2) ? integer(0, 2) : integer(3, 9), depth = width(), k = integer(0, 4) ? integer(0, depth) : depth;
     const int64_t dtype = integer(0, 2), threads = integer(1, 5), count = integer(1, 3);
     const bool sparse = integer(0, 1);
     what = std::string(sparse ? "sparse_linear" : "linear") + " rows " + std::to_string(rows) + " depth " +
