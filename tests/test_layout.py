@@ -63,6 +63,23 @@ def _is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def headings(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    lines = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S).splitlines()
+    titles = (line.lstrip("# ").lower() for line in lines if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")]
+    assert len(pages) > 15
+    for page in pages:
+        for name, anchor in re.findall(r"\]\(([^):#]*)(?:#([^)]*))?\)", page.read_text("utf-8")):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page}: {name}"
+            assert not anchor or anchor in headings(target), f"{page}: {name}#{anchor}"
+
+
 def test_what_some_systems_lack_is_imported_where_it_is_used():
     """`resource`, at the top of a module, ended `import larosa` on Windows."""
     for path, _, tree in sources():
