@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(shell find src/larosa/ops/cpu/csrc -type f)
 
-.PHONY: demo test lint types format clean
+# Each file's tests in one process, so that what they share is made once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
+
+.PHONY: demo test test-all lint types format docs clean
 
 demo: $(READY)
 	$(BIN)/larosa demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	$(PYTEST) --hypothesis-profile=thorough
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -24,6 +30,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The torch version is pinned for development alone: a bare `torch` can pull gigabytes of CUDA packages.
 $(READY): pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
@@ -32,4 +41,4 @@ $(READY): pyproject.toml $(KERNELS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage demo.png
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage demo.png
