@@ -21,10 +21,18 @@ SMALL_H200 = Machine(capability=(9, 0), multiprocessors=8, shared_memory=227 * 1
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def compiled(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for compiled kernels that the next run finds again: under a digest of all that they are made of."""
+    provider = getattr(pytestconfig, "cache", None)  # not with `-p no:cacheprovider`
+    return Path(provider.mkdir("kernels") if provider else tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def emulator(compiled: Path) -> Emulator:
     if not shutil.which("g++"):
         pytest.skip("the emulator of CUDA kernels is compiled by g++")
-    return Emulator(tmp_path_factory.mktemp("kernels"), SMALL_H200)
+    (compiled / "emulator").mkdir(exist_ok=True)
+    return Emulator(compiled / "emulator", SMALL_H200)
 
 
 @pytest.fixture(

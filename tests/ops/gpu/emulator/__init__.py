@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import compiler, kernels
 from larosa.ops.cuda.launch import Argument, Grid, Machine, addresses_of
 
 _HERE = Path(__file__).parent
 _SOURCES = Path(kernels.__file__).parent / "source"
+_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
 
 class Emulator:
     """Stands in for a GPU: what `larosa.ops.cuda.launch` gives the kernels, on CPU tensors.
 
     Args:
-        folder: for the compiled kernels.
+        folder: for the compiled kernels, which the next run uses again where nothing they are made of has changed.
         gpu: the GPU that launches are planned for.
     """
 
@@ -54,24 +56,23 @@ class Emulator:
 
 @cache
 def _library(folder: Path, source: str, kernel: str, macros: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
-    path = folder / (hashlib.sha256(repr((source, kernel, macros)).encode()).hexdigest() + ".so")
     defines = [f"-D{name}={text}" for name, text in (*macros, ("SOURCE_FILE", f'"{source}"'), ("ENTRY", kernel))]
-    subprocess.run(
-        [
-            "g++",
-            "-std=c++20",
-            "-O1",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-I{_SOURCES}",
-            *defines,
-            "-o",
-            path,
-            _HERE / "main.cpp",
-        ],
-        check=True,
-    )
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{_SOURCES}", *defines, str(_HERE / "main.cpp")]
+    path = folder / (hashlib.sha256(repr((command, _ingredients())).encode()).hexdigest() + ".so")
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")  # another worker may compile the same
+        subprocess.run([*command, "-o", unfinished], check=True)
+        unfinished.replace(path)
+        compiler._shrink(folder)
+    os.utime(path)  # used now
     library = ctypes.CDLL(str(path))
     library.run.restype = ctypes.c_char_p
     return library
+
+
+@cache
+def _ingredients() -> str:
+    """Of the compiler and of every source that it may read."""
+    version = subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
+    files = (path for folder in (_HERE, _SOURCES) for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    return repr((version, [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sorted(files)]))
