@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 say() { printf '\n== %s\n' "$*"; }
 # Kernels are compiled at first use, which several processes do at once where pytest-xdist is there.
 parallel=$("$python" -c 'import xdist' 2> /dev/null && echo "-n 6" || true)
-tests() { "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu "$@"; }
+tests() { "$python" -m pytest -q --no-header -p no:cacheprovider --hypothesis-profile=thorough -m gpu "$@"; }
 bench() { "$python" -c 'from larosa.cli.main import main; main()' bench "$@"; }
 
 say "Kernels in CUDA C++"
@@ -26,7 +26,8 @@ chosen="not triton and not fused and not any_size and ($chosen or (one_block_sel
 for tool in memcheck racecheck; do
     sanitizer=(compute-sanitizer --error-exitcode 9 --report-api-errors no --target-processes all --tool $tool)
     "${sanitizer[@]}" "$python" benchmarks/steps.py cuda llama-3-8b llama-2-7b | tee "$results/$tool-steps.log"
-    "${sanitizer[@]}" "$python" -m pytest -q --no-header -p no:cacheprovider -m gpu -k "$chosen" tests/ops/gpu |
+    "${sanitizer[@]}" "$python" -m pytest -q --no-header -p no:cacheprovider --hypothesis-profile=thorough \
+        -m gpu -k "$chosen" tests/ops/gpu |
         tee "$results/$tool.log"
 done
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -32,8 +34,13 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 import larosa
 from larosa.architectures import cache_argument
 
-# Handing a tiny model's work to a second thread costs far more than the work.
+from . import examples  # noqa: F401 - registers the profiles
+
+settings.load_profile("quick")  # what --hypothesis-profile names is loaded after this
+
+# Handing a tiny model's work to a second thread costs far more than the work, in commands that tests start too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 VOCABULARY = 128
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

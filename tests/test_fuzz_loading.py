@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import larosa
 
-CONFIGS, INDICES, FILES = 420, 100, 220
+from .examples import examples
+
+CONFIGS, INDICES, FILES = examples(420), examples(100), examples(220)
 
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 1.5, 1e30, -0.0, 10**20, "", "x", "4", "float16", "llama", "torch.float16"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa import LarosaError
 from larosa.calibration import Magnitudes, attached
@@ -23,7 +24,7 @@ def gather(*parts):
     parts=st.lists(st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=9), min_size=1, max_size=4),
     share=st.floats(0, 1),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 def test_quantiles_equal_sorting_by_hand(dtype, parts, share):
     tensors = [torch.tensor([part], dtype=dtype) for part in parts]
     found = gather(*tensors)

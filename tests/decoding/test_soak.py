@@ -9,9 +9,10 @@ import pytest
 
 import larosa
 from larosa.demo import bundled_model
+from tests.examples import examples
 
 #: By hand: LAROSA_SOAK=10000.
-CALLS = int(os.environ.get("LAROSA_SOAK", "150"))
+CALLS = int(os.environ.get("LAROSA_SOAK") or examples(150))
 _MIB = 2**20
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa.ops import drop_up_to
@@ -8,7 +8,6 @@ from larosa.ops import drop_up_to
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=20), st.floats(0, 4, width=16))
-@settings(deadline=None)
 def test_keeps_what_is_above(dtype, numbers, threshold):
     x = torch.tensor(numbers, dtype=dtype)
     threshold = float(torch.tensor(threshold, dtype=dtype))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.ops import keep_top_k
+from tests.examples import examples
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,7 +52,7 @@ def inputs(draw):
     return torch.tensor(values, dtype=torch.float64).to(dtype).view(shape), draw(st.integers(0, shape[-1]))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(inputs())
 def test_equals_the_definition(example):
     x, k = example
@@ -70,7 +71,7 @@ def scored_inputs(draw):
     return x, k, torch.tensor(values, dtype=torch.float64).to(draw(st.sampled_from([x.dtype, *DTYPES])))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(scored_inputs())
 def test_equals_the_definition_with_scores(example):
     x, k, score = example
@@ -92,7 +93,7 @@ def test_infinity_times_a_score_of_zero_is_nan_and_kept():
     assert keep_top_k(x, 1, torch.tensor([1.0, 0.0, 1.0])).tolist() == [0.0, -math.inf, 0.0]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(inputs())
 def test_leaves_its_input_alone(example):
     x, k = example

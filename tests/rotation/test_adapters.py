@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 import larosa
 from larosa import LarosaError
@@ -19,7 +20,7 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.integers(1, 80), st.integers(0, 2**31), st.sampled_from(DTYPES), st.sampled_from(["random", "near", "signs"]))
 def test_every_number_is_within_half_a_step(width, seed, dtype, kind):
     R = random_basis(width, seed)

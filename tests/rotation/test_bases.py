@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa.rotation import output_aware, principal_basis, random_basis, reader_gram
 
@@ -22,7 +23,7 @@ def assert_orthogonal(Q):
 MOMENTS = st.builds(second_moment, st.integers(0, 10_000), st.integers(1, 40), st.sampled_from([3, 200]))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(MOMENTS)
 def test_principal_basis_diagonalises_in_descending_order(C):
     Q = principal_basis(C)
@@ -34,7 +35,7 @@ def test_principal_basis_diagonalises_in_descending_order(C):
     assert bool((variances.diff() <= 1e-12 * variances.max()).all())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(MOMENTS)
 def test_signs_do_not_depend_on_the_eigensolver(C):
     Q = principal_basis(C)
@@ -48,7 +49,7 @@ def test_first_vector_is_the_direction_of_largest_second_moment():
     torch.testing.assert_close(Q[:, 0], torch.tensor([0.6, 0.8], dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(1, 50), st.integers(0, 2**31))
 def test_random_basis_is_orthogonal(size, seed):
     assert_orthogonal(random_basis(size, seed))

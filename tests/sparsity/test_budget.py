@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa import LarosaError, PerSite
 from larosa.config import SITES, Budget
@@ -24,7 +25,7 @@ def sizes_of(family_config, hidden=4096, intermediate=11008, heads=32, kv_heads=
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(COEFFICIENTS, COEFFICIENTS, st.integers(1, 6))
 def test_paper_budget_satisfies_equations_17_and_18(family_config, alpha1, alpha3, ratio):
     alphas = complete_alphas(alpha1, alpha3, Budget.PAPER, sizes_of(family_config, 64, 64 * ratio, 4, 2))
@@ -33,7 +34,7 @@ def test_paper_budget_satisfies_equations_17_and_18(family_config, alpha1, alpha
     assert 2 * alphas.h3 + ratio * alphas.h4 == pytest.approx(2 + ratio, rel=1e-14)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(COEFFICIENTS, COEFFICIENTS, st.sampled_from([1, 2, 4]), st.sampled_from([8, 16, 24]))
 def test_weights_budget_skips_the_same_weights_as_all_ones(family_config, alpha1, alpha3, kv_heads, head_dim):
     sizes = sizes_of(family_config, 64, 150, 4, kv_heads, "qwen3", head_dim=head_dim)
@@ -72,7 +73,7 @@ def test_coefficient_scales_the_sparsity_as_in_table_5(family_config):
     assert f"{1 - keep.h1[0] / 4096:.1%}" == "45.0%"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=examples(100))
 @given(st.floats(0, 0.8), st.lists(st.floats(0, 1.25), min_size=4, max_size=4), st.integers(1, 500))
 def test_drops_the_whole_number_nearest_to_alpha_p_width(family_config, sparsity, alphas, intermediate):
     sizes = sizes_of(family_config, 96, intermediate, 4, 2, "qwen3", head_dim=10)

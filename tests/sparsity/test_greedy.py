@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa.architectures import find_architecture
 from larosa.calibration import Magnitudes, attached, visit_layers
@@ -15,7 +16,7 @@ def skipped(shares, weights):
     return sum(shares[site] * weights[site] for site in weights) / sum(weights.values())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     target=st.floats(0, 0.99),
     sizes=st.lists(st.integers(1, 60), min_size=4, max_size=4),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 from transformers import AutoModelForCausalLM
 
 import larosa
@@ -108,7 +109,7 @@ def test_compensation_is_refused():
         Settings.complete(sparsity=0.5, selection="threshold", compensation="linear")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.lists(st.floats(0, 2.0**120, width=32), min_size=1, max_size=40), st.floats(0, 2.0**120, width=32))
 def test_histograms_are_right_to_within_a_bin(values, magnitude):
     x = torch.tensor(values)

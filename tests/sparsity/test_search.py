@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa import LarosaError, PerSite
 from larosa.config import Budget
@@ -45,7 +46,7 @@ def test_visits_each_feasible_point_once(sizes, sparsity, budget):
     assert len(asked) == len(log.points)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.randoms(use_true_random=False), st.integers(1, 6))
 def test_picks_the_first_of_the_lowest(sizes, chance, levels):
     seen = []

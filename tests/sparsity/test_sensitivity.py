@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.examples import examples
 
 from larosa import LarosaError
 from larosa.architectures import find_architecture
@@ -55,7 +56,7 @@ def costs(draw):
     }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(costs(), st.floats(0, 0.99))
 def test_drops_what_is_cheapest_per_weight_within_the_budget(example, sparsity):
     keep = cheapest(sparsity, SIZES, example)

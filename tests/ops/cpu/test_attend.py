@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.ops.attend import attend_reference
+from tests.examples import examples
 
 from .cases import DTYPES, chances, doubled
 
@@ -28,7 +29,7 @@ def problems(draw):
     return chance, qkv, cache, position, rotary, gains, window
 
 
-@settings(deadline=None, max_examples=600)
+@settings(max_examples=examples(600))
 @given(problems())
 def test_is_the_reference(problem):
     chance, qkv, (keys, values), position, rotary, gains, window = problem
@@ -64,7 +65,7 @@ def test_is_the_reference(problem):
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(problems(), chances("normal", "integer", "special", "wild"))
 def test_keys_and_values_of_8_bits_are_the_references(problem, chance):
     _, qkv, (floats, _), position, rotary, gains, window = problem
@@ -104,7 +105,7 @@ def test_the_row_just_written_is_read_as_it_was_rounded(dtype):
     assert torch.equal(values[0, 2], qkv[0, 48:].to(dtype))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.sampled_from([torch.bfloat16, torch.float16]),
     st.lists(st.floats(width=32, allow_nan=True) | st.floats(-(2.0**-13), 2.0**-13, width=32), min_size=8, max_size=8),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from larosa.ops import column_major
 from larosa.ops.cpu import library
+from tests.examples import examples
 
 from .cases import ISAS, bits
 
@@ -88,7 +89,7 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name.split()[0]).default, CALLS[name]())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.sampled_from(ISAS), st.integers(0, 1000), st.integers(1, 6000), st.integers(1, 3), st.booleans())
 def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs, rows, shared):
     library.set_isa(isa)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from larosa.ops import column_major
 from larosa.ops.cpu.graph import Graph
+from tests.examples import examples
 
 from .cases import chances
 
@@ -55,7 +56,7 @@ def layer(x, position, seed=0, dtype=torch.float32):
     return run
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=examples(50))
 @given(st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_replaying_is_running(seed, dtype):
     x, position = torch.randn(1, 24), torch.tensor([0])
@@ -98,7 +99,7 @@ def branches(x, dtype, bias):
     return run
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(chances("normal"), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_a_product_beside_others_gives_the_same_bits(chance, dtype):
     x = torch.randn(1, 370, generator=chance.generator)

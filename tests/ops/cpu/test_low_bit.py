@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from larosa.formats import GROUPS, Int4, Int8
 from larosa.ops.cpu import library
 from larosa.ops.low_bit import BLOCK, low_bit_linear_in_integers, low_bit_linear_reference
+from tests.examples import examples
 
 from .cases import DTYPES, ISAS, Chance, bits, chances, doubled
 from .test_products import selection
@@ -77,7 +78,7 @@ def problems(draw, *kinds: str):
     return chance, problem
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(problems())
 def test_every_instruction_set_gives_the_bits_of_whole_numbers(problem):
     chance, given = problem
@@ -86,7 +87,7 @@ def test_every_instruction_set_gives_the_bits_of_whole_numbers(problem):
     assert torch.equal(bits(result), bits(low_bit_linear_in_integers(*given.given())))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(problems("normal", "integer", "wild"))
 def test_results_are_off_by_no_more_than_a_block_s_unit(problem):
     chance, given = problem

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
+from tests.examples import examples
 
 from .cases import DTYPES, WIDTHS, chances, doubled
 
@@ -16,7 +17,7 @@ def close(result, exact, tolerance) -> None:
     torch.testing.assert_close(result, exact.float(), rtol=tolerance, atol=1e-37, equal_nan=True)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(chances(), st.integers(0, 4), WIDTHS, st.sampled_from(DTYPES), st.sampled_from([0.0, 1e-6, 1e-5]))
 def test_rms_norm(chance, rows, width, dtype, eps):
     x, gain = chance.tensor(rows, width), chance.maybe(width, dtype=dtype)
@@ -39,7 +40,7 @@ def check_silu_mul(gate_up) -> None:
     assert (near | alike).all()
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(chances(), st.integers(0, 4), WIDTHS)
 def test_silu_mul(chance, rows, width):
     gate_up = chance.tensor(rows, 2 * width)

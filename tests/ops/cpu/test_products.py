@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from larosa.ops import column_major
 from larosa.ops.adapter import adapt_reference
 from larosa.ops.linear import linear_reference, sparse_linear_reference
+from tests.examples import examples
 
 from .cases import DTYPES, WIDTHS, Chance, chances, doubled
 
@@ -51,7 +52,7 @@ def check(chance: Chance, result: torch.Tensor, terms: int, reference, operands,
         assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(problems(), st.data())
 def test_sparse_linear_is_the_sum_of_the_columns_at_the_indices(problem, data):
     chance, rows, depth, weights, biases, residual = problem
@@ -62,7 +63,7 @@ def test_sparse_linear_is_the_sum_of_the_columns_at_the_indices(problem, data):
     check(chance, result, k, sparse_linear_reference, operands, biases, residual)
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(problems())
 def test_linear_is_the_product_with_every_row(problem):
     chance, rows, depth, weights, biases, residual = problem
@@ -72,7 +73,7 @@ def test_linear_is_the_product_with_every_row(problem):
     check(chance, result, depth, linear_reference, operands, biases, residual)
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(max_examples=examples(1500))
 @given(chances(), st.integers(0, 4), WIDTHS, WIDTHS, st.sampled_from(DTYPES), st.data())
 def test_adapt_is_the_product_with_every_digit(chance, rows, width, outputs, dtype, data):
     leading = data.draw(st.sampled_from([0, 1, width // 2, width]))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.ops.select import above_reference, top_k_reference
+from tests.examples import examples
 
 from .cases import DTYPES, WIDTHS, bits, chances
 
@@ -30,7 +31,7 @@ def same(selection, expected) -> None:
     assert indices.dtype == torch.int32
 
 
-@settings(deadline=None, max_examples=2500)
+@settings(max_examples=examples(2500))
 @given(problems())
 def test_top_k_is_the_reference_bit_by_bit(problem):
     chance, rows, width, k, score = problem
@@ -40,7 +41,7 @@ def test_top_k_is_the_reference_bit_by_bit(problem):
     same(ops.top_k(x, k, score), top_k_reference(x, k, score))
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(problems())
 def test_fused_selections_are_top_k_of_what_they_fuse(problem):
     chance, rows, width, k, score = problem
@@ -50,7 +51,7 @@ def test_fused_selections_are_top_k_of_what_they_fuse(problem):
     same(ops.silu_mul_top_k(gate_up, k, score), ops.top_k(ops.silu_mul(gate_up), k, score))
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(chances(), st.integers(0, 4), WIDTHS, st.sampled_from([0.0, 1e-45, 0.5, 1.0, 2.0, 1e16, math.inf]))
 def test_above_is_the_reference_bit_by_bit(chance, rows, width, threshold):
     x, score = chance.tensor(rows, width), chance.maybe(width)
@@ -65,7 +66,7 @@ def kept(selection):
     return values[:, : int(count)], indices[:, : int(count)]
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=examples(500))
 @given(chances(), WIDTHS, st.sampled_from([0.0, 0.5, 1.0, math.inf]))
 def test_fused_forms_of_above_are_it_of_what_they_fuse(chance, width, threshold):
     x, gain, score = chance.tensor(1, width), chance.maybe(width), chance.maybe(width)

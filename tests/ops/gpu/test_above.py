@@ -14,6 +14,7 @@ from larosa.ops.cuda import kernels
 from larosa.ops.linear import sparse_linear_reference
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import above_reference
+from tests.examples import examples
 
 from .cases import DTYPES, bits, doubled, entries, seeded
 from .test_products import check
@@ -43,7 +44,7 @@ def between(magnitudes, share):
     return float((ordered[below] + ordered[below + 1]) / 2)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.data())
 def test_above_is_the_reference_bit_by_bit(target, data):
     width = data.draw(st.integers(1, 300) | st.sampled_from([1023, 1024]), label="width")
@@ -154,7 +155,7 @@ def test_a_count_of_more_than_there_is_room_for(target):
     assert torch.equal(target("sparse_linear", *operands, torch.tensor([99])), target("sparse_linear", *operands))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=examples(8))
 @given(products(), st.floats(0, 1))
 def test_products_of_what_is_above(target, problem, share):
     x, gain, score, _, weights, biases, residual = problem

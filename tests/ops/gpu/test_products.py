@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from larosa.ops import column_major
 from larosa.ops.linear import linear_reference, sparse_linear_reference
+from tests.examples import examples
 
 from .cases import DTYPES, doubled, entries, seeded
 
@@ -41,7 +42,7 @@ def check(result, reference, operands, weights, biases, *added) -> None:
     assert ((result.double() - exact).abs() <= (terms + 4) * EPS * bound + 1e-44).all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(problems(), st.data())
 def test_sparse_linear(target, problem, data):
     rows, depth, weights, biases, residual, seed = problem
@@ -53,7 +54,7 @@ def test_sparse_linear(target, problem, data):
     check(result, sparse_linear_reference, (values.double(), indices), weights, biases, residual)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(problems(), st.integers(1, 400), st.data())
 def test_a_residual_that_goes_through_an_adapter(target, problem, width, data):
     rows, depth, weights, biases, _, seed = problem
@@ -87,7 +88,7 @@ def digits(outputs: int, width: int, seed: int) -> torch.Tensor:
     return drawn.t()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(problems(), st.integers(1, 400), st.data())
 def test_a_residual_that_goes_through_an_adapter_of_digits(target, problem, width, data):
     rows, depth, weights, biases, _, seed = problem
@@ -137,7 +138,7 @@ def test_a_residual_that_is_not_finite_shows_through_digits(target, dtype, bad, 
     assert not result[1].isfinite().any()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(problems())
 def test_linear(target, problem):
     rows, depth, weights, biases, residual, seed = problem

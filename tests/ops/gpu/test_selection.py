@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from larosa.errors import LarosaError
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import top_k_reference
+from tests.examples import examples
 
 from .cases import DTYPES, bits, entries, seeded
 
@@ -25,7 +26,7 @@ def scores(width: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return entries("normal", width, seed=seed).abs().to(dtype)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_top_k_is_the_reference_bit_by_bit(target, data):
     width = data.draw(st.integers(1, 300) | st.sampled_from([1023, 1024]), label="width")

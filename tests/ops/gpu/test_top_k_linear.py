@@ -18,6 +18,7 @@ from larosa.ops.top_k_linear import (
     rms_norm_top_k_swiglu_reference,
     top_k_linear_reference,
 )
+from tests.examples import examples
 
 from .cases import DTYPES, entries
 from .test_products import check, digits
@@ -44,7 +45,7 @@ def problems(draw):
     return x, *vectors, draw(st.integers(0, width)), weights, biases, residual
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=examples(25))
 @given(problems())
 def test_products_of_what_is_selected(target, problem):
     x, gain, score, k, weights, biases, residual = problem
@@ -136,7 +137,7 @@ def test_one_block_selects_entries_of_any_kind(target, kind, width, k):
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3000), st.data())
 def test_one_block_selects_from_vectors_of_any_size(target, width, data):
     k, outputs = data.draw(st.integers(0, width)), data.draw(st.integers(161, 192))

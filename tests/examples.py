@@ -1,0 +1,11 @@
+"""How many examples hypothesis draws: few, or with `--hypothesis-profile=thorough` as many as each test asks for."""
+
+from hypothesis import settings
+
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("thorough", deadline=None)
+
+
+def examples(thorough: int) -> int:
+    """`thorough`, or no more than the quick profile's."""
+    return thorough if settings.get_current_profile_name() == "thorough" else min(thorough, settings().max_examples)
