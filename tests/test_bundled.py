@@ -37,12 +37,14 @@ def by_sparsity(rows, method, key="kl_divergence"):
     return {row["sparsity"]: row[key] for row in rows if row["method"] == method}
 
 
+@pytest.mark.slow
 def test_demo_starts_from_the_dense_model(demo):
     assert demo[0]["method"] == "Dense"
     assert demo[0]["kl_divergence"] == 0
     assert demo[0]["top1_agreement"] == 1
 
 
+@pytest.mark.slow
 def test_calibrated_rotation_pays_and_a_random_one_does_not(demo):
     plain, chance, larosa_ = (by_sparsity(demo, m) for m in ("Top-K, no rotation", "Top-K, random rotation", "LaRoSA"))
     for sparsity in SPARSITIES:
@@ -50,6 +52,7 @@ def test_calibrated_rotation_pays_and_a_random_one_does_not(demo):
         assert chance[sparsity] >= plain[sparsity]
 
 
+@pytest.mark.slow
 def test_the_demo_times_a_cached_model_and_one_that_is_not(report):
     rows = [(row["shape"], row["row"], row["sparsity"]) for row in report["speed"]]
     decoders = [("transformers dense", 0.0), ("engine dense", 0.0), ("LaRoSA", 0.25), ("LaRoSA", 0.5)]
@@ -57,6 +60,7 @@ def test_the_demo_times_a_cached_model_and_one_that_is_not(report):
     assert all(row["tokens_per_second"] > 0 for row in report["speed"])
 
 
+@pytest.mark.slow
 def test_more_sparsity_costs_more(demo):
     for method in ("Top-K, no rotation", "Top-K, random rotation", "LaRoSA"):
         divergence = list(by_sparsity(demo, method).values())

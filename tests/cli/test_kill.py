@@ -46,6 +46,7 @@ def test_an_interrupt_when_all_is_done():
     assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["grid", "none"])
 def test_random_moments(checkpoint, tmp_path, text_file, search):
     chance = random.Random(search)

@@ -35,11 +35,13 @@ def test_convert_warns_of_nothing(converting):
     assert converting[1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--kv-cache-dtype", "int8")])
 def test_eval_warns_of_nothing(run, converting, options):
     assert run("eval", converting[0], *SHORT, "--reference", TINY, *options) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["larosa", "transformers"])
 def test_generate_prints_its_speed_alone(run, converting, engine):
     for model in (TINY, converting[0]):

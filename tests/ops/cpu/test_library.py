@@ -123,6 +123,7 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "larosa_cpu_fuzz"
 
 
+@pytest.mark.slow
 def test_no_call_reads_or_writes_outside_or_does_what_is_undefined(fuzz):
     """3,000 random calls an instruction set, against double precision, on threads of the library's own."""
     result = subprocess.run([str(fuzz), "3000", "1"], capture_output=True, text=True, check=False)
