@@ -15,6 +15,7 @@ from larosa.demo import SPARSITIES, bundled_model
 
 #: How far LaRoSA's divergence has to stay below that of Top-K without rotation.
 BAR = 0.6
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,14 @@ def by_sparsity(rows, method, key="kl_divergence"):
     return {row["sparsity"]: row[key] for row in rows if row["method"] == method}
 
 
-@pytest.mark.slow
+@SLOW
 def test_demo_starts_from_the_dense_model(demo):
     assert demo[0]["method"] == "Dense"
     assert demo[0]["kl_divergence"] == 0
     assert demo[0]["top1_agreement"] == 1
 
 
-@pytest.mark.slow
+@SLOW
 def test_calibrated_rotation_pays_and_a_random_one_does_not(demo):
     plain, chance, larosa_ = (by_sparsity(demo, m) for m in ("Top-K, no rotation", "Top-K, random rotation", "LaRoSA"))
     for sparsity in SPARSITIES:
@@ -52,7 +53,7 @@ def test_calibrated_rotation_pays_and_a_random_one_does_not(demo):
         assert chance[sparsity] >= plain[sparsity]
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_demo_times_a_cached_model_and_one_that_is_not(report):
     rows = [(row["shape"], row["row"], row["sparsity"]) for row in report["speed"]]
     decoders = [("transformers dense", 0.0), ("engine dense", 0.0), ("LaRoSA", 0.25), ("LaRoSA", 0.5)]
@@ -60,7 +61,7 @@ def test_the_demo_times_a_cached_model_and_one_that_is_not(report):
     assert all(row["tokens_per_second"] > 0 for row in report["speed"])
 
 
-@pytest.mark.slow
+@SLOW
 def test_more_sparsity_costs_more(demo):
     for method in ("Top-K, no rotation", "Top-K, random rotation", "LaRoSA"):
         divergence = list(by_sparsity(demo, method).values())
@@ -91,9 +92,13 @@ def trained(make_model, model_type, dtype):
     return model
 
 
-@pytest.mark.parametrize("rotation", ["none", "random", "model", "layer", "block"])
+@pytest.mark.parametrize(
+    "rotation", [*(pytest.param(r, marks=SLOW) for r in ("none", "random", "model", "block")), "layer"]
+)
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), pytest.param(torch.float32, 1e-4, marks=SLOW)]
+)
 def test_nothing_changes_at_zero_sparsity(request, make_model, model_type, rotation, dtype, tolerance):
     if dtype is torch.float64:
         request.getfixturevalue("exact_norms")

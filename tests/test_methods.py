@@ -211,6 +211,7 @@ def test_saving_what_was_loaded_changes_nothing(make_model, quick_convert, tmp_p
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_checkpoints_load_in_a_fresh_process(make_model, quick_convert, token_ids, tmp_path):
     code = """
 import sys, torch, larosa

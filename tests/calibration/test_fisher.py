@@ -60,6 +60,7 @@ def test_equals_an_ordinary_backward_pass(make_model, token_ids, monkeypatch, fa
         torch.testing.assert_close(of_layer.h4, expected[i, "h4"].diagonal())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_norms")
 def test_predicts_the_divergence_of_a_small_change(make_model):
     model = make_model("llama", torch.float64)

@@ -237,6 +237,7 @@ def test_generate_samples_by_seed(cli, converted):
     assert text(1) != text(2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_generation_ends_without_a_traceback():
     command = ("generate", bundled_model(), "--prompt", "The river", "--max-new-tokens", "2000", "--temperature", "1")
     process = subprocess.Popen(

@@ -16,14 +16,6 @@ from .conftest import QUICK
 PROMPT = "a\tb\r\n[bold]c[/bold] :100: :smiley: \x07 [/] d"
 
 
-def larosa(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", "from larosa.cli.main import main; main()", *map(str, arguments)],
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
 @pytest.mark.parametrize("columns", ["20", "200"])
 def test_text_comes_as_it_is(cli, monkeypatch, columns, tmp_path):
     monkeypatch.setenv("COLUMNS", columns)
@@ -44,10 +36,9 @@ def test_names_in_tables(cli, checkpoint, tmp_path, name, monkeypatch):
     assert "".join(folder.name.split()) in "".join(outcome.out.split())  # a long title is wrapped
 
 
-def test_a_prompt_that_is_not_utf_8(checkpoint):
-    outcome = larosa("generate", checkpoint, "--prompt", os.fsdecode(b"w5 \xff w6"))
-    assert outcome.returncode == 1
-    assert outcome.stderr.decode() == "larosa: error: --prompt: not UTF-8 text (character 4)\n"
+def test_a_prompt_that_is_not_utf_8(refused, checkpoint):
+    message = refused("generate", checkpoint, "--prompt", os.fsdecode(b"w5 \xff w6"))
+    assert message == "--prompt: not UTF-8 text (character 4)"
 
 
 _IN_TURNS = """

@@ -39,7 +39,14 @@ def test_greedy_text(make_model, quick_convert, tokenizer, clear_ids, family, en
     assert result.tokens_per_second > 0
 
 
-@pytest.fixture(scope="module", params=[None, 0.0, 0.25, 0.5], ids=lambda sparsity: f"{sparsity}")
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module",
+    params=[None, pytest.param(0.0, marks=SLOW), pytest.param(0.25, marks=SLOW), 0.5],
+    ids=lambda sparsity: f"{sparsity}",
+)
 def bundled(request):
     """The bundled model in bfloat16, dense or converted, and its sparsity."""
     model = AutoModelForCausalLM.from_pretrained(bundled_model()).requires_grad_(False)

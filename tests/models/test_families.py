@@ -70,6 +70,7 @@ def edited(saved, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_checkpoints_load_bit_by_bit_in_a_fresh_process(saved, token_ids):
     code = """
 import sys, torch, larosa

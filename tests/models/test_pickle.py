@@ -26,6 +26,7 @@ def test_pickled_and_copied(make_model, quick_convert, token_ids, family, method
     assert torch.equal(model(token_ids(1, 9)).logits, expected)
 
 
+@pytest.mark.slow
 def test_saved_whole_and_loaded_elsewhere(make_model, quick_convert, token_ids, tmp_path):
     model = quick_convert(make_model("llama"))
     torch.save(model, tmp_path / "model.pt")

@@ -162,6 +162,7 @@ assert "larosa" not in sys.modules
 class TestTools:
     """In processes of their own, given no more than the folder and `trust_remote_code`."""
 
+    @pytest.mark.slow
     def test_a_pipeline_saving_and_the_trainers_evaluation(self, saved, python, words, tmp_path):
         code = """
 import sys, torch
@@ -192,6 +193,7 @@ print("loss", Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss
         for name in ("config.json", "model.safetensors", "modeling_larosa.py"):
             assert (tmp_path / "again" / name).read_bytes() == (saved / "llama" / name).read_bytes()
 
+    @pytest.mark.slow
     def test_lm_evals_command_line(self, saved, environment, words, tmp_path):
         pytest.importorskip("lm_eval")
         rows = [

@@ -277,6 +277,7 @@ def test_a_broken_task_file_stops_before_anything_is_scored(dense, settings, tmp
         EXPERIMENTS["accuracy"].run(context)
 
 
+@pytest.mark.slow
 def test_everything_in_one_page(dense, settings, tmp_path, few_points, counted):
     folder = tmp_path / "out"
     result = reproduce("all", str(dense), folder, settings())

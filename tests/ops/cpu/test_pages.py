@@ -72,14 +72,15 @@ def test_only_large_matrices_ask_for_huge_pages():
     assert not advised(small.data_ptr())
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much memory is used")
 def test_the_memory_outlives_the_function_and_goes_with_the_tensor():
-    """Its pages are given back: a hundred matrices of 64 MiB, one after the other, would not fit the address limit."""
+    """Its pages are given back: thirty matrices of 64 MiB, one after the other, would not fit the address limit."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     weight = torch.zeros(4096, 4096)
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limits[1]))
     try:
-        for _ in range(100):
+        for _ in range(30):
             assert column_major(weight)[-1, -1] == 0
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)

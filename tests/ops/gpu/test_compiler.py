@@ -160,6 +160,7 @@ def test_a_damaged_file_is_compiled_again(cache, damage):
     assert compiler._read(file) == code
 
 
+@pytest.mark.slow
 def test_several_may_fill_the_cache_at_once(cache):
     script = "from larosa.ops.cuda.compiler import compiled; print(len(compiled('elementwise.cu', {}, 'sm_90')))"
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
