@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(shell find src/larosa/ops/cpu/csrc -type f)
 
-# Each file's tests in one process, so that what they share is made once.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
+# Each core has its own stretch of the tests, so that what a file's tests share is made once; who is done early takes some over.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 .PHONY: demo test test-all lint types format docs clean
 

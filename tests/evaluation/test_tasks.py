@@ -403,6 +403,7 @@ def test_local_files_give_what_the_stock_tasks_give(dense, bpe, measured, stock_
     assert stock.data == "lm-eval"
 
 
+@pytest.mark.slow
 def test_scores_equal_lm_evals_command_line(dense, bpe, example, measured, tmp_path):
     """Item for item, on a saved model, for data in its original form read by lm-eval itself."""
     subjects = SUBJECTS[:2]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -106,12 +104,6 @@ def test_sizes_out_of_range(refused, dense, options, tmp_path, option, value):  
     assert option in refused("reproduce", "table2", dense, "--out", tmp_path / "out", *options, option, value)
 
 
-def test_the_command_without_a_terminal_prints_no_progress(dense, options, tmp_path):
-    command = ["reproduce", "table19", dense, "--out", tmp_path / "out", *options]
-    process = subprocess.run(
-        [sys.executable, "-c", "from larosa.cli.main import main; main()", *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert process.stderr == ""
+def test_the_command_without_a_terminal_prints_no_progress(cli, dense, options, tmp_path):  # noqa: F811
+    outcome = cli("reproduce", "table19", dense, "--out", tmp_path / "out", *options)
+    assert (outcome.code, outcome.err) == (0, "")
