@@ -139,7 +139,7 @@ def test_a_position_outside_the_cache(position):
         ops.attend(torch.zeros(1, 24), keys, values, torch.tensor([position]), *[None] * 4, 0.0, 1.0, 0)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(problems(), st.data())
 def test_rows_of_several_caches_are_the_reference(problem, data):
     """Each row is what it is alone, to the bit, once the rows before it in its cache have been stored."""

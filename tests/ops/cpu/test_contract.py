@@ -139,7 +139,7 @@ def test_rows_of_few_bits_are_computed_as_if_alone():
         assert torch.equal(counted[one], alone)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(
     st.sampled_from(ISAS),
     st.integers(0, 1000),
