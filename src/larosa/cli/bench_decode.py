@@ -68,8 +68,7 @@ def decode(
     if shape is None and ((sparsity, layers, vocab_size, selection) != (None,) * 4 or layout != DEFAULT_LAYOUT):
         raise LarosaError(
             "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters, --selection and --weights are for "
-            "--shape: "
-            "leave them out, a checkpoint has its own"
+            "--shape: leave them out, a checkpoint has its own"
         )
     where = find_device(device)
     if where.type == "cuda" and layout.quantization is not None:
