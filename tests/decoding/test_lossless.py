@@ -27,6 +27,7 @@ CONVERSIONS = {
     "int8 adapters": {"adapters": "int8", "rotation": "block"},
     "thresholds": {"rotation": "layer", "selection": "threshold"},
     "first token dense": {"dense_first_token": True},
+    "few bits": {"weights": "int4"},
 }
 TOKENS = 110
 

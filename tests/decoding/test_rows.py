@@ -19,6 +19,8 @@ CONVERSIONS = {
     "int8 adapters": {"adapters": "int8", "rotation": "block"},
     "thresholds": {"rotation": "layer", "selection": "threshold"},
     "teal": {"method": "teal"},
+    "few bits": {"weights": "int4"},
+    "few bits, thresholds": {"weights": "int8", "selection": "threshold"},
 }
 LENGTH = 40  # the windows of the tiny models are 8
 
