@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -54,13 +55,16 @@ KEYS = (
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, make_model, tokenizer, words):
-    """A dense and a converted model of 2 layers, and the dense one in two shards."""
+    """A dense model of 2 layers, converted ones of 16 and of few bits, and the dense one in two shards."""
     folder = tmp_path_factory.mktemp("sources")
     model = make_model("qwen3", num_hidden_layers=2)
     model.save_pretrained(folder / "dense")
     model.save_pretrained(folder / "shards", max_shard_size="30KB")
     (folder / "text.txt").write_text(words(128), "utf-8")
-    larosa.convert(model, tokenizer, calibration=str(folder / "text.txt"), num_sequences=2, sequence_length=32)
+    options = {"calibration": str(folder / "text.txt"), "num_sequences": 2, "sequence_length": 32}
+    few = larosa.convert(deepcopy(model), tokenizer, weights="int4", head="int8", **options)
+    few.save_pretrained(folder / "few-bits")
+    larosa.convert(model, tokenizer, **options)
     model.save_pretrained(folder / "converted")
     for path in folder.iterdir():
         if path.is_dir():
@@ -126,14 +130,14 @@ def mutate(content, chance):
             place[key] = chance.choice(VALUES)
 
 
-@pytest.mark.parametrize("name", ["dense", "converted"])
+@pytest.mark.parametrize("name", ["dense", "converted", "few-bits"])
 def test_configurations(copy, sources, name):
     chance = random.Random(name)
     folder = copy(name)
     stored = load_file(folder / "model.safetensors")
     original = (folder / "config.json").read_text("utf-8")
     refused = 0
-    for _ in range(CONFIGS // 2):
+    for _ in range(CONFIGS // 3):
         content = json.loads(original)
         mutate(content, chance)
         (folder / "config.json").write_text(json.dumps(content), "utf-8")
@@ -141,7 +145,7 @@ def test_configurations(copy, sources, name):
             refused += outcome(folder, stored) is not True
         except Exception as error:
             raise AssertionError(f"config.json of {content}") from error
-    assert 0.2 < refused / (CONFIGS // 2) < 0.95
+    assert 0.2 < refused / (CONFIGS // 3) < 0.95
 
 
 def break_index(content, chance):
@@ -188,7 +192,7 @@ def test_indices(copy):
             raise AssertionError(f"index {text}") from error
 
 
-@pytest.mark.parametrize("name", ["dense", "converted"])
+@pytest.mark.parametrize("name", ["dense", "converted", "few-bits"])
 def test_files(copy, name):
     chance = random.Random(name)
     folder = copy(name)
@@ -196,7 +200,7 @@ def test_files(copy, name):
     expected, original = logits(folder), file.read_bytes()
     stored = {name: weight.clone() for name, weight in load_file(file).items()}  # not mapped: the file is about to go
     (length,) = struct.unpack("<Q", original[:8])
-    for _ in range(FILES // 2):
+    for _ in range(FILES // 3):
         data, weights = bytearray(original), dict(stored)
         file.unlink()  # what has mapped it keeps it
         kind = chance.randrange(5)

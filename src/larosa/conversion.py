@@ -129,8 +129,7 @@ def convert(
         weights: store the decoder's linears in the model's dtype (`full`, the default), in 8 bits (`int8`) or in 4
             (`int4`).
         weight_group: how many weights of a column share a scale: 32, 64 or 128. None is 32 for 4 bits and 128 for 8.
-        quantizer: round each weight (`rtn`), or let the columns that follow make up for it (`gptq`). None is `gptq` for
-            4 bits.
+        quantizer: round each weight (`rtn`), or let the columns that follow make up for it (`gptq`, the default).
         head: store the language-model head `full` or in `int8` or `int4`. None is `int8` where weights are of few bits.
         alphas: per-site sparsity coefficients, instead of a search.
         prefill: sparsify prompts too (`sparse`) or not (`dense`).

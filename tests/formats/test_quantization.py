@@ -68,7 +68,7 @@ def test_options():
     )
     assert Quantization.complete("int4", None, None, None).group == 32
     int8 = Quantization.complete("int8", None, None, None)
-    assert int8 == Quantization(weights="int8", head="int8", group=128, quantizer="rtn")
+    assert int8 == Quantization(weights="int8", head="int8", group=128, quantizer="gptq")
     assert Quantization.complete(None, "int8", None, None) == Quantization(head="int8", group=128)
 
 

@@ -103,7 +103,7 @@ def convert(
     ] = None,
     quantizer: Annotated[
         Quantizer | None,
-        typer.Option(help="Round each weight, or let others make up for it (gptq, the default of 4 bits)."),
+        typer.Option(help="Round each weight (rtn), or let others make up for it (gptq, the default)."),
     ] = None,
     head: Annotated[
         WeightFormat | None, typer.Option(help="Store the language-model head likewise; int8 beside such weights.")

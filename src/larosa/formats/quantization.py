@@ -90,12 +90,11 @@ class Quantization(BaseModel):
             if group is not None:
                 raise LarosaError(f"--weight-group {group} is of weights of few bits: add --weights int4 or int8")
             return None
-        usual = Quantizer.GPTQ if chosen is WeightFormat.INT4 else Quantizer.RTN
         return cls(
             weights=chosen,
             head=chosen_head,
             group=_FORMATS[chosen_head if full else chosen].usual_group if group is None else check_group(group),
-            quantizer=None if full else choose(Quantizer, quantizer or usual, "quantizer"),
+            quantizer=None if full else choose(Quantizer, quantizer or Quantizer.GPTQ, "quantizer"),
         )
 
 
