@@ -20,7 +20,7 @@ SPARSITIES = (0.10, 0.25, 0.40, 0.50, 0.60)
 
 VARIANTS = (
     BEST,
-    replace(BEST, label="best, int8", weights=WeightFormat.INT8, quantizer=Quantizer.RTN),
+    replace(BEST, label="best, int8", weights=WeightFormat.INT8, quantizer=Quantizer.GPTQ),
     replace(BEST, label="best, int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ),
     replace(LAROSA, label="paper"),
     TEAL,
