@@ -110,7 +110,7 @@ def _draw(curves: Curves) -> Picture:
 
 EXPERIMENT = Experiment(
     "frontier",
-    "Divergence over bytes per token: best (16, 8 and 4 bits), paper, TEAL, TopK",
+    "Divergence over bytes per token, with weights of 16, 8 and 4 bits",
     "nothing of the kind: it compares at equal sparsity, which leaves the adapters' bytes out.",
     run,
 )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from larosa.config import SITES, LarosaConfig
 from larosa.migrations import loading_weights
@@ -58,8 +59,8 @@ class Inspection:
     adapters, plus attention over a context of 2048, averaged over those 2048 tokens. `flops_converted`
     counts every weight as that table does, `flops_sparse` leaves the skipped ones out.
     `bytes_sparse_total` includes adapters and the sites' score vectors; embedding and head are in neither
-    total. `parameter_bytes` is what all parameters take in files and in memory, `weight_bits` what a weight of the
-    decoder linears does, scales included.
+    total. `parameter_bytes` is what all parameters take in files and in memory (None for a shape alone), `weight_bits`
+    what a weight of the decoder linears does, scales included.
     """
 
     model_type: str
@@ -71,7 +72,7 @@ class Inspection:
     adapter_bytes: int
     score_bytes: int
     head_bytes: int
-    parameter_bytes: int
+    parameter_bytes: int | None
     weight_bits: float
     flops_dense: int
     flops_converted: int
@@ -116,8 +117,13 @@ def _dropped_entries(block: LarosaConfig, sizes: SiteSizes) -> dict[str, list[fl
     return {site: [sizes.width[site] - k for k in block.keep[site]] for site in SITES}
 
 
-def _parameter_bytes(config: Any, element_size: int) -> int:
-    """What the parameters of a model take: those without a dtype of their own have elements of so many bytes."""
+def _parameter_bytes(config: Any, element_size: int) -> int | None:
+    """What the parameters of a model take: those without a dtype of their own have elements of so many bytes.
+
+    None for sizes alone (`SiteSizes.of`), of which no model can be made.
+    """
+    if not isinstance(config, PretrainedConfig):
+        return None
     own = torch.get_default_dtype()
     with torch.device("meta"), loading_weights():
         model = model_class(config)(config)
