@@ -130,12 +130,14 @@ class Engine:
                 for one, at, text in zip(token.split(1), position.split(1), texts, strict=True)
             ]
             return logits[0] if rows == 1 else torch.cat(logits)
-        hidden, at, text = self._hidden[:rows], self._position[:rows], self._text[:rows]
+        hidden, at = self._hidden[:rows], self._position[:rows]
         hidden.copy_(torch.embedding(self.weights.embedding, token))
         at.copy_(position)
-        text.copy_(torch.tensor(texts))
-        one = len(self._past_of) == 1
-        past = self._past_of[0] if one else self._past(self._cache.layers, text)
+        if len(self._past_of) == 1:
+            past = self._past_of[0]
+        else:
+            text = self._text[:rows].copy_(torch.tensor(texts))
+            past = self._past(self._cache.layers, text)
         return self._replayed(hidden, at, past).clone() if self._replays else self._run(hidden, at, past)
 
     def _past(self, entries: list[Entries], cache: torch.Tensor | None) -> list[Past]:
