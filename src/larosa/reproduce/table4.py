@@ -10,7 +10,6 @@ from typing import Any
 from larosa.errors import LarosaError
 from larosa.evaluation.reasoning import PROBLEM_SETS, Problem, complete, read_problems, score
 from larosa.evaluation.reasoning.completions import TEMPERATURE, TOP_P
-from larosa.evaluation.reasoning.problems import FILES
 from larosa.reproduce import paper
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import PAPER_BUDGET, Experiment
@@ -21,8 +20,6 @@ from larosa.reproduce.variants import BEST, LAROSA
 _SPARSITIES = (0.25, 0.40, 0.50)
 
 _VARIANTS = {"paper": LAROSA, "best": BEST}
-
-_LABELS = {"math500": "MATH-500", "gpqa_diamond": "GPQA-Diamond", "aime24": "AIME 2024", "gsm8k": "GSM8K"}
 
 Found = dict[str, dict[str, Any]]
 
@@ -39,9 +36,9 @@ def run(context: Context) -> Results:
             rows.append([label, sparsity, *_cells(found), *_paper(context, sets, label, sparsity)])
     columns = [Column("method"), Column("sparsity", ".0%")]
     for name in sets:
-        columns += [Column(_LABELS[name], ".1%"), Column(f"± {_LABELS[name]}", ".1%")]
-        columns += [Column(f"cut off, {_LABELS[name]}", ".0%")]
-    columns += [Column(f"{_LABELS[name]}, paper", ".1f") for name in _paper_sets(context, sets)]
+        columns += [Column(_label(name), ".1%"), Column(f"± {_label(name)}", ".1%")]
+        columns += [Column(f"cut off, {_label(name)}", ".0%")]
+    columns += [Column(f"{_label(name)}, paper", ".1f") for name in _paper_sets(context, sets)]
     table = Table("table4", "Reasoning: pass@1, averaged over samples", columns, rows)
     return Results([table], [], _notes(context, sets, dense))
 
@@ -55,8 +52,18 @@ def _problems(settings: ReproduceSettings) -> dict[str, list[Problem]]:
     lacking = _lacks_data(settings)
     if lacking is not None:
         raise LarosaError(f"table4 {lacking}")
-    there = [name for name, file in FILES.items() if (_folder(settings) / file).exists()]
-    return {name: read_problems(name, _folder(settings))[: settings.limit] for name in PROBLEM_SETS if name in there}
+    folder = settings.task_data
+    assert folder is not None, "it lacks nothing"
+    return {name: read_problems(name, folder)[: settings.limit] for name in _there(folder)}
+
+
+def _there(folder: Path) -> list[str]:
+    """The problem sets that a folder of task files has."""
+    return [name for name, each in PROBLEM_SETS.items() if (folder / each.file).exists()]
+
+
+def _label(name: str) -> str:
+    return PROBLEM_SETS[name].label
 
 
 def _measure(context: Context, sets: dict[str, list[Problem]], key: dict[str, Any], model: Callable[[], Any]) -> Found:
@@ -107,14 +114,14 @@ def _paper(context: Context, sets: dict[str, list[Problem]], method: str, sparsi
 
 def _notes(context: Context, sets: dict[str, list[Problem]], dense: Found) -> list[str]:
     settings = context.settings
-    counts = ", ".join(f"{_LABELS[name]} {len(problems)}" for name, problems in sets.items())
+    counts = ", ".join(f"{_label(name)} {len(problems)}" for name, problems in sets.items())
     notes = [
         f"Problems: {counts}; {settings.samples} samples of each at temperature {TEMPERATURE}, top-p {TOP_P}, cut off "
         f"after {settings.max_new_tokens} tokens or where the model's context ends. Prompts are those of Open-R1's "
         "evaluation; math-verify says which answers are right.",
         "± is the standard error over problems.",
     ]
-    absent = [f"{_LABELS[name]} ({FILES[name]})" for name in PROBLEM_SETS if name not in sets]
+    absent = [f"{each.label} ({each.file})" for name, each in PROBLEM_SETS.items() if name not in sets]
     if absent:
         notes.append(f"Not in the folder of task files, and left out: {', '.join(absent)}.")
     if all(result["pass_at_1"] < 0.05 for result in dense.values()):
@@ -124,16 +131,12 @@ def _notes(context: Context, sets: dict[str, list[Problem]], dense: Found) -> li
     return notes
 
 
-def _folder(settings: ReproduceSettings) -> Path:
-    assert settings.task_data is not None
-    return settings.task_data
-
-
 def _lacks_data(settings: ReproduceSettings) -> str | None:
     if settings.task_data is None:
         return "needs --task-data DIR with the problems (docs/tasks.md lists the files)"
-    if not any((settings.task_data / file).exists() for file in FILES.values()):
-        return f"needs a problem set in {settings.task_data}: {', '.join(FILES.values())}"
+    if not _there(settings.task_data):
+        files = ", ".join(each.file for each in PROBLEM_SETS.values())
+        return f"needs a problem set in {settings.task_data}: {files}"
     return None
 
 

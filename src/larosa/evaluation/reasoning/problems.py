@@ -47,20 +47,14 @@ def _math(question: str, answer: str, number: int) -> Problem:
     return Problem(str(number), _MATH_PROMPT.format(question=question), answer)
 
 
-def _math500(folder: Path) -> list[Problem]:
-    records = json_lines(folder / "math500" / "test.jsonl")
-    return [_math(each.text("problem"), each.text("answer"), number) for number, each in enumerate(records)]
+def _answered(path: Path) -> list[Problem]:
+    return [_math(each.text("problem"), each.text("answer"), number) for number, each in enumerate(json_lines(path))]
 
 
-def _aime24(folder: Path) -> list[Problem]:
-    records = json_lines(folder / "aime24" / "test.jsonl")
-    return [_math(each.text("problem"), each.text("answer"), number) for number, each in enumerate(records)]
-
-
-def _gsm8k(folder: Path) -> list[Problem]:
+def _solved(path: Path) -> list[Problem]:
     """The answer stands behind #### at the end of the solution."""
     problems = []
-    for number, record in enumerate(json_lines(folder / "gsm8k" / "test.jsonl")):
+    for number, record in enumerate(json_lines(path)):
         _, mark, answer = record.text("answer").rpartition("####")
         if not mark or not answer.strip():
             raise LarosaError(f"{record.where}: 'answer' has no '####' with the answer behind it")
@@ -68,9 +62,9 @@ def _gsm8k(folder: Path) -> list[Problem]:
     return problems
 
 
-def _gpqa(folder: Path) -> list[Problem]:
+def _chosen(path: Path) -> list[Problem]:
     """The choices in an order of their own for each question, the same in every run."""
-    return [_choices(number, record) for number, record in enumerate(csv_records(folder / "gpqa" / "gpqa_diamond.csv"))]
+    return [_choices(number, record) for number, record in enumerate(csv_records(path))]
 
 
 def _choices(number: int, record: Record) -> Problem:
@@ -82,20 +76,21 @@ def _choices(number: int, record: Record) -> Problem:
     return Problem(str(number), prompt, _LETTERS[order.index(0)], is_choice=True)
 
 
-#: By name, in the order of the paper's Table 4; GSM8K is not in it, and within reach of a small model.
-PROBLEM_SETS: dict[str, Callable[[Path], list[Problem]]] = {
-    "math500": _math500,
-    "gpqa_diamond": _gpqa,
-    "aime24": _aime24,
-    "gsm8k": _gsm8k,
-}
+@dataclass(frozen=True)
+class ProblemSet:
+    """A set of problems: its name in print, where it lies in a folder of task files, and how that file is read."""
 
-#: Where each set lies in a folder of task files.
-FILES = {
-    "math500": "math500/test.jsonl",
-    "gpqa_diamond": "gpqa/gpqa_diamond.csv",
-    "aime24": "aime24/test.jsonl",
-    "gsm8k": "gsm8k/test.jsonl",
+    label: str
+    file: str
+    read: Callable[[Path], list[Problem]]
+
+
+#: By name, in the order of the paper's Table 4; GSM8K is not in it, and within reach of a small model.
+PROBLEM_SETS = {
+    "math500": ProblemSet("MATH-500", "math500/test.jsonl", _answered),
+    "gpqa_diamond": ProblemSet("GPQA-Diamond", "gpqa/gpqa_diamond.csv", _chosen),
+    "aime24": ProblemSet("AIME 2024", "aime24/test.jsonl", _answered),
+    "gsm8k": ProblemSet("GSM8K", "gsm8k/test.jsonl", _solved),
 }
 
 
@@ -103,11 +98,13 @@ def read_problems(name: str, folder: Path) -> list[Problem]:
     """The problems of a set.
 
     Args:
-        folder: holds the file that `FILES` names.
+        name: one of `PROBLEM_SETS`.
+        folder: holds the set's file.
 
     Raises:
         LarosaError: an unknown set, or a file that is missing or malformed; names file and line.
     """
     if name not in PROBLEM_SETS:
         raise LarosaError(f"unknown problem set '{name}'; known ones: {', '.join(PROBLEM_SETS)}")
-    return PROBLEM_SETS[name](folder)
+    chosen = PROBLEM_SETS[name]
+    return chosen.read(folder / chosen.file)
