@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from larosa.calibration.sources import TextSplit, read_text
+from larosa.data.text import TextSplit, read_text
 
 _BAD: list[tuple[Any, int]] = [
     ({"temperature": -1}, 400),

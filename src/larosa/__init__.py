@@ -4,13 +4,13 @@ Importing the package registers the sparsified model types with transformers, so
 `AutoModelForCausalLM.from_pretrained` loads converted checkpoints.
 """
 
-from larosa.checkpoint import load, save
+from larosa.checkpoints.inspection import inspect
+from larosa.checkpoints.io import load, save
 from larosa.config import LarosaConfig, PerSite
 from larosa.conversion import convert
 from larosa.decoding import Engine, Generation, generate
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, evaluate
-from larosa.inspection import inspect
 from larosa.runtime import LLM
 from larosa.sparsity.report import Inspection
 from larosa.version import __version__

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from larosa import LarosaError
-from larosa.calibration import TextSplit, calibration_sequences, read_text
-from larosa.calibration.sources import tokenize
+from larosa.calibration import calibration_sequences
+from larosa.data.text import TextSplit, read_text, tokenize
 
 
 @pytest.fixture

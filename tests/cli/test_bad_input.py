@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, GPT2Config
 
-import larosa.convert_checkpoint
+import larosa.conversion.checkpoint
 
 from .conftest import QUICK, contents, edit_json
 
@@ -322,7 +322,7 @@ def test_search_log_of_other_settings(refused, checkpoint, tmp_path, text_file):
 
 def test_disk_known_to_be_too_small(convert_refused, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(larosa.convert_checkpoint.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(larosa.conversion.checkpoint.shutil, "disk_usage", lambda _: usage)
     assert "no space left on the disk" in convert_refused()
 
 

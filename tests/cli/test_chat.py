@@ -18,8 +18,8 @@ from contextlib import suppress
 import pytest
 
 import larosa
+from larosa.data.bundled import bundled_model
 from larosa.decoding.chat import conversation
-from larosa.demo import bundled_model
 
 COMMAND = [sys.executable, "-c", "from larosa.cli.main import main; main()"]
 TEMPLATE = (

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 import larosa
+from larosa.data.bundled import bundled_model
 from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.loop import continue_prompt, stop_tokens
 from larosa.decoding.sampling import Sampler
-from larosa.demo import bundled_model
 
 from .conftest import QUICK, contents
 

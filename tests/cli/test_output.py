@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from larosa.demo import bundled_model
+from larosa.data.bundled import bundled_model
 
 from .conftest import QUICK
 

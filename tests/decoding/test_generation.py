@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import larosa
 from larosa import LarosaError
-from larosa.calibration.sources import TextSplit, read_text, tokenize
+from larosa.data.bundled import bundled_model
+from larosa.data.text import TextSplit, read_text, tokenize
 from larosa.decoding import Engine, ForwardEngine
 from larosa.decoding.loop import continue_prompt, stop_tokens
 from larosa.decoding.sampling import Sampler
-from larosa.demo import bundled_model
 
 ENGINES = ("larosa", "transformers")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

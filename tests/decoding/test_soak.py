@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 import larosa
-from larosa.demo import bundled_model
+from larosa.data.bundled import bundled_model
 from tests.examples import examples
 
 #: By hand: LAROSA_SOAK=10000.

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from larosa.data.bundled import bundled_model
 from larosa.decoding.text import TextStream
-from larosa.demo import bundled_model
 
 TEXT = "The river — Ærø, naïve; 河は流れる 🙂🙂\n\nflows  on.\n"
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import larosa
 from larosa import LarosaConfig, LarosaError
-from larosa.migrations import FORMAT_VERSION
+from larosa.config.migrations import FORMAT_VERSION
 
 #: Written by the first commit that could convert (rotation `block`), and by the last of format version 1 (`layer`, two
 #: layers a rotation, scores), with the logits that the model had then.

@@ -16,7 +16,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import SITES, LarosaConfig
-from larosa.convert_checkpoint import Conversion
+from larosa.conversion.checkpoint import Conversion
 from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
 from larosa.models import QuantizedLinear, selectors
 from larosa.quantizers import gptq, quantize, round_to_nearest

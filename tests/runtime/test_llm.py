@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 
 import larosa
 from larosa import LarosaError
+from larosa.data.bundled import bundled_model
 from larosa.decoding.sampling import Sampling
-from larosa.demo import bundled_model
 from larosa.runtime import LLM, Request
 from larosa.runtime.logprobs import TokenTexts
 

@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from larosa.checkpoint import LoadedModel  # noqa: E402
+from larosa.checkpoints.io import LoadedModel  # noqa: E402
 from larosa.runtime import LLM, Request  # noqa: E402
 from larosa.serve import Limits, Server, open_model  # noqa: E402
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from larosa.checkpoint import LoadedModel
+from larosa.checkpoints.io import LoadedModel
 from larosa.decoding.sampling import Sampling
 from larosa.serve import open_model
 from larosa.serve.chat import Chat

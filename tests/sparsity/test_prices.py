@@ -12,10 +12,10 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import SITES
 from larosa.conversion import sparsify
+from larosa.conversion.options import Settings
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import Threshold, selectors, set_thresholds
 from larosa.models.selectors import DenseTokens
-from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.prices import Histogram, no_thresholds
 

@@ -168,7 +168,7 @@ def test_refuses_what_is_no_log(tmp_path, content):
 @pytest.fixture
 def counted(monkeypatch):
     """Counts the search's perplexity runs, which still happen."""
-    from larosa import searches
+    from larosa.conversion import searches
 
     calls = []
     run = searches.evaluate_windows

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from larosa.architectures import Heads
-from larosa.checkpoint import load, load_config
+from larosa.checkpoints.io import load, load_config
 from larosa.errors import LarosaError
 from larosa.sparsity import SiteSizes
 

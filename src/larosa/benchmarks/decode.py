@@ -34,8 +34,8 @@ from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
-from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
+from larosa.utils.progress import advance
 
 TRANSFORMERS, DENSE, LAROSA = "transformers dense", "engine dense", "LaRoSA"
 #: The dense model's linears and head in few bits, without adapters.

@@ -41,8 +41,8 @@ from larosa.decoding.cache import CacheDtype, cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
-from larosa.progress import advance, track
 from larosa.sparsity.report import inspect_config
+from larosa.utils.progress import advance, track
 
 COMPILED, TEAL = "compiled PyTorch", "TEAL's kernel in it"
 

@@ -34,15 +34,15 @@ from larosa.config import (
     Thresholds,
     check_layers_per_rotation,
 )
-from larosa.demo import bundled_model
+from larosa.data.bundled import bundled_model
 from larosa.errors import LarosaError
 from larosa.formats import Quantization, Quantizer, WeightFormat
-from larosa.memory import available_memory, release_memory
 from larosa.models import Int8Adapter, QuantizedLinear, family_of, selectors, set_adapter, set_keep_counts
 from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.sites import column_bytes
+from larosa.utils.memory import available_memory, release_memory
 from larosa.version import __version__
 
 

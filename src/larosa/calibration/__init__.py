@@ -5,7 +5,7 @@ from larosa.calibration.layers import LayerVisit, visit_layers
 from larosa.calibration.moments import LayerMoments, LayerStatistics, layer_second_moments, layer_statistics
 from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached, behind
 from larosa.calibration.precision import float32_arithmetic
-from larosa.calibration.sources import TextSplit, calibration_sequences, read_text
+from larosa.calibration.sources import calibration_sequences
 
 __all__ = [
     "LayerFisher",
@@ -14,7 +14,6 @@ __all__ = [
     "LayerVisit",
     "Magnitudes",
     "SortedMagnitudes",
-    "TextSplit",
     "attached",
     "behind",
     "calibration_sequences",
@@ -22,6 +21,5 @@ __all__ = [
     "layer_fisher",
     "layer_second_moments",
     "layer_statistics",
-    "read_text",
     "visit_layers",
 ]

@@ -12,7 +12,7 @@ from larosa.calibration.layers import visit_layers_backwards
 from larosa.calibration.observers import HeadMoments, MeanSquare, SecondMoment, attached, behind
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.shelf import Shelf
-from larosa.progress import track
+from larosa.utils.progress import track
 
 #: Positions whose logits are held at a time, to bound memory on large vocabularies.
 _POSITIONS = 512

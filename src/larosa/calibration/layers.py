@@ -12,7 +12,7 @@ from larosa.architectures import Architecture
 from larosa.calibration.observers import not_finite
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.shelf import Shelf
-from larosa.progress import track
+from larosa.utils.progress import track
 
 
 class LayerVisit:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from larosa import finite
 from larosa.architectures.base import Heads
 from larosa.errors import LarosaError
+from larosa.utils import finite
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

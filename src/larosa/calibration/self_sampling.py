@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from larosa.calibration.precision import float32_arithmetic
-from larosa.finite import not_finite
-from larosa.progress import advance
+from larosa.utils.finite import not_finite
+from larosa.utils.progress import advance
 
 
 def sample_sequences(model: Any, num_sequences: int, sequence_length: int, seed: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from larosa.benchmarks.kernels import KernelBenchmark, measure_kernels
-from larosa.checkpoint import find_device
+from larosa.checkpoints.io import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.bench_decode import decode
 from larosa.cli.options import console

@@ -12,7 +12,7 @@ from rich.table import Table
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
 from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_shape
 from larosa.benchmarks.shapes import DEFAULT_LAYOUT, Layout, random_quantization
-from larosa.checkpoint import find_device
+from larosa.checkpoints.io import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.options import console
 from larosa.config import AdapterFormat, Selection

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from larosa.calibration.sources import check_text
-from larosa.checkpoint import load
+from larosa.checkpoints.io import load
 from larosa.cli import options
+from larosa.data.text import check_text
 from larosa.decoding import CacheDtype, Conversation, Sampling
 from larosa.errors import LarosaError
-from larosa.progress import stderr
+from larosa.utils.progress import stderr
 
 _HELP = 'Ctrl-C ends an answer; /clear forgets the conversation; /exit or Ctrl-D ends; """ around several lines'
 _QUOTES = '"""'

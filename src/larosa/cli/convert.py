@@ -26,8 +26,8 @@ from larosa.config import (
     Selection,
     check_sparsity,
 )
-from larosa.convert_checkpoint import ConversionReport, convert_at, convert_checkpoint
-from larosa.convert_checkpoint import sweep as sweep_checkpoint
+from larosa.conversion.checkpoint import ConversionReport, convert_at, convert_checkpoint
+from larosa.conversion.checkpoint import sweep as sweep_checkpoint
 from larosa.errors import LarosaError
 from larosa.evaluation.verdict import verdict
 from larosa.formats import Quantizer, WeightFormat

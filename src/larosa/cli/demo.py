@@ -11,8 +11,8 @@ from rich.table import Table
 from larosa.benchmarks.decode import DecodeBenchmark
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.demo import DemoRow, plot_demo, run_demo
-from larosa.speed_demo import SPEED_NOTE, run_speed_demo
+from larosa.demo.quality import DemoRow, plot_demo, run_demo
+from larosa.demo.speed import SPEED_NOTE, run_speed_demo
 
 
 def demo(

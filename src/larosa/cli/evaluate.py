@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from larosa.checkpoint import load
+from larosa.checkpoints.io import load
 from larosa.cli import options
 from larosa.cli.options import console
 from larosa.decoding import CacheDtype

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from larosa.calibration.sources import check_text
-from larosa.checkpoint import load
+from larosa.checkpoints.io import load
 from larosa.cli import options
+from larosa.data.text import check_text
 from larosa.decoding import CacheDtype
 from larosa.decoding import generate as generate_text
 from larosa.decoding.chat import conversation

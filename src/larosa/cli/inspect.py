@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from larosa.checkpoints.inspection import inspect as inspect_model
 from larosa.cli import options
 from larosa.cli.options import console
-from larosa.inspection import inspect as inspect_model
 from larosa.sparsity.report import Inspection
 
 

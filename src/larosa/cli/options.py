@@ -17,8 +17,8 @@ from larosa.benchmarks.results import DecodeRow
 from larosa.decoding import CacheDtype, EngineName, Generation
 from larosa.decoding.sampling import unused_settings
 from larosa.errors import LarosaError
-from larosa.progress import stderr
 from larosa.sparsity.report import Sparsity
+from larosa.utils.progress import stderr
 
 #: Names, paths and text are printed as they are: what looks like markup in them is none.
 console = Console(markup=False, emoji=False, highlight=False)

@@ -11,7 +11,7 @@ from rich.table import Table
 from larosa.cli import options
 from larosa.cli.options import console
 from larosa.evaluation.verdict import verdict
-from larosa.recovery import RecoveryReport, RecoverySettings, recover_checkpoint
+from larosa.training.recovery import RecoveryReport, RecoverySettings, recover_checkpoint
 
 _DEFAULTS = RecoverySettings()
 

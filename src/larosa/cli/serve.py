@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from larosa.checkpoint import load
+from larosa.checkpoints.io import load
 from larosa.cli import options
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
-from larosa.progress import stderr
+from larosa.utils.progress import stderr
 
 
 def serve(

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from larosa.cli.options import console
-from larosa.convert_checkpoint import SweepPoint
+from larosa.conversion.checkpoint import SweepPoint
 from larosa.evaluation.verdict import BAR, verdict
 
 #: The sparsities that are looked at where the user names none.

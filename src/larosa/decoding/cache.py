@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from larosa.architectures import Heads
 from larosa.errors import LarosaError, choose
-from larosa.memory import available_memory
 from larosa.ops.attend import digits
+from larosa.utils.memory import available_memory
 
 _SCALE = torch.bfloat16
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from larosa.context import context_length
+from larosa.architectures.context import context_length
 from larosa.decoding.chat import Messages, conversation
 from larosa.decoding.generation import Generation, generate, prompt_ids
 from larosa.decoding.sampling import Sampling

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from larosa.calibration.sources import tokenize
-from larosa.context import context_length
+from larosa.architectures.context import context_length
+from larosa.data.text import tokenize
 from larosa.decoding.cache import CacheDtype
 from larosa.decoding.chat import Messages, render, special_tokens, turn_ends
 from larosa.decoding.cuda_graph import GraphLoop

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from larosa.decoding.sampling import Sampler
-from larosa.finite import not_finite
 from larosa.ops.greedy import NO_TOKEN
+from larosa.utils.finite import not_finite
 
 
 class StepEngine(Protocol):

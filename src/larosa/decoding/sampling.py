@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from larosa.errors import LarosaError
-from larosa.finite import not_finite
 from larosa.ops.greedy import NO_TOKEN
+from larosa.utils.finite import not_finite
 
 #: What divides logits is no less, so that it is not rounded to zero; the likeliest token has everything long before.
 _LEAST_TEMPERATURE = 1e-30

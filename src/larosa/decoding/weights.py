@@ -15,9 +15,9 @@ from larosa.decoding.layers import norm, read_layers
 from larosa.decoding.linears import read_linears
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.models.plain import check_plain
 from larosa.ops.backend import check_kernels
 from larosa.ops.schema import has_kernels
-from larosa.plain import check_plain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SILU = ("silu", "swish")

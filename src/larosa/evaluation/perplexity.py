@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from larosa.architectures import cache_argument, find_architecture
+from larosa.architectures.context import context_length
 from larosa.calibration.precision import float32_arithmetic
-from larosa.calibration.sources import BUNDLED, TextSplit, read_text, tokenize
-from larosa.context import context_length
+from larosa.data.text import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError, choose
 from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
-from larosa.finite import not_finite
-from larosa.progress import track
 from larosa.sparsity.report import Sparsity, sparsity_of
+from larosa.utils.finite import not_finite
+from larosa.utils.progress import track
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 

@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from larosa.architectures import ARCHITECTURES, Architecture, find_architecture
 from larosa.config import LarosaConfig
+from larosa.config.migrations import check_weights_follow, loading_weights, migrate_weights
 from larosa.errors import LarosaError
-from larosa.migrations import check_weights_follow, loading_weights, migrate_weights
 from larosa.models.modules import sparsify_layers
 
 #: The file beside a checkpoint's configuration that imports the classes from here, for `trust_remote_code=True`.

@@ -13,9 +13,9 @@ from larosa.calibration.observers import SecondMoment
 from larosa.config import SITES, LarosaConfig
 from larosa.formats import ColumnFormat, Quantization, Quantizer
 from larosa.models import quantize_head, quantize_layer
-from larosa.progress import track
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
+from larosa.utils.progress import track
 
 #: Codes and scales of each linear that reads a site, by site.
 _Rounded = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]

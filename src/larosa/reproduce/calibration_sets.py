@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from larosa.calibration import LayerMoments
-from larosa.calibration.sources import SELF, TextSplit
+from larosa.calibration.sources import SELF
+from larosa.data.text import TextSplit
 from larosa.reproduce import paper
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import PAPER_BUDGET, QUALITY, Experiment, quality

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from larosa.architectures import find_architecture
+from larosa.architectures.context import context_length
 from larosa.calibration import LayerMoments, layer_second_moments
-from larosa.calibration.sources import SELF, TextSplit, calibration_sequences, read_text
-from larosa.checkpoint import find_device, load, load_config
+from larosa.calibration.sources import SELF, calibration_sequences
+from larosa.checkpoints.io import find_device, load, load_config
 from larosa.config import SITES, Budget, LarosaConfig, Method, PerSite, Rotation
-from larosa.context import context_length
 from larosa.conversion import Sparsified, sparsify
+from larosa.conversion.options import RECIPES, Settings
+from larosa.data.text import TextSplit, read_text
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -28,15 +30,14 @@ from larosa.evaluation.perplexity import (
     prompt_tokens,
 )
 from larosa.models import set_keep_counts
-from larosa.progress import track
 from larosa.reproduce import paper
 from larosa.reproduce.cache import Cache, fingerprint
 from larosa.reproduce.settings import MAIN_SPARSITY, SPARSITIES, ReproduceSettings
 from larosa.reproduce.variants import LAROSA, TOPK_GS, Variant
-from larosa.settings import RECIPES, Settings
 from larosa.sparsity import SiteSizes, complete_alphas, keep_counts
 from larosa.sparsity.report import element_size, inspect_config
 from larosa.sparsity.search import GRID
+from larosa.utils.progress import track
 
 #: Dense logits up to so many bytes are recorded; beyond, the dense model stays in memory beside the other.
 _RECORDED_BYTES = 4 * 2**30

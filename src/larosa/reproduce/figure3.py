@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from larosa.evaluation.zeros import ZeroCounter, sparse_prompts
-from larosa.progress import track
 from larosa.reproduce import figures
 from larosa.reproduce.activations import look, sample
 from larosa.reproduce.calibration_sets import name, samples
@@ -18,6 +17,7 @@ from larosa.reproduce.settings import MAIN_SPARSITY, SPARSITIES
 from larosa.reproduce.thresholds import calibrated_thresholds
 from larosa.reproduce.variants import TEAL, TOPK, Variant
 from larosa.sparsity import keeps_of
+from larosa.utils.progress import track
 
 #: What panel (b) shows, as the paper does.
 _SHOWN = (0.40, 0.50)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from larosa.errors import LarosaError
-from larosa.progress import stderr
 from larosa.reproduce import (
     accuracy,
     calibration_sets,
@@ -35,6 +34,7 @@ from larosa.reproduce.experiment import Experiment
 from larosa.reproduce.report import Section, page, to_dict, write_section
 from larosa.reproduce.results import Results
 from larosa.reproduce.settings import ReproduceSettings
+from larosa.utils.progress import stderr
 from larosa.version import __version__, source_digest
 
 #: Runs every experiment.

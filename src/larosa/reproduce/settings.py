@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from larosa.calibration.sources import BUNDLED, SELF
+from larosa.calibration.sources import SELF
+from larosa.data.text import BUNDLED
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Protocol

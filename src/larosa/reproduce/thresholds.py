@@ -8,9 +8,9 @@ import torch
 
 from larosa.calibration import Magnitudes, attached, behind, visit_layers
 from larosa.config import SITES, Recipe
-from larosa.progress import track
+from larosa.conversion.options import RECIPES
 from larosa.reproduce.context import Context
-from larosa.settings import RECIPES
+from larosa.utils.progress import track
 
 
 def calibrated_thresholds(context: Context, sparsities: Sequence[float]) -> dict[str, list[list[float]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from larosa.context import context_length
+from larosa.architectures.context import context_length
 from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.chat import Messages
 from larosa.decoding.generation import prompt_ids

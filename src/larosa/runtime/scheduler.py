@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from larosa.decoding.cache import cache_bytes
 from larosa.errors import LarosaError
-from larosa.memory import available_memory
 from larosa.runtime.continuation import Continuation, Event, Request
 from larosa.runtime.llm import LLM
 from larosa.runtime.session import PIECE, Session
+from larosa.utils.memory import available_memory
 
 _log = logging.getLogger(__name__)
 

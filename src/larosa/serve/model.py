@@ -6,9 +6,9 @@ import copy
 import time
 from typing import Any
 
-from larosa.calibration.sources import tokenize
-from larosa.checkpoint import LoadedModel
-from larosa.context import context_length
+from larosa.architectures.context import context_length
+from larosa.checkpoints.io import LoadedModel
+from larosa.data.text import tokenize
 from larosa.decoding import CacheDtype, Sampling
 from larosa.decoding.chat import special_tokens, turn_ends
 from larosa.decoding.generation import stop_strings

@@ -12,9 +12,9 @@ from larosa.calibration.observers import not_finite
 from larosa.config import SITES, KeepCounts, PerSite
 from larosa.models import TopK, selectors, set_keep_counts
 from larosa.ops import keep_top_k
-from larosa.progress import track
 from larosa.sparsity.budget import keep_counts
 from larosa.sparsity.sites import SiteSizes
+from larosa.utils.progress import track
 
 
 @torch.no_grad()

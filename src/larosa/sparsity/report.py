@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from larosa.config import SITES, LarosaConfig
-from larosa.migrations import loading_weights
+from larosa.config.migrations import loading_weights
 from larosa.models.families import model_class
 from larosa.sparsity.sites import SiteSizes, column_bytes
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from larosa.config import Budget, KeepCounts, PerSite
 from larosa.errors import LarosaError
-from larosa.progress import track
 from larosa.sparsity.budget import complete_alphas, keep_counts
 from larosa.sparsity.sites import SiteSizes
+from larosa.utils.progress import track
 
 #: The paper's grid for alpha 1 and alpha 3: 0.70, 0.75, ..., 1.20.
 GRID = tuple(round(0.7 + 0.05 * step, 2) for step in range(11))

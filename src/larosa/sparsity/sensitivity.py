@@ -19,10 +19,10 @@ from larosa.calibration import attached
 from larosa.config import SITES, KeepCounts, PerSite
 from larosa.models import column_norms, selectors
 from larosa.ops import keep_top_k
-from larosa.progress import track
 from larosa.sparsity.budget import keep_counts
 from larosa.sparsity.search import SearchLog
 from larosa.sparsity.sites import SiteSizes
+from larosa.utils.progress import track
 
 #: The share of entries that a site drops while its own effect is measured. Small shares move the predictions by
 #: little more than rounding.

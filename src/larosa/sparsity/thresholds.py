@@ -11,8 +11,8 @@ from larosa.architectures import Architecture
 from larosa.calibration import LayerVisit, Magnitudes, SortedMagnitudes, attached, behind, visit_layers
 from larosa.config import Method, Thresholds
 from larosa.errors import LarosaError
-from larosa.progress import track
 from larosa.sparsity.sites import SiteSizes
+from larosa.utils.progress import track
 
 #: From a visited layer and its sites' magnitudes to the share of entries that each site drops.
 Allocation = Callable[[LayerVisit, dict[str, SortedMagnitudes]], dict[str, float]]

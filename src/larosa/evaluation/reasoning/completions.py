@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from larosa.context import context_length
+from larosa.architectures.context import context_length
 from larosa.decoding.chat import conversation, turn_ends
 from larosa.decoding.generation import prompt_ids
 from larosa.decoding.sampling import Sampling
 from larosa.errors import LarosaError
 from larosa.evaluation.reasoning.problems import Problem
-from larosa.progress import track
 from larosa.runtime import LLM, Event, Request, Scheduler
+from larosa.utils.progress import track
 
 #: As the paper's and Open-R1's evaluations draw tokens.
 TEMPERATURE, TOP_P = 0.6, 0.95

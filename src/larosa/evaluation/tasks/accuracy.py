@@ -11,7 +11,7 @@ from larosa.evaluation.tasks.catalogue import PAPER_TASKS, specs_of
 from larosa.evaluation.tasks.local import read_task
 from larosa.evaluation.tasks.results import TaskResults
 from larosa.evaluation.zeros import sparse_prompts
-from larosa.progress import stderr
+from larosa.utils.progress import stderr
 
 DEFAULT_BATCH_SIZE = 8
 

@@ -29,7 +29,7 @@ from larosa.errors import LarosaError
 from larosa.evaluation.tasks.catalogue import TaskSpec
 from larosa.evaluation.tasks.local import Splits
 from larosa.evaluation.tasks.results import TaskResult
-from larosa.finite import not_finite
+from larosa.utils.finite import not_finite
 
 VERSION: str = lm_eval.__version__
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from larosa import LarosaConfig, LarosaError, PerSite
 from larosa.config import SITES, Rotation, check_sparsity
-from larosa.migrations import FORMAT_VERSION
-from larosa.settings import Settings
+from larosa.config.migrations import FORMAT_VERSION
+from larosa.conversion.options import Settings
 
 
 def block(**changes):

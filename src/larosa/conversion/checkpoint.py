@@ -13,21 +13,21 @@ from typing import Any
 import torch
 
 from larosa.architectures import find_architecture
-from larosa.checkpoint import LOG_SUFFIX, check_output, find_device, load, load_config, save
+from larosa.architectures.context import context_length
+from larosa.checkpoints.card import model_card
+from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
-from larosa.context import context_length
 from larosa.conversion import check_reach, sparsify
+from larosa.conversion.options import Settings
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
-from larosa.finite import check_weights
-from larosa.memory import peak_memory
-from larosa.model_card import model_card
-from larosa.progress import advance, stage_seconds
 from larosa.rotation import usual_format
-from larosa.settings import Settings
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
 from larosa.sparsity.sites import column_bytes
+from larosa.utils.finite import check_weights
+from larosa.utils.memory import peak_memory
+from larosa.utils.progress import advance, stage_seconds
 
 #: Beyond this there is nothing left of a model, and at every site an entry has to stay.
 _HIGHEST_PERCENT = 90

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import larosa
-from larosa.plain import check_plain
+from larosa.models.plain import check_plain
 
 
 class _Quantized(nn.Linear):
@@ -106,7 +106,7 @@ def _tensor_subclass(model):
 
 
 _CHANGES = {
-    _replaced: "'model.layers.1.mlp.up_proj' is a tests _Quantized, not a torch Linear",
+    _replaced: "'model.layers.1.mlp.up_proj' is a test_plain _Quantized, not a torch Linear",
     _shared_weight: "'model.layers.1.mlp.up_proj.weight' and 'model.layers.2.mlp.up_proj.weight' are one weight",
     _one_layer_twice: "are one weight: give each its own",
     _hook: "'model.layers.1' has a hook",
@@ -120,8 +120,8 @@ _CHANGES = {
     _compiled_in_place: "a compiled model",
     _adapter: "has a LoRA adapter: merge it first",
     _peft_model: "merge_and_unload",
-    _subclass: "a tests Mine: larosa needs a LlamaForCausalLM itself",
-    _tensor_subclass: "weight 'model.layers.1.mlp.up_proj.weight' is a tests Packed",
+    _subclass: "a test_plain Mine: larosa needs a LlamaForCausalLM itself",
+    _tensor_subclass: "weight 'model.layers.1.mlp.up_proj.weight' is a test_plain Packed",
 }
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from larosa.calibration.sources import BUNDLED, SELF, calibration_sequences
-from larosa.checkpoint import load
+from larosa.calibration.sources import SELF, calibration_sequences
+from larosa.checkpoints.io import load
 from larosa.config import Rotation, RotationObjective, Score, Search
 from larosa.conversion import sparsify
+from larosa.conversion.options import Settings
+from larosa.data.bundled import bundled_model
+from larosa.data.text import BUNDLED
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
-from larosa.settings import Settings
 
 SPARSITIES = (0.25, 0.40, 0.50, 0.60)
 
@@ -50,11 +51,6 @@ class DemoRow:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self)
-
-
-def bundled_model() -> str:
-    """Folder of the bundled model, larosa-tiny."""
-    return str(resources.files("larosa.assets") / "larosa-tiny")
 
 
 def run_demo(*, seed: int, device: str) -> list[DemoRow]:

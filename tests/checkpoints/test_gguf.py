@@ -12,7 +12,7 @@ import torch
 
 import larosa
 from larosa import LarosaError
-from larosa.convert_checkpoint import convert_checkpoint
+from larosa.conversion.checkpoint import convert_checkpoint
 
 from .gguf_files import VOCABULARY, WORDS, write
 

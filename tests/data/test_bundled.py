@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import larosa
-from larosa.demo import SPARSITIES, bundled_model
+from larosa.data.bundled import bundled_model
+from larosa.data.text import BUNDLED, TextSplit, read_text
+from larosa.demo.quality import SPARSITIES
 
 #: How far LaRoSA's divergence has to stay below that of Top-K without rotation.
 BAR = 0.6
@@ -111,7 +113,7 @@ def test_nothing_changes_at_zero_sparsity(request, make_model, model_type, rotat
 
 
 def test_bundled_text_is_long_enough_and_one_article_after_another():
-    text = larosa.calibration.read_text("bundled", larosa.calibration.TextSplit.TEST)
+    text = read_text(BUNDLED, TextSplit.TEST)
     assert len(text.split()) >= 6000
     assert sum(line.startswith("= ") for line in text.splitlines()) >= 20
 
@@ -120,5 +122,5 @@ def test_bundled_model_is_small_and_writes_words():
     model, tokenizer = larosa.load(bundled_model(), device="cpu")
     text = larosa.generate(model, tokenizer, "The river flows", max_new_tokens=64, temperature=0.7, seed=3).text
     words = text.split()
-    known = larosa.calibration.read_text("bundled", larosa.calibration.TextSplit.TEST).lower()
+    known = read_text(BUNDLED, TextSplit.TEST).lower()
     assert sum(word.strip(".,;:").lower() in known for word in words) >= len(words) / 2

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture, Heads, find_architecture
+from larosa.architectures.context import context_length
 from larosa.calibration import LayerMoments, calibration_sequences, layer_fisher, layer_statistics
 from larosa.config import (
     CalibrationRecord,
@@ -28,12 +29,11 @@ from larosa.config import (
     Selection,
 )
 from larosa.config import Search as SearchKind
-from larosa.context import context_length
+from larosa.conversion.options import Settings
+from larosa.conversion.searches import SEARCHES, Limits, settle
 from larosa.errors import LarosaError
-from larosa.finite import check_converted, check_weights
 from larosa.models import Family, family_of, set_adapter, set_scores
-from larosa.plain import check_changeable, check_plain
-from larosa.progress import track
+from larosa.models.plain import check_changeable, check_plain
 from larosa.quantizers import quantize
 from larosa.rotation import (
     Adapters,
@@ -48,13 +48,13 @@ from larosa.rotation import (
     reader_gram,
     usual_format,
 )
-from larosa.searches import SEARCHES, Limits, settle
-from larosa.settings import Settings
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
 from larosa.sparsity.greedy import GreedyAllocation
 from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
+from larosa.utils.finite import check_converted, check_weights
+from larosa.utils.progress import track
 from larosa.version import __version__
 
 
@@ -92,7 +92,7 @@ def convert(
 ) -> Any:
     """Sparsify a dense causal language model in place and return it.
 
-    Options left at None take the recipe's default (`larosa.settings.RECIPES`). The model's weights are
+    Options left at None take the recipe's default (`larosa.conversion.options.RECIPES`). The model's weights are
     rotated, and its class and configuration become the family's sparsified ones; after an error the model
     must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis. The methods
     that LaRoSA is compared with rotate nothing and change no weight.

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from larosa.checkpoints.weight_files import check_no_pointer
 from larosa.errors import LarosaError
-from larosa.weight_files import check_no_pointer
 
 _FILES = (
     "tokenizer*",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import larosa
-from larosa.context import context_length
+from larosa.architectures.context import context_length
 from larosa.decoding import Engine
 from larosa.decoding.forward import ForwardEngine
 

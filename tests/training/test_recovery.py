@@ -10,7 +10,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.evaluation.zeros import ZeroCounter, sparse_prompts
-from larosa.recovery import RecoverySettings, Training
+from larosa.training.recovery import RecoverySettings, Training
 
 SETTINGS = RecoverySettings(
     num_sequences=24, sequence_length=24, steps=12, batch=6, learning_rate=3e-3, evaluate_every=4

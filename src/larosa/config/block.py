@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from larosa.config.migrations import FORMAT_VERSION, migrate_settings
 from larosa.errors import LarosaError
 from larosa.formats import ColumnFormat, Quantization
-from larosa.migrations import FORMAT_VERSION, migrate_settings
 
 #: The four activation sites of a decoder layer (paper, section 3.1): the inputs of
 #: q/k/v (h1), of the attention output projection (h2), of gate/up (h3) and of down (h4).

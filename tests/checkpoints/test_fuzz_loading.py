@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import larosa
 
-from .examples import examples
+from ..examples import examples
 
 CONFIGS, INDICES, FILES = examples(420), examples(100), examples(220)
 

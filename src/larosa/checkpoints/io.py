@@ -19,14 +19,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from larosa.architectures import find_architecture
-from larosa.config_checks import check_config, check_counts, dry_run
+from larosa.checkpoints.config_checks import check_config, check_counts, dry_run
+from larosa.checkpoints.gguf import find_gguf, load_gguf, load_gguf_config
+from larosa.checkpoints.tokenizer_files import check_tokenizer_files, save_tokenizer
+from larosa.checkpoints.weight_files import (
+    check_dtypes,
+    check_loaded,
+    check_no_adapter,
+    check_no_pointer,
+    check_weight_files,
+)
+from larosa.config.migrations import loading_weights
 from larosa.errors import LarosaError
-from larosa.gguf import find_gguf, load_gguf, load_gguf_config
-from larosa.migrations import loading_weights
 from larosa.models.families import model_class
-from larosa.plain import check_plain
-from larosa.tokenizer_files import check_tokenizer_files, save_tokenizer
-from larosa.weight_files import check_dtypes, check_loaded, check_no_adapter, check_no_pointer, check_weight_files
+from larosa.models.plain import check_plain
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from larosa.checkpoint import load_config
+from larosa.checkpoints.io import load_config
 from larosa.sparsity.report import Inspection, inspect_config
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import larosa
-from larosa.checkpoint import load_config
+from larosa.checkpoints.io import load_config
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from larosa.architectures import ARCHITECTURES, Architecture
+from larosa.checkpoints.gguf_tokenizer import read_tokenizer
 from larosa.errors import LarosaError
-from larosa.gguf_tokenizer import read_tokenizer
 
 #: GGUF's architectures that are supported, which are named like the families; Mistral's files say `llama`.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")

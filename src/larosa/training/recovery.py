@@ -19,19 +19,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture, find_architecture
+from larosa.architectures.context import context_length
 from larosa.calibration import calibration_sequences
 from larosa.calibration.sources import SELF
-from larosa.checkpoint import check_output, find_device, load, load_config, save
+from larosa.checkpoints.card import model_card
+from larosa.checkpoints.io import check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig, RecoveryRecord
-from larosa.context import context_length
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
 from larosa.evaluation.zeros import sparse_prompts
-from larosa.finite import not_finite
-from larosa.memory import peak_memory
-from larosa.model_card import model_card
-from larosa.progress import advance
 from larosa.sparsity.report import inspect_config
+from larosa.utils.finite import not_finite
+from larosa.utils.memory import peak_memory
+from larosa.utils.progress import advance
 
 #: Sequences that are never trained on, by which training is stopped.
 _HELD_OUT = 16

@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
 import larosa
+from larosa.checkpoints.tokenizer_files import save_tokenizer
 from larosa.config import LarosaConfig
-from larosa.tokenizer_files import save_tokenizer
 
 _TEXTS = ("Hello world", " hello  two", "<s>after<unk> special", "a\n\tb", "ខ្មែរ")
 
@@ -47,7 +47,7 @@ def legacy(tmp_path, make_model):
 
 
 def test_a_tokenizer_of_llama_2(legacy, tmp_path):
-    from larosa.convert_checkpoint import convert_checkpoint
+    from larosa.conversion.checkpoint import convert_checkpoint
 
     source = larosa.load(str(legacy)).tokenizer
     convert_checkpoint(str(legacy), tmp_path / "out", sparsity=0.5, num_sequences=2, sequence_length=32, measure=False)

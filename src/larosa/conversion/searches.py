@@ -17,9 +17,9 @@ from larosa.config import KeepCounts, LarosaConfig, PerSite, Selection, Threshol
 from larosa.config import Search as SearchKind
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
 from larosa.models import set_keep_counts, set_thresholds
-from larosa.progress import track
 from larosa.sparsity import SiteSizes, keep_counts, prices, sensitivity
 from larosa.sparsity.search import SearchLog, grid_search
+from larosa.utils.progress import track
 
 #: From a sparsity to counts or thresholds, where one search serves every sparsity; else None.
 Limits = Callable[[float], KeepCounts | Thresholds]

@@ -1,0 +1,1 @@
+"""Checkpoints: what is looked at before it is trusted, loading, saving, GGUF files, cards."""

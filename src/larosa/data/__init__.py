@@ -1,0 +1,1 @@
+"""Text to calibrate on and to evaluate with, its tokens, and the bundled model."""

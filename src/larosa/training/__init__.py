@@ -1,0 +1,1 @@
+"""Training after conversion."""

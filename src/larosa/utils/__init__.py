@@ -1,0 +1,1 @@
+"""What everything may need: progress bars, memory, NaN and Inf."""
