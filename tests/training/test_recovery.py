@@ -10,6 +10,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.evaluation.zeros import ZeroCounter, sparse_prompts
+from larosa.models import thresholds_of
 from larosa.training.recovery import RecoverySettings, Training
 
 SETTINGS = RecoverySettings(
@@ -52,7 +53,7 @@ def test_the_divergence_on_held_out_text_falls(pair, token_ids, tmp_path, option
 
 
 def test_as_many_entries_are_kept_afterwards(pair, token_ids, tmp_path):
-    dense, model = pair()
+    dense, model = pair(selection="top-k")
     scores = {name: p.clone() for name, p in model.named_parameters() if name.endswith("score")}
     Training(model, dense, token_ids(40, 24), SETTINGS, tmp_path / "state").run()
     with ZeroCounter(model) as zeros:
@@ -61,14 +62,32 @@ def test_as_many_entries_are_kept_afterwards(pair, token_ids, tmp_path):
     assert zeros.actual_sparsity().min == pytest.approx(promised, abs=1e-6)
     assert all(torch.equal(scores[name], p) for name, p in model.named_parameters() if name in scores)
     architecture = find_architecture(model.config.model_type)
-    assert torch.equal(architecture.head(model).weight, pair()[1].lm_head.weight)
+    assert torch.equal(architecture.head(model).weight, pair(selection="top-k")[1].lm_head.weight)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(pair, token_ids, tmp_path, monkeypatch):
-    dense, whole = pair()
+def test_thresholds_follow_the_weights_so_that_as_much_is_skipped(pair, token_ids, tmp_path):
+    dense, model = pair(selection="threshold", rotation="none")
+    held_out = token_ids(40, 24)[:16]
+
+    def skipped():
+        with sparse_prompts(model), ZeroCounter(model) as zeros:
+            model(held_out)
+        return zeros.actual_sparsity().mean
+
+    before, thresholds = skipped(), thresholds_of(model, find_architecture(model.config.model_type))
+    training = Training(model, dense, token_ids(40, 24), SETTINGS, tmp_path / "state")
+    training.run()
+    assert training.best_step > 0
+    assert training.thresholds == thresholds_of(model, find_architecture(model.config.model_type)) != thresholds
+    assert skipped() == pytest.approx(before, abs=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "threshold"}], ids=["counts", "thresholds"])
+def test_an_interrupted_training_goes_on_to_the_same_weights(pair, token_ids, tmp_path, monkeypatch, options):
+    dense, whole = pair(**options)
     sequences = token_ids(40, 24)
     Training(whole, dense, sequences, SETTINGS, tmp_path / "whole").run()
-    _, model = pair()
+    _, model = pair(**options)
     interrupted = Training(model, dense, sequences, SETTINGS, tmp_path / "state")
     step = interrupted._train_step
 
@@ -80,7 +99,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(pair, token_ids, tm
     monkeypatch.setattr(interrupted, "_train_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         interrupted.run()
-    _, model = pair()
+    _, model = pair(**options)
     resumed = Training(model, dense, sequences, SETTINGS, tmp_path / "state")
     resumed.run()
     for a, b in zip(whole.parameters(), model.parameters(), strict=True):

@@ -14,6 +14,7 @@ from larosa.models.modules import (
     set_scores,
     set_thresholds,
     sparsify_layers,
+    thresholds_of,
 )
 from larosa.models.quantized import QuantizedLinear
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK
@@ -39,6 +40,7 @@ __all__ = [
     "set_scores",
     "set_thresholds",
     "sparsify_layers",
+    "thresholds_of",
 ]
 
 register_families()

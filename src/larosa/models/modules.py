@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -289,7 +289,15 @@ def set_keep_counts(model: nn.Module, architecture: Architecture, keep: KeepCoun
             selector.k = k
 
 
-def set_thresholds(model: nn.Module, architecture: Architecture, thresholds: Thresholds) -> None:
+def thresholds_of(model: nn.Module, architecture: Architecture) -> dict[str, list[float]]:
+    """The thresholds of a model sparsified by them: for each site one a layer."""
+    found = selectors(model, architecture)
+    return {site: [cast(Threshold, selector).threshold for selector in of_site] for site, of_site in found.items()}
+
+
+def set_thresholds(
+    model: nn.Module, architecture: Architecture, thresholds: Thresholds | Mapping[str, Sequence[float]]
+) -> None:
     """Change the thresholds of a model sparsified by them."""
     for site, site_selectors in selectors(model, architecture).items():
         for selector, threshold in zip(site_selectors, thresholds[site], strict=True):

@@ -15,7 +15,7 @@ import torch
 
 from larosa.architectures import Architecture
 from larosa.config import SITES, Thresholds
-from larosa.models import set_thresholds
+from larosa.models import set_thresholds, thresholds_of
 from larosa.sparsity.sensitivity import LEAST_KEPT, Coherence, Place, observed
 from larosa.sparsity.sites import SiteSizes
 
@@ -88,6 +88,29 @@ class PricedThresholds:
         )
 
 
+class SteadyShares:
+    """Keeps the share of entries that each site of a model drops while its weights change, by its thresholds.
+
+    Args:
+        model: sparsified by thresholds, whose shares now are the ones to keep.
+        run: runs it on the text on which they hold.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, run: Callable[[], object]) -> None:
+        self._model, self._architecture, self._run = model, architecture, run
+        (seen,) = observed(model, architecture, run, Histogram)
+        now = thresholds_of(model, architecture)
+        self._shares = {(layer, site): found.below(now[site][layer]) for (layer, site), found in seen.items()}
+
+    def restore(self) -> None:
+        """Set thresholds that drop these shares again."""
+        (seen,) = observed(self._model, self._architecture, self._run, Histogram)
+        values = thresholds_of(self._model, self._architecture)
+        for (layer, site), share in self._shares.items():
+            values[site][layer] = seen[layer, site].reaching(share)
+        set_thresholds(self._model, self._architecture, values)
+
+
 class Histogram:
     """How the magnitudes of a site's entries times scores are distributed, to within a hundredth of each."""
 
@@ -115,6 +138,15 @@ class Histogram:
         """The magnitude up to which this share of the entries goes, rounded down to where its bin begins."""
         at = max(int(torch.searchsorted(self._shares(), torch.tensor(share, dtype=torch.float64))) - 1, 0)
         return float(torch.tensor(at << _SHIFT, dtype=torch.int32).view(torch.float32))
+
+    def reaching(self, share: float) -> float:
+        """The magnitude up to which this share of the entries goes: what `below` gives it back for."""
+        shares = self._shares()
+        at = max(int(torch.searchsorted(shares, torch.tensor(share, dtype=torch.float64))) - 1, 0)
+        in_bin = float(shares[at + 1] - shares[at])
+        within = (share - float(shares[at])) / in_bin if in_bin else 0.0
+        word = (at << _SHIFT) + min(round(within * (1 << _SHIFT)), (1 << _SHIFT) - 1)
+        return float(torch.tensor(word, dtype=torch.int32).view(torch.float32))
 
     def _shares(self) -> torch.Tensor:
         """The share of the entries below each bin, and at last that of all."""

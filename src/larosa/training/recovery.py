@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from larosa.config import LarosaConfig, RecoveryRecord
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
 from larosa.evaluation.zeros import sparse_prompts
+from larosa.models import set_thresholds, thresholds_of
+from larosa.sparsity.prices import SteadyShares
 from larosa.sparsity.report import inspect_config
 from larosa.utils.finite import not_finite
 from larosa.utils.memory import peak_memory
@@ -39,6 +41,8 @@ _HELD_OUT = 16
 _PATIENCE = 3
 #: Positions whose logits are held at a time, to bound memory on large vocabularies.
 _POSITIONS = 512
+#: Tokens that go through the models at a time on a GPU, which single sequences leave idle.
+_TOKENS = 8192
 #: Sequences sampled from the model at a time.
 _SAMPLED = 64
 #: Tokens of a sequence where nobody says how many, or the model's context.
@@ -156,7 +160,10 @@ def recover_checkpoint(
         learning_rate=settings.learning_rate,
         seed=settings.seed,
     )
-    block = block.model_copy(update={"recovery": record})
+    changed: dict[str, Any] = {"recovery": record}
+    if block.thresholds is not None and training.thresholds is not None:
+        changed["thresholds"] = block.thresholds.model_copy(update={"values": training.thresholds})
+    block = block.model_copy(update=changed)
     model.config.larosa = block.model_dump(mode="json")
     after = evaluate_windows(model, windows, recorded)
     card = model_card(output.name, reference, block, inspect_config(model.config), dense_loss, after)
@@ -230,6 +237,9 @@ class Training:
         self._device = self._architecture.embedding(model).weight.device
         self._held_out, self._trained = sequences[:_HELD_OUT], sequences[_HELD_OUT:]
         self._weights = dict(_trainable(model, self._architecture))
+        self._shares: SteadyShares | None = None
+        #: For each site one a layer, of the best weights; None where the model counts.
+        self.thresholds: dict[str, list[float]] | None = None
         for weight in self._weights.values():
             weight.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
@@ -247,8 +257,11 @@ class Training:
         Raises:
             LarosaError: the loss is NaN or Inf, or the state on disk is of other settings.
         """
-        self._resume()
         settings = self._settings
+        with sparse_prompts(self._model):
+            if LarosaConfig.parse(self._model.config.larosa).thresholds is not None:
+                self._shares = SteadyShares(self._model, self._architecture, self._run_held_out)
+        self._resume()
         with advance("Recovering", total=settings.steps) as tick, sparse_prompts(self._model):
             if not self.history:
                 self._evaluate()
@@ -258,6 +271,8 @@ class Training:
                 self._train_step()
                 tick()
                 if self._step % settings.evaluate_every == 0 or self._step == settings.steps:
+                    if self._shares is not None:  # other weights make other magnitudes
+                        self._shares.restore()
                     self._evaluate()
                     self._save()
         with torch.no_grad():
@@ -265,6 +280,8 @@ class Training:
                 weight.copy_(self._best_weights[name])
                 weight.requires_grad_(False)
                 weight.grad = None
+        if self.thresholds is not None:
+            set_thresholds(self._model, self._architecture, self.thresholds)
 
     def _stalled(self) -> bool:
         return len(self.history) > _PATIENCE and min(self.history[-_PATIENCE:]) > self.best
@@ -274,8 +291,9 @@ class Training:
         chance = torch.Generator().manual_seed(settings.seed + self._step)
         rows = torch.randperm(len(self._trained), generator=chance)[: settings.batch]
         self._optimizer.param_groups[0]["lr"] = settings.learning_rate * _schedule(self._step, settings.steps)
-        for row in rows:
-            self._divergence(self._trained[row], backwards=lambda loss: (loss / len(rows)).backward())
+        for some in self._together(self._trained[rows]):
+            share = len(some) / len(rows)
+            self._divergence(some, backwards=lambda loss: (loss * share).backward())  # noqa: B023 - called at once
         torch.nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -283,22 +301,43 @@ class Training:
 
     def _evaluate(self) -> None:
         with torch.no_grad():
-            found = sum(self._divergence(ids) for ids in self._held_out) / len(self._held_out)
+            found = sum(self._divergence(some) * len(some) for some in self._together(self._held_out))
+            found /= len(self._held_out)
         if not math.isfinite(found):
             raise not_finite("the divergence while recovering is", torch.float32)
         self.history.append(found)
         if found < self.best:
             self.best, self.best_step = found, self._step
             self._best_weights = {name: weight.detach().clone() for name, weight in self._weights.items()}
+            self.thresholds = self._thresholds()
+
+    def _thresholds(self) -> dict[str, list[float]] | None:
+        return None if self._shares is None else thresholds_of(self._model, self._architecture)
+
+    def _run_held_out(self) -> None:
+        decoder = self._architecture.decoder(self._model)
+        with self._arithmetic():
+            for some in self._together(self._held_out):
+                decoder(some.to(self._device), use_cache=False)
+
+    def _together(self, sequences: torch.Tensor) -> Iterable[torch.Tensor]:
+        """The sequences in parts that go through the models at a time; a CPU has nothing from more than one."""
+        return sequences.split(max(_TOKENS // sequences.shape[1], 1) if self._device.type == "cuda" else 1)
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")
 
     def _divergence(self, ids: torch.Tensor, backwards: Callable[[torch.Tensor], None] | None = None) -> float:
-        """KL divergence from the dense model on one sequence, nats per token; `backwards` gets it piece by piece."""
-        decoders = [self._architecture.decoder(model) for model in (self._dense, self._model)]
-        ids = ids[None].to(self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        """KL divergence from the dense model on sequences [number, length], nats per token.
+
+        `backwards` gets it piece by piece.
+        """
+        dense, sparse = (self._architecture.decoder(model) for model in (self._dense, self._model))
+        ids = ids.to(self._device)
+        with self._arithmetic():
             with torch.no_grad():
-                expected = decoders[0](ids, use_cache=False).last_hidden_state[0]
-            hidden = decoders[1](ids, use_cache=False).last_hidden_state[0]
+                expected = dense(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = sparse(ids, use_cache=False).last_hidden_state.flatten(0, 1)
             total, leaf = 0.0, hidden.detach().requires_grad_(backwards is not None)
             for rows in torch.arange(len(hidden)).split(_POSITIONS):
                 log_p = self._architecture.head(self._model)(leaf[rows]).float().log_softmax(-1)
@@ -330,6 +369,7 @@ class Training:
             "best": (self.best, self.best_step),
             "weights": {name: weight.detach() for name, weight in self._weights.items()},
             "best_weights": self._best_weights,
+            "thresholds": (self._thresholds(), self.thresholds),
             "optimizer": self._optimizer.state_dict(),
         }
         partial = self._state.with_name(self._state.name + ".partial")
@@ -357,6 +397,9 @@ class Training:
         self.best, self.best_step = content["best"]
         self._best_weights = content["best_weights"]
         self._optimizer.load_state_dict(content["optimizer"])
+        now, self.thresholds = content["thresholds"]
+        if now is not None:
+            set_thresholds(self._model, self._architecture, now)
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(content["weights"][name])
