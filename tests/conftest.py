@@ -145,6 +145,7 @@ def quick_convert(tokenizer: Any, text_file: Path) -> Callable[..., Any]:
         options = {**short, "dense_first_token": False, **options}
         if options.get("method", "larosa") == "larosa":
             options.setdefault("rotation", "layer")  # with every part that a converted model can have
+            options.setdefault("selection", "top-k")
         return larosa.convert(model, tokenizer, **options)
 
     return convert

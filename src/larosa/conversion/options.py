@@ -71,6 +71,7 @@ RECIPES = {
         value_rotation=True,
         score=Score.FISHER,
         dense_first_token=True,
+        selection=Selection.THRESHOLD,
         rotation=Rotation.NONE,
         # As many tokens as the paper's 8 x 2048, but sampled from the model in an eighth of the steps.
         num_sequences=64,
@@ -192,13 +193,15 @@ class Settings:
         if value_rotation is None:
             value_rotation = defaults.value_rotation
         chosen_score = choose(Score, score or defaults.score, "score")
-        chosen_selection = choose(Selection, selection or defaults.selection, "selection")
         if alphas is not None or (
             defaults.search is Search.FISHER
             and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
         ):
             defaults = replace(defaults, search=Search.NONE)
         chosen_search = choose(Search, search or defaults.search, "search")
+        if chosen_search is not Search.FISHER or compensation != Compensation.NONE:  # what finds and refits counts
+            defaults = replace(defaults, selection=chosen_method.selections[0])
+        chosen_selection = choose(Selection, selection or defaults.selection, "selection")
         _check_applicable(
             chosen_method,
             {
