@@ -35,9 +35,11 @@ def moved(arguments, which, device):
 @pytest.mark.parametrize("name", CALLS)
 def test_one_tensor_elsewhere_is_refused_by_name(name, elsewhere):
     operator = getattr(ops, name.split()[0])
+    # Where the other device has no kernel for it, PyTorch says so itself.
+    message = rf"larosa::{name.split()[0]}: \w+ is on .* on .*: move all to one device|Could not run 'larosa::"
     _, tensors = moved(CALLS[name](), 0, elsewhere)
     for which in range(1, tensors + 1) if tensors > 1 else ():
-        with pytest.raises(ValueError, match=rf"larosa::{name.split()[0]}: \w+ is on .* on .*: move all to one device"):
+        with pytest.raises((ValueError, NotImplementedError), match=message):
             operator(*moved(CALLS[name](), which, elsewhere)[0])
 
 
