@@ -7,9 +7,14 @@ looks at cannot be what the operator wants.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from larosa.formats import GROUPS, SCALE_DTYPE
+
+if TYPE_CHECKING:
+    from larosa.ops.low_bit import LowBitWeights
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,6 +85,16 @@ def selection(values: torch.Tensor, indices: torch.Tensor) -> tuple[int, int]:
     return vectors("values", values)
 
 
+def listed(values: torch.Tensor, indices: torch.Tensor | None, width: int) -> tuple[int, int]:
+    """The same of a list without indices, which has all `width` entries."""
+    if indices is not None:
+        return selection(values, indices)
+    rows, entries = vectors("values", values)
+    if entries != width:
+        raise ValueError(f"without indices values must be [B, {width}], all of them, not {tuple(values.shape)}")
+    return rows, entries
+
+
 def counts(counts: torch.Tensor | None, rows: int) -> None:
     """How many entries of each row of a list are meant: [B] int64; or None."""
     if counts is not None and (counts.dtype != torch.int64 or counts.shape != (rows,) or not counts.is_contiguous()):
@@ -109,6 +124,32 @@ def matrices(
     return sum(len(weight) for weight in weights)
 
 
+def low_bit(weights: LowBitWeights, biases: Sequence[torch.Tensor | None], width: int) -> int:
+    """Outputs of all matrices of `width` columns together, in codes of one format with their scales."""
+    codes, scales, outputs, group = weights
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
+    if not codes or len({len(codes), len(scales), len(outputs), len(biases)}) > 1:
+        raise ValueError(
+            f"{len(codes)} codes with {len(scales)} scales, {len(outputs)} outputs and {len(biases)} biases"
+        )
+    pair = {torch.uint8: 2, torch.int8: 1}.get(codes[0].dtype)
+    if pair is None or any(each.dtype != codes[0].dtype for each in codes):
+        raise ValueError("codes must all be uint8, two outputs each, or all be int8")
+    for each, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
+        _in_columns("codes", each, width, -(-size // pair))
+        if scale.dtype is not SCALE_DTYPE:
+            raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {scale.dtype}")
+        _in_columns("scales", scale, width, -(-size // group))
+        vector("bias", bias, size)
+    return sum(outputs)
+
+
+def _in_columns(name: str, x: torch.Tensor, width: int, size: int) -> None:
+    if x.shape != (width, size) or (size > 1 and x.stride(1) != 1) or (width > 1 and x.stride(0) < size):
+        raise ValueError(f"{name} must be [{width}, {size}], each column in one piece, not of shape {tuple(x.shape)}")
+
+
 def _layout(name: str, weight: torch.Tensor, column_major: bool) -> None:
     along = 0 if column_major else 1
     if weight.shape[along] > 1 and weight.stride(along) != 1:
@@ -124,7 +165,7 @@ def residual(
     dtype: torch.dtype | None = None,
     scale: torch.Tensor | None = None,
 ) -> int:
-    """What is added to a product, and the matrix [outputs, width] in `dtype` that it goes through first.
+    """What is added to a product, and the matrix [outputs, width] in `dtype`, or any, that it goes through first.
 
     With a scale that is int8, and can have up to `width` columns more.
 
@@ -143,8 +184,9 @@ def residual(
     if x is None or adapter.dim() != 2 or len(adapter) != outputs:
         raise ValueError(f"adapter must be [{outputs}, D] for a residual [{rows}, D]")
     wanted = dtype if scale is None else torch.int8
-    if adapter.dtype != wanted:
-        raise ValueError(f"adapter must be {dtype} like the weights, or int8 with a scale, not {adapter.dtype}")
+    if adapter.dtype != wanted and (wanted is not None or adapter.dtype not in FLOATS):
+        of = "a float dtype" if dtype is None else f"{dtype} like the weights"
+        raise ValueError(f"adapter must be {of}, or int8 with a scale, not {adapter.dtype}")
     _layout("adapter", adapter, column_major=True)
     return width
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from larosa.formats import ColumnFormat, Int4, Int8
-from larosa.ops.linear import Biases, Weights, linear_reference, sparse_linear_reference
+from larosa.ops.linear import Biases, Weights, sparse_linear_reference
 from larosa.ops.schema import define
 
 #: Columns that follow each other in a product share the unit by which their activations are rounded.
@@ -22,9 +23,19 @@ _LARGEST = {4: 127.0, 8: 127.0 * 128}
 _NOTHING = 1e-30
 
 
+class LowBitWeights(NamedTuple):
+    """The matrices of one product, as `low_bit_linear` takes them."""
+
+    codes: Weights
+    scales: Weights
+    outputs: list[int]
+    group: int
+
+
 @define(
     "low_bit_linear(Tensor values, Tensor? indices, Tensor[] codes, Tensor[] scales, int[] outputs, int group, "
-    "Tensor?[] biases, Tensor? residual=None, Tensor? count=None) -> Tensor"
+    "Tensor?[] biases, Tensor? residual=None, Tensor? count=None, Tensor? adapter=None, Tensor? adapter_scale=None) "
+    "-> Tensor"
 )
 def _low_bit_linear(
     values: torch.Tensor,
@@ -36,6 +47,8 @@ def _low_bit_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return values.new_empty(len(values), sum(outputs))
 
@@ -50,6 +63,8 @@ def low_bit_linear_reference(
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` or `sparse_linear` by the weights that codes and scales stand for, with no rounding but that of sums.
 
@@ -63,6 +78,9 @@ def low_bit_linear_reference(
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
         count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all.
+        adapter: what the residual goes through first, as of `sparse_linear`; float of any dtype, or int8 with
+            `adapter_scale`. For a GPU's kernels alone.
+        adapter_scale: [sum of N_i] of any float dtype, or None.
 
     Returns:
         [B, sum of N_i] like `values`.
@@ -72,8 +90,8 @@ def low_bit_linear_reference(
         for matrix, scale, size in zip(codes, scales, outputs, strict=True)
     ]
     if indices is None:
-        return linear_reference(values, weights, biases, residual)
-    return sparse_linear_reference(values, indices, weights, biases, residual, count=count)
+        indices = torch.arange(values.shape[1], dtype=torch.int32, device=values.device).expand(values.shape)
+    return sparse_linear_reference(values, indices, weights, biases, residual, adapter, adapter_scale, count)
 
 
 def low_bit_linear_in_integers(

@@ -139,6 +139,13 @@ def _adapt(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.
     return out
 
 
+def _no_adapter(adapter: torch.Tensor | None) -> None:
+    if adapter is not None:
+        raise ValueError(
+            "on the CPU a residual goes through its adapter by rows, before: torch.ops.larosa.linear or adapt"
+        )
+
+
 @implement("sparse_linear", "CPU")
 def _sparse_linear(
     values: torch.Tensor,
@@ -150,10 +157,7 @@ def _sparse_linear(
     adapter_scale: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if adapter is not None:
-        raise ValueError(
-            "on the CPU a residual goes through its adapter by rows, before: torch.ops.larosa.linear or adapt"
-        )
+    _no_adapter(adapter)
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     checks.counts(count, len(values))
@@ -190,7 +194,10 @@ def _low_bit_linear(
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    _no_adapter(adapter)
     values = arguments.activations("values", values)
     rows, k = values.shape
     depth = len(codes[0]) if codes else 0

@@ -28,11 +28,13 @@ from larosa.ops.cuda.plan import (
     cut_plan,
     fused_plan,
     linear_blocks,
+    low_bit_plan,
     sparse_plan,
     swiglu_plan,
 )
-from larosa.ops.cuda.product import Product, adapter_arguments, aligned
+from larosa.ops.cuda.product import Product, adapter_arguments, aligned, codes_width
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.low_bit import LowBitWeights
 from larosa.ops.select import CountedSelection, Selection
 
 _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
@@ -162,6 +164,41 @@ def sparse_linear(
     along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
     operands = address(values), address(indices), c_int(k), address(count), product.matrices
     arguments = (*operands, *along, address(result), c_int(outputs))
+    _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
+    return result
+
+
+def low_bit_linear(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    codes: Weights,
+    scales: Weights,
+    outputs: list[int],
+    group: int,
+    biases: Biases,
+    residual: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+    adapter: torch.Tensor | None = None,
+    adapter_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `low_bit_linear_reference`.
+
+    With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
+    """
+    weights, depth = LowBitWeights(codes, scales, outputs, group), len(codes[0]) if codes else 0
+    rows, k = checks.listed(values, indices, depth)
+    checks.count(count, rows)
+    total = checks.low_bit(weights, biases, depth)
+    carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
+    listed = k if count is None else k // 2  # what the host can only guess
+    plan = low_bit_plan(machine(values.device), outputs, listed, rows, codes_width(codes[0]))
+    product = Product.of_codes(plan, weights, biases, rows, adapter)
+    result = values.new_empty(rows, total)
+    teams = adapter is not None and SPARSE_THREADS // 2 % plan.lanes == 0
+    macros = {**product.macros, "ADAPTER": flag(adapter is not None), "ALONE": flag(teams)}
+    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
+    operands = address(values), address(indices), c_int(k), address(count), product.matrices
+    arguments = (*operands, *along, address(result), c_int(total))
     _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
     return result
 

@@ -9,9 +9,12 @@ import torch
 from larosa.errors import LarosaError
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.low_bit import LowBitWeights
 
 #: What the kernels call the formats of weights and caches.
 TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
+#: The same of codes.
+CODE_NAMES = {torch.int8: "Int8", torch.uint8: "Int4"}
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_MATRICES = 4
 _BEYOND = 2**40  # more tiles than any matrix has
@@ -37,6 +40,9 @@ class _Matrix(ctypes.Structure):
         ("outputs", ctypes.c_longlong),
         ("first", ctypes.c_longlong),
         ("tile", ctypes.c_longlong),
+        ("scales", ctypes.c_void_p),
+        ("scale_stride", ctypes.c_longlong),
+        ("group", ctypes.c_longlong),
     )
 
 
@@ -48,18 +54,34 @@ class Matrices(ctypes.Structure):
     @classmethod
     def of(cls, weights: Weights, biases: Biases, tile: int, along: int) -> tuple[Matrices, int]:
         """`weights` in tiles of `tile` outputs, and the number of tiles; `along` is the dimension that strides."""
+        return cls._of(
+            weights, [weight.stride(along) for weight in weights], [len(each) for each in weights], biases, tile
+        )
+
+    @classmethod
+    def of_codes(cls, weights: LowBitWeights, biases: Biases, tile: int) -> tuple[Matrices, int]:
+        """The same for codes with scales, columns of which stride."""
+        strides = [codes.stride(0) for codes in weights.codes]
+        matrices, tiles = cls._of(weights.codes, strides, weights.outputs, biases, tile)
+        for matrix, scales in zip(matrices.matrix, weights.scales, strict=False):
+            matrix.scales, matrix.scale_stride, matrix.group = scales.data_ptr(), scales.stride(0), weights.group
+        return matrices, tiles
+
+    @classmethod
+    def _of(
+        cls, weights: Weights, strides: list[int], sizes: list[int], biases: Biases, tile: int
+    ) -> tuple[Matrices, int]:
         if len(weights) > _MOST_MATRICES:
             raise LarosaError(
                 f"the CUDA kernels multiply at most {_MOST_MATRICES} matrices at once, not {len(weights)}"
             )
         matrices = cls()
         outputs = tiles = 0
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            packed = Vector.of("bias", bias, len(weight))
-            stride = weight.stride(along)
-            matrices.matrix[i] = _Matrix(weight.data_ptr(), packed, stride, len(weight), outputs, tiles)
-            outputs += len(weight)
-            tiles += -(-len(weight) // tile)
+        for i, (weight, stride, size, bias) in enumerate(zip(weights, strides, sizes, biases, strict=True)):
+            packed = Vector.of("bias", bias, size)
+            matrices.matrix[i] = _Matrix(weight.data_ptr(), packed, stride, size, outputs, tiles)
+            outputs += size
+            tiles += -(-size // tile)
         for i in range(len(weights), _MOST_MATRICES):
             matrices.matrix[i] = _Matrix(None, Vector(), 0, 0, outputs, _BEYOND)
         return matrices, tiles

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _NEARLY = 0.9  # the same where a product takes long
 _LEAVING = 0.965  # the same, so that a few multiprocessors stay free
 _SELECTING = 2  # multiprocessors that are left to the block that selects for all, and its mate in a cluster
 _LANES = (32, 16, 8)
+_CODE_TILES = (512, 448, 384, 256, 128)  # outputs of a tile of codes
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class SparsePlan:
     lanes: int
     cluster: int
     tile: int  # outputs of a cluster
+    loads: int = 5  # in flight in each thread; of codes alone
 
 
 def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan:
@@ -93,6 +96,39 @@ def swiglu_plan(gpu: Machine, outputs: int, k: int, batch: int, element_size: in
     A few multiprocessors are left to the selection that comes next, which has one to itself.
     """
     return _widest(gpu, [outputs], k, batch, element_size, most=_LEAVING)
+
+
+def low_bit_plan(
+    gpu: Machine, outputs: Sequence[int], k: int, batch: int, width: int, most_cluster: int = _CLUSTERS[-1]
+) -> SparsePlan:
+    """The same for codes, `width` of them in 16 bytes: blocks have a multiprocessor each, and as many as can work.
+
+    Args:
+        gpu: for its number of multiprocessors, and whether it has clusters.
+        outputs: of each matrix; of gate and up, whose tiles share theirs, of both together.
+        k: entries of the list.
+        batch: vectors.
+        width: codes in 16 bytes.
+        most_cluster: blocks of a cluster at most.
+    """
+    clusters = [c for c in _CLUSTERS if c <= most_cluster] if gpu.overlaps else [1]
+    plans = [
+        SparsePlan(lanes, cluster, lanes * width)
+        for lanes in (tile // width for tile in _CODE_TILES)
+        for cluster in clusters
+    ]
+    return min(plans, key=lambda plan: _low_bit_cost(gpu, outputs, k, batch, plan))
+
+
+def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
+    """What a plan costs, in parts of the best."""
+    blocks = _blocks(gpu, outputs, batch, plan)
+    rounds = math.ceil(blocks)
+    idle = max(rounds / blocks * _NEARLY, 1.0)
+    loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
+    few = max(1.0, plan.loads / loads)
+    narrow = 0.4 / plan.lanes  # pieces of memory
+    return few * (idle + 0.02 * (rounds - 1) + 0.01 * plan.cluster + narrow)
 
 
 def _widest(

@@ -10,9 +10,10 @@ import torch
 
 from larosa.errors import LarosaError
 from larosa.ops.cuda.launch import Argument, Grid
-from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, address, flag
+from larosa.ops.cuda.parameters import CODE_NAMES, TYPE_NAMES, Matrices, address, flag
 from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.low_bit import LowBitWeights
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,36 @@ class Product:
                 "the CUDA kernels read matrices of less than 2^32 elements: set LAROSA_CUDA_KERNELS=triton"
             )
         packed, tiles = Matrices.of(weights, biases, plan.tile // (1 + swiglu), along=1)
-        tiles //= 1 + swiglu
+        whole = aligned(matrices, [len(weight) for weight in weights], along=1)
+        return cls._divided(
+            plan, packed, tiles, rows, swiglu, {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": whole}
+        )
+
+    @classmethod
+    def of_codes(
+        cls,
+        plan: SparsePlan,
+        weights: LowBitWeights,
+        biases: Biases,
+        rows: int,
+        adapter: torch.Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Product:
+        """The same for codes with scales; an adapter is read along."""
+        packed, tiles = Matrices.of_codes(weights, biases, plan.tile // (1 + swiglu))
         macros = {
-            "WEIGHT": TYPE_NAMES[weights[0].dtype],
-            "LANES": str(plan.lanes),
-            "CLUSTER": str(plan.cluster),
-            "ALIGNED": aligned(matrices, [len(weight) for weight in weights], along=1),
-            "SWIGLU": flag(swiglu),
+            "WEIGHT": CODE_NAMES[weights.codes[0].dtype],
+            "ALIGNED": _codes_aligned(weights, adapter),
+            "LOADS": str(plan.loads),
         }
+        return cls._divided(plan, packed, tiles, rows, swiglu, macros)
+
+    @classmethod
+    def _divided(
+        cls, plan: SparsePlan, packed: Matrices, tiles: int, rows: int, swiglu: bool, macros: dict[str, str]
+    ) -> Product:
+        tiles //= 1 + swiglu
+        macros |= {"LANES": str(plan.lanes), "CLUSTER": str(plan.cluster), "SWIGLU": flag(swiglu)}
         return cls(packed, Grid(tiles * plan.cluster, rows, SPARSE_THREADS, plan.cluster), macros)
 
 
@@ -63,9 +86,27 @@ def adapter_arguments(
     """What a kernel takes for a residual of so many entries and its adapter, and what its file is told of them."""
     stride = 0 if adapter is None else adapter.stride(1)
     arguments: list[Argument] = [address(residual), address(adapter), c_uint(stride), c_int(carried)]
-    if adapter is None or scale is None:
+    if adapter is None:
         return arguments, {}
+    if scale is None:
+        return arguments, {"CARRIED": TYPE_NAMES[adapter.dtype]}
     return [*arguments, c_int(adapter.shape[1]), address(scale)], {"SCALE": TYPE_NAMES[scale.dtype]}
+
+
+def codes_width(codes: torch.Tensor) -> int:
+    """How many codes 16 bytes hold."""
+    return 32 if codes.dtype is torch.uint8 else 16
+
+
+def _codes_aligned(weights: LowBitWeights, adapter: torch.Tensor | None) -> str:
+    width = codes_width(weights.codes[0])
+    whole = all(size % width == 0 for size in weights.outputs)
+    placed = all(each.data_ptr() % 16 == 0 and each.stride(0) % 16 == 0 for each in weights.codes)
+    if adapter is not None:
+        placed = (
+            placed and adapter.data_ptr() % (width * adapter.element_size()) == 0 and adapter.stride(1) % width == 0
+        )
+    return flag(whole and placed)
 
 
 def aligned(weights: Weights, sizes: Sequence[int], along: int) -> str:

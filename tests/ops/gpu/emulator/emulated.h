@@ -312,6 +312,10 @@ template <class T>
 const T* at_offset(const T* base, unsigned offset) {
     return base + offset;
 }
+template <class T>
+const T* at_column(const T* base, unsigned column, unsigned bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + static_cast<size_t>(column) * bytes);
+}
 template <class Data>
 void load_once(Data& data, const void* from) {
     emulator::check_place(from, sizeof(Data));

@@ -108,7 +108,9 @@ above_linear(const float* x, int width, float threshold, Vector gain, float eps,
         asked.at_last();
     }
     const int count = list(shared, asked, threshold, eps, tile.stride(), factor);
-    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), count, tile.weights(), tile.there);
+    auto columns = tile.columns();
+    if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), count, columns);
+    columns.end(sum);
     release_dependents();
     finish(shared.sums, tile, sum, factor, ADAPTER ? nullptr : residual, result);
 }

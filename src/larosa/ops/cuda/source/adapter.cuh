@@ -1,6 +1,7 @@
 // An adapter on a product's residual: all of its columns times the residual's entries go into the product's sums.
 //
-// It is in the weights' format; or, with a SCALE, in digits of 8 bits, and each output has a scale.
+// It is in the weights' format, beside codes in the format CARRIED; or, with a SCALE, in digits of 8 bits, and each output has
+// a scale.
 #ifndef LAROSA_ADAPTER
 #define LAROSA_ADAPTER
 
@@ -47,19 +48,22 @@ struct Scales {
     }
 };
 
-// A thread's piece of a column of the adapter, and how many are in flight.
+// A thread's piece of a column of the adapter, and how many are in flight: beside codes pieces can be long ones.
 #ifdef SCALE
 #define SCALE_PARAMETERS int digits, const SCALE* scale,
 #define SCALE_ARGUMENTS digits, scale,
-using Piece = Pack<Int8, Words<WIDTH<WEIGHT> / 4>>;
-constexpr int ADAPTER_DEPTH = ALONE ? 8 : 6;
+using Carry = Int8;
 #else
 #define SCALE_PARAMETERS
 #define SCALE_ARGUMENTS
-using Piece = Packed;
-constexpr int ADAPTER_DEPTH = DEPTH;
+#ifndef CARRIED
+#define CARRIED WEIGHT
 #endif
-constexpr int LIGHTER = sizeof(Packed) / sizeof(Piece);  // so many of them are one of the weights
+using Carry = CARRIED;
+#endif
+using Piece = Pack<Carry, Words<WIDTH<WEIGHT> * sizeof(Carry) / 4>>;
+constexpr int LIGHTER = sizeof(Piece) < 16 ? 16 / sizeof(Piece) : 1;  // so many of them are one of the weights
+constexpr int ADAPTER_DEPTH = sizeof(Piece) < 16 ? (ALONE ? 8 : 6) : (DEPTH * 16 + sizeof(Piece) - 1) / sizeof(Piece);
 
 // Adds the block's part of an adapter's columns times the residual's `carried` entries, of which ROOM at a time lie in
 // shared memory. `meanwhile` is told when the last ones have been asked for.
@@ -74,16 +78,16 @@ DEVICE void add_adapter(float (&sum)[WIDTH<WEIGHT>], Entry* entries, const float
     const Carried all{residual, stride};
     const Part part = Part::of_block(carried);
 #endif
-    const Piece::Element* pieces = static_cast<const Piece::Element*>(adapter) + tile.matrix.first + tile.mine;
+    Pieces<Piece> pieces{static_cast<const Carry*>(adapter) + tile.matrix.first + tile.mine, tile.there};
     for (int begin = part.begin, here = 0; begin < part.end; begin += here) {
         here = min(ROOM, part.end - begin);
         __syncthreads();  // what stood here has been read
         for (int i = threadIdx.x; i < here; i += THREADS) entries[i] = all.at(begin + i);
         __syncthreads();
         if (begin + here < part.end)
-            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, entries, group(), here, pieces, tile.there);
+            add_listed<GROUPS, ADAPTER_DEPTH>(sum, entries, group(), here, pieces);
         else
-            add_listed<GROUPS, Piece, ADAPTER_DEPTH>(sum, entries, group(), here, pieces, tile.there, meanwhile);
+            add_listed<GROUPS, ADAPTER_DEPTH>(sum, entries, group(), here, pieces, meanwhile);
     }
     if (part.size() == 0) meanwhile.at_last();
 #ifdef SCALE

@@ -27,7 +27,7 @@ static_assert(LANES % SIDES == 0, "a thread is on one side");
 
 struct alignas(8) Entry {
     float value;
-    unsigned offset;  // of its column, in elements
+    unsigned offset;  // of its column, in elements; its number where weights are codes
 
     // Written to shared memory where `wanted`, without a branch.
     DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
@@ -48,6 +48,84 @@ struct Part {
     DEVICE int size() const { return end - begin; }
 };
 
+// Where a thread's pieces of columns are, of weights that stand for themselves.
+template <class Data>
+struct Pieces {
+    using Piece = Data;
+
+    const typename Piece::Element* first;  // in the first column
+    int there;                             // weights to be had from it on
+
+    // From output `mine` of a matrix on.
+    DEVICE static Pieces of(const Matrix& matrix, int mine, int there) {
+        return {static_cast<const typename Piece::Element*>(matrix.weights) + mine, there};
+    }
+    DEVICE void load(Piece& piece, unsigned offset) const {
+        piece.template load<ALIGNED>(at_offset(first, offset), ALIGNED ? Piece::COUNT : there);
+    }
+    DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
+        static_assert(Piece::COUNT == WIDTH<WEIGHT>, "one for each of the thread's outputs");
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value, piece.at(e), sum[e]);
+    }
+    // When all have been added.
+    DEVICE void end(float (&)[WIDTH<WEIGHT>]) const {}
+};
+
+// The same of codes with scales. A piece lies in one group, so that its scale is multiplied with the entry.
+struct Codes {
+    using Number = Decoded<WEIGHT>;
+
+    struct Piece {
+        Pack<WEIGHT> codes;
+        BFloat16 scale = {};
+    };
+
+    const WEIGHT* first;
+    const BFloat16* scale;     // of the thread's piece in the first column
+    unsigned stride, apart;    // bytes between columns of codes, and of scales
+    int there;
+    float multiplied = 0.0f;  // the sum of what codes have been multiplied by
+
+    DEVICE static Codes of(const Matrix& matrix, int mine, int there) {
+        const int group = min(mine, static_cast<int>(matrix.outputs) - 1) / static_cast<int>(matrix.group);
+        return {static_cast<const WEIGHT*>(matrix.weights) + mine / EACH_ELEMENT<WEIGHT>,
+                matrix.scales + group,
+                static_cast<unsigned>(matrix.stride),
+                static_cast<unsigned>(matrix.scale_stride * sizeof(BFloat16)),
+                there};
+    }
+    DEVICE void load(Piece& piece, unsigned column) const {
+        piece.codes.template load<ALIGNED>(at_column(first, column, stride), ALIGNED ? WIDTH<WEIGHT> : there);
+        load_once(piece.scale, at_column(scale, column, apart));
+    }
+    DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
+        constexpr int IN_WORD = WIDTH<WEIGHT> / 4;
+        float factor = value * widen(piece.scale);
+        if (Number::LIFTED != 0.0f) multiplied += factor;
+        factor *= 1.0f / Number::UNIT;
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e)
+            sum[e] = fmaf(factor, Number::at(piece.codes.data.word[e / IN_WORD], e % IN_WORD), sum[e]);
+    }
+    DEVICE void end(float (&sum)[WIDTH<WEIGHT>]) const {
+        if (Number::LIFTED != 0.0f)
+#pragma unroll
+            for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(-Number::LIFTED, multiplied, sum[e]);
+    }
+};
+
+// A product's weights of one byte are codes, others stand for themselves.
+template <class Weight, int SIZE = sizeof(Weight)>
+struct ColumnsOf {
+    using Type = Pieces<Pack<Weight>>;
+};
+template <class Weight>
+struct ColumnsOf<Weight, 1> {
+    using Type = Codes;
+};
+constexpr bool OF_CODES = sizeof(WEIGHT) == 1;
+
 // What a thread adds up.
 struct Outputs {
     const Matrix* const side;  // the tile's matrix; the first of two where SWIGLU
@@ -63,31 +141,20 @@ struct Outputs {
           mine(ALIGNED ? min(own(), static_cast<int>(matrix.outputs) - WIDTH<WEIGHT>) : own()),
           there(static_cast<int>(matrix.outputs) - mine) {}
 
-    DEVICE const WEIGHT* weights() const { return static_cast<const WEIGHT*>(matrix.weights) + mine; }
-    DEVICE unsigned stride() const { return static_cast<unsigned>(matrix.stride); }
+    DEVICE typename ColumnsOf<WEIGHT>::Type columns() const {
+        return ColumnsOf<WEIGHT>::Type::of(matrix, mine, there);
+    }
+    // By which the number of an entry becomes its column's offset.
+    DEVICE unsigned stride() const { return OF_CODES ? 1u : static_cast<unsigned>(matrix.stride); }
 
 private:
     DEVICE static int lane() { return static_cast<int>(threadIdx.x) % LANES; }
     DEVICE int own() const { return first + lane() % (LANES / SIDES) * WIDTH<WEIGHT>; }
 };
 
-using Packed = Pack<WEIGHT>;
-
 // The thread's group in the block; those left over make one that is not full.
 DEVICE int group() {
     return static_cast<int>(threadIdx.x) / LANES;
-}
-
-template <class Piece>
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
-    static_assert(Piece::COUNT == WIDTH<WEIGHT>, "one for each of the thread's outputs");
-#pragma unroll
-    for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value, piece.at(e), sum[e]);
-}
-
-template <class Piece>
-DEVICE void load(Piece& piece, const typename Piece::Element* from, int there) {
-    piece.template load<ALIGNED>(from, ALIGNED ? WIDTH<WEIGHT> : there);
 }
 
 // What a thread does while it adds entries of a list: nothing.
@@ -98,9 +165,10 @@ struct Nothing {
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
 // entry `from`. Where a piece of a column has been added the next takes its registers, so that DEEP are under way from first
 // to last. (The compiler waits for all of them at once.) `meanwhile` is told when the last ones have been asked for.
-template <int SHARING, class Piece = Packed, int DEEP = DEPTH, class Meanwhile = const Nothing>
-DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count,
-                       const typename Piece::Element* weights, int there, Meanwhile& meanwhile = Nothing()) {
+template <int SHARING, int DEEP = DEPTH, class Columns, class Meanwhile = const Nothing>
+DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count, Columns& columns,
+                       Meanwhile& meanwhile = Nothing()) {
+    using Piece = typename Columns::Piece;
     constexpr int BATCH = DEEP * SHARING;
     if (from >= SHARING) from = count;
     // Where a batch's pieces lie is read a batch ahead, to ask for each as soon as its registers are free.
@@ -109,15 +177,15 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     unsigned ahead[DEEP];
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)  // without a condition in between, or the compiler waits at each
-        load(pack[j], at_offset(weights, offset(from + j * SHARING)), there);
+        columns.load(pack[j], offset(from + j * SHARING));
 #pragma unroll
     for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + BATCH + j * SHARING);
 #pragma unroll 1
     for (; from + 2 * BATCH - SHARING < count; from += BATCH) {
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) {
-            add(sum, entries[from + j * SHARING].value, pack[j]);
-            load(pack[j], at_offset(weights, ahead[j]), there);
+            columns.add(sum, entries[from + j * SHARING].value, pack[j]);
+            columns.load(pack[j], ahead[j]);
         }
 #pragma unroll
         for (int j = 0; j < DEEP; ++j) ahead[j] = offset(from + 2 * BATCH + j * SHARING);
@@ -126,13 +194,13 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
     Piece last[DEEP];
 #pragma unroll
     for (int j = 0; j < DEEP; ++j)
-        if (from + BATCH + j * SHARING < count) load(last[j], at_offset(weights, ahead[j]), there);
+        if (from + BATCH + j * SHARING < count) columns.load(last[j], ahead[j]);
     meanwhile.at_last();
     // What is not listed is not added, for 0 times an infinite weight would count.
 #pragma unroll
     for (int j = 0; j < 2 * DEEP; ++j) {
         if (from + j * SHARING >= count) break;
-        add(sum, entries[from + j * SHARING].value, j < DEEP ? pack[j] : last[j - DEEP]);
+        columns.add(sum, entries[from + j * SHARING].value, j < DEEP ? pack[j] : last[j - DEEP]);
     }
 }
 

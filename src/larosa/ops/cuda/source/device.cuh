@@ -112,6 +112,14 @@ DEVICE const T* at_offset(const T* base, unsigned offset) {
     return address;
 }
 
+// The same for a distance in bytes that only the launcher knows.
+template <class T>
+DEVICE const T* at_column(const T* base, unsigned column, unsigned bytes) {
+    const T* address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(column), "r"(bytes), "l"(base));
+    return address;
+}
+
 // 4 bytes a word.
 template <int COUNT>
 struct alignas(4 * COUNT) Words {
@@ -131,6 +139,18 @@ DEVICE void load_once(Words<2>& data, const void* from) {
 }
 DEVICE void load_once(Words<1>& data, const void* from) {
     asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(data.word[0]) : "l"(from));
+}
+
+// Longer ones at once, 16 bytes each.
+template <int COUNT>
+DEVICE void load_once(Words<COUNT>& data, const void* from) {
+    static_assert(COUNT % 4 == 0, "whole pieces of 16 bytes");
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i)
+        load_once(reinterpret_cast<Words<4>*>(data.word)[i], static_cast<const Words<4>*>(from) + i);
+}
+DEVICE void load_once(BFloat16& data, const void* from) {
+    asm volatile("ld.global.L1::no_allocate.b16 %0, [%1];" : "=h"(data.bits) : "l"(from));
 }
 
 // What the kernel before this one wrote: from the second cache, the first may hold what stood there earlier.

@@ -6,7 +6,11 @@
 #ifndef ADAPTER
 #error "ADAPTER is given by the launcher"
 #endif
-constexpr int DEPTH = ALONE ? 5 : 4;  // loads in flight in each thread
+#ifdef LOADS
+constexpr int DEPTH = LOADS;  // loads in flight in each thread
+#else
+constexpr int DEPTH = ALONE ? 5 : 4;
+#endif
 
 #include "adapter.cuh"
 
@@ -16,15 +20,15 @@ constexpr int TEAMS = ALONE ? 2 : 1;
 constexpr int MATES = THREADS / TEAMS;           // threads of a team
 constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries, 16 KB, that the first team takes of the list instead
 constexpr int CHUNK = ALONE ? 3072 : 2048;       // entries of the list that a team holds in shared memory
-static_assert(MATES % LANES == 0, "a group is in one team");
+static_assert(TEAMS == 1 || MATES % LANES == 0, "a group is in one team");
 
-// The entries that a product reads, and how far apart columns are.
+// The entries that a product reads, without indices all of a vector, and how far apart columns are.
 struct Listed {
     const float* values;
     const int* indices;
     unsigned stride;
 
-    DEVICE Entry at(int i) const { return {load_fresh(values + i), load_fresh(indices + i) * stride}; }
+    DEVICE Entry at(int i) const { return {load_fresh(values + i), (indices ? load_fresh(indices + i) : i) * stride}; }
 };
 
 struct Shared {
@@ -36,9 +40,8 @@ SHARED(Shared);
 
 // Adds entries of a part, those of the thread's team, of which the first has `more` than the second. Both take equally
 // many chunks, or racecheck no longer knows which of their barriers belong together.
-template <class Read, int DEEP, class Entries>
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, int more,
-                const typename Read::Element* weights, int there) {
+template <int DEEP, class Entries, class Columns>
+DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, int more, Columns columns) {
     const int team = static_cast<int>(threadIdx.x) / MATES;
     const int mate = static_cast<int>(threadIdx.x) % MATES;
     const int middle = part.begin + (part.size() + more) / 2;
@@ -51,11 +54,13 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Pa
         for (int i = mate; i < here; i += MATES) shared.entries[team][i] = entries.at(start + i);
         team_sync<TEAMS, MATES>(team);
         if (here > 0)
-            add_listed<MATES / LANES, Read, DEEP>(sum, shared.entries[team], mate / LANES, here, weights, there);
+            add_listed<MATES / LANES, DEEP>(sum, shared.entries[team], mate / LANES, here, columns);
     }
+    columns.end(sum);
 }
 
-KERNEL(THREADS, ALONE ? 1 : 2)
+// Sums of so many outputs as a thread has codes take more than half of the registers.
+KERNEL(THREADS, ALONE || OF_CODES ? 1 : 2)
 sparse_linear(const float* values, const int* indices, int k, const long long* count, Matrices matrices,
               const float* residual, const void* adapter, unsigned adapter_stride, int width,
               SCALE_PARAMETERS float* result, int outputs) {
@@ -77,9 +82,8 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
         const Part carried = Part::of_block(width);
 #endif
         earlier = 2 * min(EARLIER, min(carried.size() / LIGHTER, listed.size()) / 2);
-        add<Piece, ADAPTER_DEPTH>(sum, shared, entries, carried, -earlier * LIGHTER,
-                                  static_cast<const Piece::Element*>(adapter) + tile.matrix.first + tile.mine,
-                                  tile.there);
+        const Carry* pieces = static_cast<const Carry*>(adapter) + tile.matrix.first + tile.mine;
+        add<ADAPTER_DEPTH>(sum, shared, entries, carried, -earlier * LIGHTER, Pieces<Piece>{pieces, tile.there});
 #ifdef SCALE
         scales.apply(sum);
 #endif
@@ -89,8 +93,8 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
         listed = Part::of_block(min(static_cast<int>(load_fresh(count)), k));
         earlier = min(earlier, listed.size());
     }
-    add<Packed, DEPTH>(sum, shared, Listed{values + row * k, indices + row * k, tile.stride()}, listed, earlier,
-                       tile.weights(), tile.there);
+    const Listed entries{values + row * k, indices ? indices + row * k : nullptr, tile.stride()};
+    add<DEPTH>(sum, shared, entries, listed, earlier, tile.columns());
     release_dependents();
     finish(shared.sums, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
            result + row * outputs);

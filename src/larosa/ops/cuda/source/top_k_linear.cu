@@ -80,10 +80,12 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
     float sum[WIDTH<WEIGHT>] = {};
     Factor last{shared.ranking, activation};
+    auto columns = tile.columns();
     if (count > 0)
-        add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), tile.weights(), tile.there, last);
+        add_listed<GROUPS>(sum, shared.entries, group(), static_cast<int>(count), columns, last);
     else
         last.at_last();
+    columns.end(sum);
     release_dependents();
     finish(shared.sums, tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
 }

@@ -143,10 +143,12 @@ top_k_linear_cut(const float* x, int width, int k, Vector score, Matrices matric
     if (threadIdx.x == 0) own.cut = posted(board, asked.shown);
     const int count = list(own, asked, tile.stride());
     Leaving leaving(board);
+    auto columns = tile.columns();
     if (count > 0)
-        add_listed<GROUPS>(sum, own.entries, group(), count, tile.weights(), tile.there, leaving);
+        add_listed<GROUPS>(sum, own.entries, group(), count, columns, leaving);
     else
         leaving.at_last();
+    columns.end(sum);
     release_dependents();
     finish(own.sums, tile, sum, 1.0f, nullptr, result);
     if (threadIdx.x == 0) leave(board, leaving.before, gridDim.x - CLUSTER);

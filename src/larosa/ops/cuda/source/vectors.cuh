@@ -4,8 +4,13 @@
 
 #include "device.cuh"
 
-// A digit of an adapter.
+// A digit of an adapter, or a code of 8 bits.
 struct Int8 {
+    unsigned char bits;
+};
+
+// Two codes of 4 bits, the first in the lower half: each is 8 more than the whole number that it stands for.
+struct Int4 {
     unsigned char bits;
 };
 
@@ -15,6 +20,28 @@ DEVICE float widen_digit(unsigned digits, int i) {
     const unsigned sum = __byte_perm(digits ^ 0x80808080u, 0x4b000000u, 0x7540u + static_cast<unsigned>(i));
     return __uint_as_float(sum) - (8388608.0f + 128.0f);
 }
+
+// Code `i` of those in a word as a float, in units of UNIT and LIFTED units more: to take that off sums, at the end, spares an
+// instruction a code. Of one byte it is the whole number that the code stands for.
+template <class Code>
+struct Decoded {
+    static constexpr float UNIT = 1.0f;
+    static constexpr float LIFTED = 0.0f;
+
+    DEVICE static float at(unsigned codes, int i) { return widen_digit(codes, i); }
+};
+
+// A code of 4 bits becomes the upper part of the mantissa of 8, where it counts halves: three instructions for two codes.
+template <>
+struct Decoded<Int4> {
+    static constexpr float UNIT = 0.5f;
+    static constexpr float LIFTED = 16.0f + 8.0f;
+
+    DEVICE static float at(unsigned codes, int i) {
+        const unsigned upper = (i % 2 ? codes >> 1 : codes << 3) & 0x78787878u;
+        return __uint_as_float(__byte_perm(upper, 0x41000000u, 0x7065u + 0x100u * static_cast<unsigned>(i / 2)));
+    }
+};
 
 // Stands for the format of a vector that is not there, whose entries count as 1.
 struct None {};
@@ -62,6 +89,10 @@ struct Matrix {
     long long outputs;
     long long first;    // its first output among all
     long long tile;     // its first tile among all
+    // Where weights are codes: of each column, a scale for every `group` outputs.
+    const BFloat16* scales;
+    long long scale_stride;  // scales between columns
+    long long group;
 };
 
 constexpr int MOST_MATRICES = 4;
@@ -76,17 +107,23 @@ struct Matrices {
     }
 };
 
+// Weights in an element of memory, and in 16 bytes.
 template <class Weight>
-constexpr int WIDTH = 16 / sizeof(Weight);
+constexpr int EACH_ELEMENT = 1;
+template <>
+constexpr int EACH_ELEMENT<Int4> = 2;
+template <class Weight>
+constexpr int WIDTH = 16 / sizeof(Weight) * EACH_ELEMENT<Weight>;
 
 // Neighbouring weights in registers, as they stand in memory: 16 bytes, or `Data` of them.
 template <class Weight, class Data = Words<4>>
 union Pack {
     using Element = Weight;
-    static constexpr int COUNT = sizeof(Data) / sizeof(Weight);
+    static constexpr int ELEMENTS = sizeof(Data) / sizeof(Weight);
+    static constexpr int COUNT = ELEMENTS * EACH_ELEMENT<Weight>;
 
     Data data;
-    Weight weight[COUNT];
+    Weight weight[ELEMENTS];
 
     DEVICE Pack() : data{} {}
 
@@ -106,8 +143,8 @@ union Pack {
             if (count > 0) load_once(data, from);
         } else {
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i)
-                if (i < count) weight[i] = from[i];
+            for (int i = 0; i < ELEMENTS; ++i)
+                if (i * EACH_ELEMENT<Weight> < count) weight[i] = from[i];
         }
     }
 };
