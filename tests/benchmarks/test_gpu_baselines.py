@@ -37,7 +37,7 @@ def as_transformers(decoder, settings):
     """The same weights in transformers' model."""
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval().requires_grad_(False)
     model.model.embed_tokens.weight.copy_(decoder.embedding)
-    model.lm_head.weight.copy_(decoder.head)
+    model.lm_head.weight.copy_(decoder.head.weights[0])
     for layer, own in zip(model.model.layers, decoder.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         joined = [attention.q_proj, attention.k_proj, attention.v_proj]

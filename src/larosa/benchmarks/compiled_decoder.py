@@ -43,6 +43,10 @@ class DenseProducts(nn.Module):
         return [F.linear(x, weight) for weight in self.weights]
 
 
+def _dense(weights: list[torch.Tensor], layer: int, site: str) -> nn.Module:
+    return DenseProducts(weights)
+
+
 @dataclass(frozen=True)
 class _Sizes:
     hidden: int
@@ -151,6 +155,7 @@ class CompiledDecoder(nn.Module):
         dtype: of everything.
         device: of everything.
         products: makes the products of its layers; dense ones by default.
+        head: makes that of its language-model head, for which the site is "head".
     """
 
     positions: torch.Tensor
@@ -163,14 +168,15 @@ class CompiledDecoder(nn.Module):
         length: int,
         dtype: torch.dtype,
         device: torch.device,
-        products: Products = lambda weights, layer, site: DenseProducts(weights),
+        products: Products = _dense,
+        head: Products = _dense,
     ) -> None:
         super().__init__()
         self.sizes = sizes = _Sizes.of(config, length)
         self.embedding = nn.Parameter(_random((sizes.vocabulary, sizes.hidden), dtype, device), requires_grad=False)
         self.layers = nn.ModuleList(_Layer(sizes, i, products, dtype, device) for i in range(sizes.layers))
         self.norm = _gain(sizes, dtype, device)
-        self.head = nn.Parameter(_random((sizes.vocabulary, sizes.hidden), dtype, device), requires_grad=False)
+        self.head = head([_random((sizes.vocabulary, sizes.hidden), dtype, device)], sizes.layers, "head")
         self.eps = sizes.eps
         self.register_buffer("positions", torch.arange(length, device=device))
         exponents = torch.arange(0, sizes.head, 2, device=device) / sizes.head
@@ -193,7 +199,8 @@ class CompiledDecoder(nn.Module):
         cos, sin = self.cos[position], self.sin[position]
         for layer in self.layers:
             x = layer(x, position, mask, cos, sin, attention)
-        return F.linear(_rms_norm(x, self.norm, self.eps), self.head)
+        (logits,) = self.head(_rms_norm(x, self.norm, self.eps))
+        return logits
 
 
 def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:

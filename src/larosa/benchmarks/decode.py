@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
     check_room,
+    random_dense_model,
     random_model,
-    random_sparse_model,
     shape_config,
     shape_name,
     sparse_copies,
     sparse_models,
     weight_bytes,
 )
-from larosa.config import LarosaConfig, Rotation, Selection, check_sparsity
+from larosa.config import LarosaConfig, Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.decoding.layers import MAX_ROWS
@@ -139,8 +139,7 @@ def measure_config(
     subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(random_model(config, dtype, device))
     if low_bit:
-        dense = replace(layout, layers_per_rotation=1)
-        subjects.add(DENSE_LOW_BIT, random_sparse_model(config, dtype, device, layout=dense, rotation=Rotation.NONE))
+        subjects.add(DENSE_LOW_BIT, random_dense_model(config, dtype, device, layout))
     for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
         subjects.add(larosa_row(selection), model)
     return subjects.measure()
@@ -210,7 +209,7 @@ class _Subject:
     ) -> None:
         report = inspect_config(model.config)
         self.name = name
-        self.dtype, self.kv_cache_dtype = _weights_name(model), str(cache).removeprefix("torch.")
+        self.dtype, self.kv_cache_dtype = weights_name(model), str(cache).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
         self.batch = len(prompt)
         kept = self.batch * cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
@@ -233,7 +232,7 @@ class _Subject:
             self._position += 1
 
 
-def _weights_name(model: Any) -> str:
+def weights_name(model: Any) -> str:
     """What a model's linears are stored in: its dtype, or a format of few bits."""
     block = None if getattr(model.config, "larosa", None) is None else LarosaConfig.parse(model.config.larosa)
     if block is None or block.quantization is None or block.quantization.linear_format is None:

@@ -22,13 +22,15 @@ from larosa.benchmarks.compiled_decoder import (
     compiled_step,
     decoder_bytes,
 )
-from larosa.benchmarks.decode import DENSE, larosa_row
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, larosa_row, weights_name
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
+from larosa.benchmarks.int4_kernel import GROUP, int4_products
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
     check_room,
+    random_dense_model,
     random_model,
     shape_config,
     shape_name,
@@ -41,10 +43,11 @@ from larosa.decoding.cache import CacheDtype, cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
+from larosa.formats import WeightFormat
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance, track
 
-COMPILED, TEAL = "compiled PyTorch", "TEAL's kernel in it"
+COMPILED, TEAL, TINYGEMM = "compiled PyTorch", "TEAL's kernel in it", "int4 tinygemm in it"
 
 #: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
 _ROUND = 32
@@ -91,7 +94,8 @@ def measure_gpu_shape(
         dtype: of the weights.
         layers: a cut of so many layers; None for all.
         vocab_size: another vocabulary than the shape's; None for its own.
-        layout: where LaRoSA's adapters are, and how they are stored.
+        layout: where LaRoSA's adapters are, and how they and all else are stored. With few bits there is a dense row of
+            such weights too, and with int4 compiled PyTorch with its int4 kernel.
         selection: whether LaRoSA counts, or compares with thresholds of random tokens, that keep as much on average.
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
@@ -139,15 +143,24 @@ def measure_gpu_config(
     teal_sparsities = teal_sparsities if compiled else ()
     rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype)
     sparse = weight_bytes(config, dtype, layout)
-    weights = weight_bytes(config, dtype) + sparse_copies(sparsities) * sparse
-    check_room(rows.bytes_needed(compiled + len(teal_sparsities), 1 + len(sparsities)) + weights, device)
+    form = layout.quantization
+    low_bit = form is not None
+    tinygemm = compiled and form is not None and form.weights is WeightFormat.INT4
+    weights = weight_bytes(config, dtype) + (sparse_copies(sparsities) + low_bit) * sparse
+    decoders, engines = compiled + tinygemm + len(teal_sparsities), 1 + low_bit + len(sparsities)
+    check_room(rows.bytes_needed(decoders, engines) + weights, device)
     with torch.cuda.device(device):  # streams and events are the current device's
         if compiled:
             rows.add_compiled()
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
+        if tinygemm:
+            rows.add_tinygemm()
         dense = random_model(config, dtype, device)
         rows.add_engine(DENSE, dense, rows.engine(dense))
+        if low_bit:
+            narrow = random_dense_model(config, dtype, device, layout)
+            rows.add_engine(DENSE_LOW_BIT, narrow, rows.engine(narrow))
         for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
             rows.add_engine(larosa_row(selection), model, rows.engine(model))
         return rows.measure()
@@ -196,6 +209,7 @@ class _Row:
 
     name: str
     sparsity: float
+    dtype: str  # of the linears
     cache: torch.dtype
     bytes: int
     advance: Callable[[], object]
@@ -279,13 +293,28 @@ class _Rows:
         teal_kernel.set_thresholds(decoder, sparsity, token, position)
         self._add_decoder(TEAL, decoder, sparsity)
 
+    def add_tinygemm(self) -> None:
+        """The same decoder, in bfloat16, with PyTorch's int4 kernel for its products and its head."""
+        decoder = CompiledDecoder(self._config, self.length, torch.bfloat16, self._device, int4_products, int4_products)
+        dense = inspect_config(self._config)
+        weights = dense.bytes_dense_total + dense.head_bytes
+        # Half a byte a weight, and for each group a scale and what is added.
+        read = weights // self._dtype.itemsize * (GROUP // 2 + 2 * torch.bfloat16.itemsize) // GROUP
+        self._add_compiled(TINYGEMM, decoder, 0.0, read, "int4", torch.bfloat16)
+
     def _add_decoder(self, name: str, decoder: CompiledDecoder, sparsity: float) -> None:
+        dense = inspect_config(self._config)
+        skipped = round(sparsity * dense.bytes_dense_total)
+        read = dense.bytes_dense_total - skipped + dense.head_bytes
+        self._add_compiled(name, decoder, sparsity, read, _dtype_name(self._dtype), self._dtype)
+
+    def _add_compiled(
+        self, name: str, decoder: CompiledDecoder, sparsity: float, read: int, dtype: str, cache: torch.dtype
+    ) -> None:
         _fill_cache(decoder)
         ways = track(decoder.attentions, f"Compiling: {name}")
         _, run = min((self._compiled(decoder, attention) for attention in ways), key=itemgetter(0))
-        dense = inspect_config(self._config)
-        skipped = round(sparsity * dense.bytes_dense_total)
-        self.add(name, sparsity, self._dtype, dense.bytes_dense_total - skipped + dense.head_bytes, run)
+        self.add(name, sparsity, dtype, cache, read, run)
 
     def _compiled(self, decoder: CompiledDecoder, attention: Attention) -> tuple[float, Callable[[], None]]:
         """What runs a token of a decoder that attends in a way, and seconds that it takes."""
@@ -301,7 +330,7 @@ class _Rows:
         with compilation():
             for _ in range(3):  # compiles, warms up and captures
                 run()
-        trial = _Row("", 0.0, self._dtype, 0, run, [])
+        trial = _Row("", 0.0, "", self._dtype, 0, run, [])
         position.fill_(self._prompt_tokens)
         trial.run(min(_TRIAL, self._tokens))
         position.fill_(self._prompt_tokens)
@@ -314,12 +343,14 @@ class _Rows:
         loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
         report = inspect_config(model.config)
         weights = report.bytes_sparse_total + report.head_bytes
-        self.add(name, report.sparsity.nominal, self._engine_cache, weights, loop.advance)
+        self.add(name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights, loop.advance)
 
-    def add(self, name: str, sparsity: float, cache: torch.dtype, weights: int, run: Callable[[], object]) -> None:
+    def add(
+        self, name: str, sparsity: float, dtype: str, cache: torch.dtype, weights: int, run: Callable[[], object]
+    ) -> None:
         """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
         kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2)
-        self._rows.append(_Row(name, sparsity, cache, weights + kept, run, []))
+        self._rows.append(_Row(name, sparsity, dtype, cache, weights + kept, run, []))
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
         token = torch.ones(1, dtype=torch.int64, device=self._device)
@@ -344,8 +375,8 @@ class _Rows:
             teal = medians.get((TEAL, row.sparsity))
             yield GpuDecodeRow(
                 shape=self._shape,
-                dtype=str(self._dtype).removeprefix("torch."),
-                kv_cache_dtype=str(row.cache).removeprefix("torch."),
+                dtype=row.dtype,
+                kv_cache_dtype=_dtype_name(row.cache),
                 row=row.name,
                 sparsity=row.sparsity,
                 prompt_tokens=self._prompt_tokens,
@@ -354,6 +385,10 @@ class _Rows:
                 speedup_over_teal=None if teal is None else teal / median,
                 **per_token(row.seconds, row.bytes, bandwidth),
             )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fill_cache(decoder: CompiledDecoder) -> None:

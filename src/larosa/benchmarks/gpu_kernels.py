@@ -15,7 +15,9 @@ from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
 from larosa.config import AdapterFormat
+from larosa.formats import ColumnFormat, Int4, Int8, WeightFormat
 from larosa.ops import column_major
+from larosa.ops.low_bit import LowBitWeights
 
 SPARSITIES = (0.0, 0.25, 0.5, 0.75)
 POSITIONS = (127, 2047, 8191)
@@ -56,6 +58,7 @@ def measure_gpu_kernels(
     dtype: torch.dtype = torch.float16,
     sparsities: tuple[float, ...] = SPARSITIES,
     positions: tuple[int, ...] = POSITIONS,
+    weights: WeightFormat | None = None,
     rounds: int = 20,
     seed: int = 0,
     bytes_of_copies: int = _BYTES_OF_COPIES,
@@ -68,6 +71,7 @@ def measure_gpu_kernels(
         dtype: of weights and cache.
         sparsities: of the lists.
         positions: attended to, each with a cache that just holds them.
+        weights: only products with weights of this format; None for those of all, and the other operators.
         rounds: of every measurement.
         seed: of everything random.
         bytes_of_copies: the copies of a weight take at least so much together.
@@ -77,12 +81,16 @@ def measure_gpu_kernels(
     matrices = layer_matrices(config)
     with torch.cuda.device(device):  # streams and events are the current device's
         bench = _Bench(device, dtype, gpu_read_bandwidth(device), rounds, bytes_of_copies)
-        rows = [
-            *(row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)),
-            *bench.selections(config.hidden_size, config.intermediate_size),
-            *(bench.attention(Heads.of(config), position) for position in positions),
-            *bench.layer(config, 0.5),
-        ]
+        rows: list[GpuKernelRow] = []
+        if weights in (None, WeightFormat.FULL):
+            rows += [row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)]
+        for form in (Int8(Int8.usual_group), Int4(Int4.usual_group)):
+            if weights in (None, form.name):
+                rows += bench.low_bit_products(form, low_bit_matrices(config), sparsities)
+        if weights is None:
+            rows += bench.selections(config.hidden_size, config.intermediate_size)
+            rows += [bench.attention(Heads.of(config), position) for position in positions]
+            rows += bench.layer(config, 0.5)
     return GpuKernelBenchmark(gpu_machine(device), bench.bandwidth, rows)
 
 
@@ -97,6 +105,13 @@ def layer_matrices(config: Any) -> dict[str, tuple[tuple[int, ...], int]]:
         "down": ((hidden,), intermediate),
         "adapter": ((hidden,), hidden),
     }
+
+
+def low_bit_matrices(config: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The same of what is stored by few bits."""
+    matrices = layer_matrices(config)
+    del matrices["adapter"]
+    return {**matrices, "head": ((config.vocab_size,), config.hidden_size)}
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,27 @@ class _Bench:
             read = total * _kept(depth, sparsity) * self.dtype.itemsize
             for kernel in calls:
                 yield self._row(kernel, label, sparsity, times[f"{kernel} {sparsity}"], read, dense)
+
+    def low_bit_products(
+        self, form: ColumnFormat, matrices: dict[str, tuple[tuple[int, ...], int]], sparsities: tuple[float, ...]
+    ) -> Iterator[GpuKernelRow]:
+        """Products by few bits, with all columns at 0 and with listed ones."""
+        for name, (outputs, depth) in matrices.items():
+            column = sum(form.column_bytes(size) for size in outputs)
+            copies = max(2, -(-self.bytes_of_copies // (column * depth)))
+            weights = [random_codes(form, outputs, depth, self.device) for _ in range(copies)]
+            biases = [None] * len(outputs)
+
+            def call(sparsity: float, depth: int = depth, weights: Any = weights, biases: Any = biases) -> Call:
+                values, indices = self._selected(depth, sparsity)
+                listed = indices if sparsity else None
+                return lambda copy: _ops.low_bit_linear(values, listed, *weights[copy], biases)
+
+            times = time_captured({str(sparsity): call(sparsity) for sparsity in sparsities}, copies, self.rounds)
+            label = f"{name} {'+'.join(map(str, outputs))}x{depth}"
+            for sparsity in sparsities:
+                read = column * _kept(depth, sparsity)
+                yield self._row("low_bit_linear", label, sparsity, times[str(sparsity)], read, None, form.name)
 
     def selections(self, hidden: int, intermediate: int) -> Iterator[GpuKernelRow]:
         """At half of the entries, with scores; one after the other, as dependent launches."""
@@ -263,11 +299,18 @@ class _Bench:
                 yield self._row(name, f"{stored} adapter included", sparsity, time, read, None)
 
     def _row(
-        self, kernel: str, shape: str, sparsity: float, time: Timing, size: int, dense: Timing | None
+        self,
+        kernel: str,
+        shape: str,
+        sparsity: float,
+        time: Timing,
+        size: int,
+        dense: Timing | None,
+        stored: str | None = None,
     ) -> GpuKernelRow:
         floor = size / self.bandwidth
         speedup = None if dense is None else dense.median / time.median
-        name = str(self.dtype).removeprefix("torch.")
+        name = stored or str(self.dtype).removeprefix("torch.")
         return GpuKernelRow(kernel, shape, name, sparsity, time, floor, floor / time.median, speedup)
 
     def _selected(self, depth: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,6 +319,13 @@ class _Bench:
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device=self.device).to(dtype)
+
+
+def random_codes(form: ColumnFormat, outputs: tuple[int, ...], depth: int, device: torch.device) -> LowBitWeights:
+    """Matrices of few bits, their numbers random."""
+    empty = [form.empty(size, depth, device) for size in outputs]
+    codes = [each.view(torch.uint8).random_(256).view(each.dtype) for each, _ in empty]
+    return LowBitWeights(codes, [scales.normal_() for _, scales in empty], list(outputs), form.group)
 
 
 def _kept(depth: int, sparsity: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -239,6 +239,12 @@ def random_sparse_model(
         family_of(find_architecture(config.model_type)).adopt(model, block)
     _fill(model, seed)
     return model.eval().requires_grad_(False)
+
+
+def random_dense_model(config: Any, dtype: torch.dtype, device: torch.device, layout: Layout) -> Any:
+    """The dense model with linears and head stored as a layout says, without adapters."""
+    alike = replace(layout, layers_per_rotation=1)
+    return random_sparse_model(config, dtype, device, layout=alike, rotation=Rotation.NONE)
 
 
 def sparse_copies(sparsities: tuple[float, ...]) -> int:

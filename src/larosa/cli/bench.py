@@ -13,6 +13,7 @@ from larosa.checkpoints.io import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.bench_decode import decode
 from larosa.cli.options import console
+from larosa.formats import WeightFormat
 
 bench = typer.Typer(help="Measure speed beside dense PyTorch in the same run.", no_args_is_help=True)
 bench.command()(decode)
@@ -23,6 +24,9 @@ def kernels(
     device: options.Device = "auto",
     shape: Annotated[str, typer.Option(help="On a GPU: whose layer to measure.")] = "llama-2-7b",
     dtype: Annotated[options.Dtype, typer.Option(help="On a GPU: format of the weights.")] = options.Dtype.AUTO,
+    weights: Annotated[
+        WeightFormat | None, typer.Option(help="On a GPU: only products with weights of this format.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each row; the median is shown.")] = 20,
     seed: options.Seed = 0,
     json: options.JsonFile = None,
@@ -32,7 +36,7 @@ def kernels(
     options.check_json_file(json)
     if where.type == "cuda":
         number_format = torch.float16 if dtype is options.Dtype.AUTO else getattr(torch, dtype)
-        bench_gpu.kernels(shape, where, json, dtype=number_format, rounds=rounds, seed=seed)
+        bench_gpu.kernels(shape, where, json, dtype=number_format, weights=weights, rounds=rounds, seed=seed)
         return
     result = measure_kernels(rounds=rounds, seed=seed)
     console.print(options.machine_line(result.machine, result.bandwidth))

@@ -60,7 +60,8 @@ def decode(
 ) -> None:
     """Time decoding: PyTorch dense, the engine dense, and the engine sparse, in turns.
 
-    PyTorch is transformers on the CPU, and on a GPU a plain decoder compiled as a whole, once more with TEAL's kernel.
+    PyTorch is transformers on the CPU, and on a GPU a plain decoder compiled as a whole, once more with TEAL's kernel,
+    and beside --weights int4 with PyTorch's own int4 kernel.
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
@@ -71,8 +72,6 @@ def decode(
             "--shape: leave them out, a checkpoint has its own"
         )
     where = find_device(device)
-    if where.type == "cuda" and layout.quantization is not None:
-        raise LarosaError(f"--weights {weights}: only the CPU has kernels for it: add --device cpu")
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
     if where.type == "cuda" and batches != (1,):
         raise LarosaError("--batch is for the CPU: the GPU's engine runs one text at a time")

@@ -55,19 +55,21 @@ def _decode_table(result: GpuDecodeBenchmark) -> Table:
 
 
 def _kernel_table(result: GpuKernelBenchmark, shape: str) -> Table:
-    table = Table(title=f"{shape}, {result.rows[0].dtype}, median time of one call in us", title_justify="left")
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    for column in ("sparsity", "time", "p10-p90", "floor", "of bandwidth", "over PyTorch"):
+    table = Table(title=f"{shape}, median time of one call in us", title_justify="left")
+    for column in ("kernel", "shape", "dtype"):
+        table.add_column(column, no_wrap=True)
+    for column in ("sparsity", "time", "p10-p90", "floor", "GB/s", "of bandwidth", "over PyTorch"):
         table.add_column(column, justify="right")
     for row in result.rows:
         table.add_row(
             row.kernel,
             row.shape,
+            row.dtype,
             f"{row.sparsity:.0%}",
             f"{1e6 * row.time.median:.1f}",
             f"{1e6 * row.time.low:.1f}-{1e6 * row.time.high:.1f}",
             f"{1e6 * row.floor:.1f}",
+            f"{row.bandwidth_fraction * result.bandwidth / 1e9:.0f}",
             f"{row.bandwidth_fraction:.0%}",
             "" if row.speedup is None else f"{row.speedup:.2f}x",
         )

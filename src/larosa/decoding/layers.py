@@ -41,6 +41,11 @@ class Norm:
     eps: float
     carries: ClassVar[bool] = False  # whether `product` takes an adapter along where it counts, or none
 
+    @property
+    def norm(self) -> tuple[torch.Tensor, float]:
+        """What x is normed by: gain and eps."""
+        return self.gain, self.eps
+
     def every(self, x: torch.Tensor) -> torch.Tensor:
         """The normed x [B, D]."""
         normed: torch.Tensor = _ops.rms_norm(x, self.gain, self.eps)
@@ -73,6 +78,7 @@ class _AsItIs:
     """Nothing, before h2."""
 
     carries: ClassVar[bool] = False
+    norm: ClassVar[tuple[None, None]] = None, None
 
     def every(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -138,8 +144,9 @@ class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where `every` lists
-    all columns, for one row, for two and so on. Where `fused` is there, one operator selects entries and multiplies
-    with them, and where the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up of them.
+    all columns, for one row, for two and so on. Where `fused` is there, one operator makes the activation, selects
+    entries and multiplies with them, and where the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up
+    of them.
     """
 
     source: _Source
@@ -166,7 +173,9 @@ class Site:
         """The same, keeping everything."""
         if not self.skips:
             return self
-        every = _columns(self.linears.weights[0], MAX_ROWS) if isinstance(self.linears, Linears) else None
+        if isinstance(self.linears, LowBitLinears):
+            return replace(self, k=None, threshold=None, score=None)
+        every = _columns(self.linears.weights[0], MAX_ROWS)
         return replace(self, k=None, threshold=None, score=None, fused=None, every=every)
 
     def __call__(
@@ -176,8 +185,13 @@ class Site:
 
         The residual goes through an adapter first where there is one, for which columns must be listed.
         """
+        along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
+        if self.fused is not None and isinstance(self.linears, LowBitLinears):
+            kept = self.score, self.k, self.threshold
+            return self.linears.selected(x, self.fused.norm, kept, self.swiglu, residual, along)
         if self.fused is not None and (self.threshold is not None or self.fused.carries == (adapter is not None)):
             return self.fused.product(x, self, residual, adapter)
+        indices: torch.Tensor | None
         count: torch.Tensor | None = None
         if self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
@@ -185,10 +199,9 @@ class Site:
             values, indices, count = self.source.above(x, self.threshold, self.score)
         else:
             values = self.source.every(x)
-            if self.every is None:
+            if self.every is None and adapter is None:
                 return self.linears.every(values, residual)
-            indices = self.every[len(values) - 1]
-        along = (None, None) if adapter is None else (adapter.weight, adapter.scale)
+            indices = None if self.every is None else self.every[len(values) - 1]
         return self.linears.listed(values, indices, residual, along, count)
 
 
@@ -337,11 +350,14 @@ def norm(module: Any) -> Norm:
 def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
     on_gpu = _on_gpu(linears[0])
-    # [1, D] int32, where all columns are read faster than all rows.
-    every = _columns(linears[0].weight, 1) if on_gpu and not kept else None
-    # Launching one kernel less is worth selecting in every block of a product.
-    fused = source if on_gpu and kept and not isinstance(source, _Gated) else None
-    return Site(source, read_linears(linears, by_columns=bool(kept) or on_gpu), every=every, fused=fused, **kept)
+    read = read_linears(linears, by_columns=bool(kept) or on_gpu)
+    every, fused = None, None
+    if on_gpu and isinstance(read, Linears) and not kept:
+        every = _columns(read.weights[0], 1)  # [1, D] int32: all columns are read faster than all rows
+    elif on_gpu and not isinstance(source, _Gated):
+        # Launching one kernel less is worth selecting in every block of a product.
+        fused = source
+    return Site(source, read, every=every, fused=fused, **kept)
 
 
 def _on_gpu(linear: Any) -> bool:

@@ -34,7 +34,7 @@ class Linears:
     def listed(
         self,
         values: torch.Tensor,
-        indices: torch.Tensor,
+        indices: torch.Tensor | None,
         residual: torch.Tensor | None,
         along: Carried,
         count: torch.Tensor | None,
@@ -57,37 +57,44 @@ class LowBitLinears:
 
     def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """As of `Linears`, but by columns too."""
-        return self._product(x, None, residual, None)
+        return self.listed(x, None, residual, (None, None), None)
 
     def listed(
         self,
         values: torch.Tensor,
-        indices: torch.Tensor,
+        indices: torch.Tensor | None,
         residual: torch.Tensor | None,
         along: Carried,
         count: torch.Tensor | None,
     ) -> torch.Tensor:
-        """As of `Linears`, but that nothing comes along."""
-        assert along == (None, None), "the CPU's adapters go ahead"
-        return self._product(values, indices, residual, count)
-
-    def _product(
-        self,
-        values: torch.Tensor,
-        indices: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        count: torch.Tensor | None,
-    ) -> torch.Tensor:
-        weights = self.codes, self.scales, self.outputs, self.group, self.biases
-        outputs: torch.Tensor = _ops.low_bit_linear(values, indices, *weights, residual, count)
+        """As of `Linears`; without indices all columns are."""
+        outputs: torch.Tensor = _ops.low_bit_linear(values, indices, *self.weights, residual, count, *along)
         return outputs
+
+    def selected(
+        self,
+        x: torch.Tensor,
+        norm: tuple[torch.Tensor | None, float | None],
+        kept: tuple[torch.Tensor | None, int | None, float | None],
+        swiglu: bool,
+        residual: torch.Tensor | None,
+        along: Carried,
+    ) -> torch.Tensor:
+        """Outputs, or silu(gate) * up, for what is kept of x or its norm: score, and k, a threshold, or neither."""
+        outputs: torch.Tensor = _ops.low_bit_site(x, *norm, *kept, swiglu, *self.weights, residual, *along)
+        return outputs
+
+    @property
+    def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], int, list[torch.Tensor | None]]:
+        """As operators take them."""
+        return self.codes, self.scales, self.outputs, self.group, self.biases
 
 
 def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLinears:
     """The linears of a model that read one vector, in its own dtype or all of one format.
 
-    Weights in the model's dtype are laid out in place, by columns or by rows; few bits stand by columns anyway, and
-    those of one column of all linears are put side by side.
+    Weights in the model's dtype are laid out in place, by columns or by rows; few bits stand by columns anyway, and on
+    a CPU those of one column of all linears are put side by side.
     """
     first = linears[0]
     biases = [own(linear.bias) for linear in linears]
@@ -96,8 +103,9 @@ def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLi
             lay_out(linear, by_columns)
         return Linears([linear.weight.data for linear in linears], biases)
     parts = [linear.codes for linear in linears] + [linear.scales for linear in linears]
-    for part, laid_out in zip(parts, rows_side_by_side([part.data for part in parts]), strict=True):
-        part.data = laid_out
+    if parts[0].is_cpu:
+        for part, laid_out in zip(parts, rows_side_by_side([part.data for part in parts]), strict=True):
+            part.data = laid_out
     codes, scales = [linear.codes.data for linear in linears], [linear.scales.data for linear in linears]
     outputs = [linear.out_features for linear in linears]
     return LowBitLinears(codes, scales, outputs, first.format.group, biases)

@@ -124,8 +124,6 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason = f"weights in {dtype}"
     elif not has_kernels(weight.device.type):
         reason = f"on {weight.device}, for which it has no kernels"
-    elif block is not None and block.quantization is not None and weight.device.type != "cpu":
-        reason = f"weights of few bits on {weight.device}"
     elif block is not None and dtype is torch.float16 and weight.device.type == "cpu":
         # PyTorch takes a hundred times as long for a prompt with such weights laid out by columns.
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "

@@ -6,7 +6,19 @@ folder a device.
 """
 
 # The first line declares the operators, the next two implement them.
-from larosa.ops import above_linear, adapter, attend, embed, greedy, linear, low_bit, norm, select, top_k_linear
+from larosa.ops import (
+    above_linear,
+    adapter,
+    attend,
+    embed,
+    greedy,
+    linear,
+    low_bit,
+    low_bit_site,
+    norm,
+    select,
+    top_k_linear,
+)
 from larosa.ops import backend as _gpu  # noqa: F401
 from larosa.ops.cpu import kernels as _cpu  # noqa: F401
 from larosa.ops.linear import column_major
@@ -24,6 +36,7 @@ __all__ = [
     "keep_top_k",
     "linear",
     "low_bit",
+    "low_bit_site",
     "norm",
     "select",
     "top_k_linear",

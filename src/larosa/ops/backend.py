@@ -26,7 +26,7 @@ OPERATORS = (
     *("rms_norm", "silu_mul", "top_k", "rms_norm_top_k", "silu_mul_top_k"),
     *("above", "rms_norm_above", "silu_mul_above"),
     *("linear", "sparse_linear", "top_k_linear", "rms_norm_top_k_linear", "rms_norm_top_k_swiglu"),
-    *("above_linear", "rms_norm_above_linear", "rms_norm_above_swiglu", "low_bit_linear"),
+    *("above_linear", "rms_norm_above_linear", "rms_norm_above_swiglu", "low_bit_linear", "low_bit_site"),
     *("attend", "greedy", "embed"),
 )
 

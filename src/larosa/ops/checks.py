@@ -203,6 +203,26 @@ def gate_and_up(sizes: Sequence[int]) -> None:
         raise ValueError(f"gate and up must be two matrices of one size, not of {list(sizes)} outputs")
 
 
+def site(
+    k: int | None,
+    threshold: float | None,
+    eps: float | None,
+    swiglu: bool,
+    outputs: Sequence[int],
+    residual: torch.Tensor | None,
+    adapter: torch.Tensor | None,
+) -> None:
+    """What of a site goes together."""
+    if k is not None and threshold is not None:
+        raise ValueError("entries are kept by k or by a threshold, not by both")
+    if swiglu:
+        gate_and_up(outputs)
+        if residual is not None:
+            raise ValueError("nothing is added to silu(gate) * up")
+    if adapter is not None and eps is not None:
+        raise ValueError("an adapter goes with x as it is, not with its norm")
+
+
 def attention(
     qkv: torch.Tensor,
     keys: torch.Tensor,

@@ -82,3 +82,29 @@ def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits
         found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
     tolerance = 0.03 if target.truncates else 2e-3  # of scales, or of a digit here and there
     torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        ("int4", {"sparsity": 0.0}),
+        ("int4", {"sparsity": 0.5, "rotation": "block", "adapters": "int8"}),
+        ("int8", {"sparsity": 0.5, "rotation": "block", "adapters": "full"}),
+        ("int8", {"sparsity": 0.25, "selection": "threshold"}),
+        ("int4", {"method": "topk", "sparsity": 0.25}),
+    ],
+    ids=["whole", "adapters of digits", "adapters", "thresholds", "plain"],
+)
+def test_weights_of_few_bits(target, engine, make_model, quick_convert, token_ids, weights, options):
+    """The model's own forward makes its weights of the same codes."""
+    model = make_model("llama", head_dim=16, num_hidden_layers=2)
+    model = quick_convert(model, weights=weights, weight_group=32, quantizer="rtn", **options)
+    tokens = token_ids(1, TOKENS, seed=3)
+    with torch.inference_mode():
+        expected = model(tokens).logits[0]
+    runner = engine(model)
+    found = [runner.prefill(tokens[:, :3]).cpu()]
+    for position in range(3, TOKENS):
+        at = torch.tensor([position], device=target.device)
+        found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
+    torch.testing.assert_close(torch.cat(found), expected[2:], rtol=1e-4, atol=1e-4)

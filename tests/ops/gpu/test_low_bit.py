@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.formats import GROUPS, ColumnFormat, Int4, Int8
-from larosa.ops import column_major
 from larosa.ops.low_bit import low_bit_linear_reference
 from tests.examples import examples
 
 from .cases import DTYPES, doubled, entries, seeded
-from .test_products import EPS, OUTPUTS, digits
+from .test_products import EPS, OUTPUTS
 
-#: How much larger than a code's products a sum's terms can be: codes of 4 bits are added up as 16 to 31, for 24 to be taken off.
+#: Codes of 4 bits are added up as 16 to 31, for 24 to be taken off: so much larger is a term than by the highest code.
 LARGER = 31 / 7
 
 

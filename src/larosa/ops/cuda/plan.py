@@ -22,6 +22,7 @@ _NEARLY = 0.9  # the same where a product takes long
 _LEAVING = 0.965  # the same, so that a few multiprocessors stay free
 _SELECTING = 2  # multiprocessors that are left to the block that selects for all, and its mate in a cluster
 _LANES = (32, 16, 8)
+_CODES_ROOM = 128 * 1024  # bytes of shared memory in kernels that select for themselves, their list aside
 _CODE_TILES = (512, 448, 384, 256, 128)  # outputs of a tile of codes
 
 
@@ -99,25 +100,29 @@ def swiglu_plan(gpu: Machine, outputs: int, k: int, batch: int, element_size: in
 
 
 def low_bit_plan(
-    gpu: Machine, outputs: Sequence[int], k: int, batch: int, width: int, most_cluster: int = _CLUSTERS[-1]
-) -> SparsePlan:
+    gpu: Machine, outputs: Sequence[int], k: int, batch: int, width: int, selected: int = 0
+) -> SparsePlan | None:
     """The same for codes, `width` of them in 16 bytes: blocks have a multiprocessor each, and as many as can work.
 
     Args:
         gpu: for its number of multiprocessors, and whether it has clusters.
-        outputs: of each matrix; of gate and up, whose tiles share theirs, of both together.
+        outputs: of each matrix.
         k: entries of the list.
         batch: vectors.
         width: codes in 16 bytes.
-        most_cluster: blocks of a cluster at most.
+        selected: entries that blocks have room for which select for themselves. None is the result where they have not,
+            or are more than there are multiprocessors.
     """
-    clusters = [c for c in _CLUSTERS if c <= most_cluster] if gpu.overlaps else [1]
-    plans = [
-        SparsePlan(lanes, cluster, lanes * width)
-        for lanes in (tile // width for tile in _CODE_TILES)
-        for cluster in clusters
-    ]
-    return min(plans, key=lambda plan: _low_bit_cost(gpu, outputs, k, batch, plan))
+    clusters = _CLUSTERS if gpu.overlaps else (1,)
+    plans = [SparsePlan(tile // width, cluster, tile) for tile in _CODE_TILES for cluster in clusters]
+    if selected:
+        plans = [
+            plan
+            for plan in plans
+            if _CODES_ROOM + 8 * selected // plan.cluster <= gpu.shared_memory
+            and _blocks(gpu, outputs, batch, plan) <= 1.0
+        ]
+    return min(plans, key=lambda plan: _low_bit_cost(gpu, outputs, k, batch, plan), default=None)
 
 
 def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:

@@ -54,11 +54,11 @@ def sparse_linear(
     outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
     checks.residual(residual, adapter, len(values), outputs, weights[0].dtype, adapter_scale)
     if residual is not None and adapter is not None:
-        residual = _adapted(residual, adapter, adapter_scale)
+        residual = adapted(residual, adapter, adapter_scale)
     return _sparse_linear(values, indices, weights, biases, residual, count)
 
 
-def _adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What is added to a product: [B, N] float32."""
     rows, width = residual.shape
     columns = adapter.shape[1]
@@ -90,12 +90,28 @@ def _sparse_linear(
                     *(values, indices, count, weight, partial, first, size, outputs, k, weight.stride(1)),
                     *(_PART, _OUTPUTS, _ENTRIES),
                 )
-            _sum_kernel[(triton.cdiv(size, _SUM), rows)](
-                *(partial, count, bias, residual, result, first, size, outputs, rows * outputs),
-                *(k, _PART, parts, _SUM),
-            )
+            finish_parts(partial, count, bias, residual, result, first, size, k, _PART)
         first += size
     return result
+
+
+def finish_parts(
+    partial: torch.Tensor,
+    count: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    result: torch.Tensor,
+    first: int,
+    size: int,
+    k: int,
+    part: int,
+) -> None:
+    """Write a matrix's `size` outputs, from `first` on, of sums [parts, B, N] over parts of a list of k entries."""
+    parts, rows, outputs = partial.shape
+    _sum_kernel[(triton.cdiv(size, _SUM), rows)](
+        *(partial, count, bias, residual, result, first, size, outputs, rows * outputs),
+        *(k, part, parts, _SUM),
+    )
 
 
 @triton.jit
