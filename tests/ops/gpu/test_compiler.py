@@ -26,6 +26,30 @@ KERNELS = (
             ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false", "SCALE": "BFloat16"}),
         )
     ),
+    *(
+        (
+            "sparse_linear.cu",
+            {**{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "LOADS": "5"}, **flags},
+        )
+        for weight, lanes, cluster, flags in (
+            ("Int4", "14", "2", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false"}),
+            ("Int8", "32", "1", {"ALIGNED": "false", "ADAPTER": "false", "ALONE": "false"}),
+            ("Int4", "8", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "BFloat16"}),
+            ("Int8", "16", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "CARRIED": "Half"}),
+        )
+    ),
+    *(
+        (
+            source,
+            {
+                **{"SOURCE": "NORMED", "EACH": "8", "FILLED": "true", "GAIN": "BFloat16", "SCORE": "None"},
+                **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": "2", "ALIGNED": "true", "SWIGLU": "true"},
+                **{"MOST_KEPT": "2048", "ADAPTER": "false", "ALONE": "true"},
+            },
+        )
+        for source in ("top_k_linear.cu", "above_linear.cu")
+        for weight, lanes in (("Int4", "14"), ("Int8", "28"))
+    ),
     *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
     *(
         (

@@ -34,6 +34,11 @@ def adapter(outputs: int) -> tuple[torch.Tensor, ...]:
     return x(90), digits, torch.full((outputs,), 2**-7)
 
 
+def few_bits(outputs: int = 512) -> tuple[Any, ...]:
+    codes = torch.arange(600 * outputs // 2).to(torch.uint8).view(600, -1)
+    return [codes], [torch.full((600, outputs // 32), 2**-3, dtype=torch.bfloat16)], [outputs], 32, [None]
+
+
 def attention(dtype: torch.dtype) -> tuple[Any, ...]:
     cache = [(30 * entries("normal", 2, 90, 16, seed=seed)).to(dtype) for seed in (1, 2)]
     scales = torch.ones(2, 90, 2, dtype=torch.bfloat16) if dtype == torch.int8 else None
@@ -65,6 +70,9 @@ CALLS = {
     "above_linear with an adapter": lambda: (x(), 0.5, None, *weights(outputs=192), *adapter(192)),
     "rms_norm_above_linear": lambda: (x(), None, 1e-5, 0.5, None, *weights(), None),
     "rms_norm_above_swiglu": lambda: (x(), None, 1e-5, 0.5, None, *weights(2)),
+    "low_bit_linear": lambda: (*kept(), *few_bits()),
+    "low_bit_linear of a counted list": lambda: (*kept(), *few_bits(), None, torch.tensor([200])),
+    "low_bit_site": lambda: (x(), None, 1e-5, None, None, None, False, *few_bits()),
     "attend": lambda: attention(torch.float16),
     "attend of digits": lambda: attention(torch.int8),
     "greedy": lambda: (x(),),

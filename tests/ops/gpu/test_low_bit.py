@@ -1,27 +1,34 @@
-"""Products with codes of 8 and 4 bits against float64, on every layout that they may have."""
+"""Products with codes of 8 and 4 bits, alone and with what selects for them, against float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larosa.formats import GROUPS, ColumnFormat, Int4, Int8
+from larosa.ops import column_major
 from larosa.ops.low_bit import low_bit_linear_reference
+from larosa.ops.low_bit_site import low_bit_site_reference
 from tests.examples import examples
 
 from .cases import DTYPES, doubled, entries, seeded
-from .test_products import EPS, OUTPUTS
+from .test_products import EPS, digits
 
-#: Codes of 4 bits are added up as 16 to 31, for 24 to be taken off: so much larger is a term than by the highest code.
-LARGER = 31 / 7
+FORMS = [Int4(32), Int8(128), Int4(64), Int8(32)]
+#: Whole pieces of 16 bytes, others, and more than the GPU that stands in for a large one has blocks for.
+OUTPUTS = [[256], [64, 50, 33], [1], [2300], [32, 64]]
+#: By which the largest term of a sum is larger than with the highest code: those of 4 bits count as 16 to 31 at first.
+LARGER = {4: 31 / 7, 8: 1.0}
 
 
 @dataclass(frozen=True)
 class Given:
-    """What `low_bit_linear` is given; codes and scales lie `beside` others in memory."""
+    """What `low_bit_linear` is given."""
 
     form: ColumnFormat
     values: torch.Tensor
@@ -35,60 +42,54 @@ class Given:
     adapter: torch.Tensor | None = None
     adapter_scale: torch.Tensor | None = None
 
-    @classmethod
-    def drawn(cls, form: ColumnFormat, outputs: list[int], depth: int, values, indices, seed: int, beside: int = 0):
-        codes, scales = [], []
-        for i, size in enumerate(outputs):
-            q = torch.randint(form.lowest, form.highest + 1, (depth, size), generator=seeded(seed + i))
-            codes.append(in_more(form.pack(q), beside))
-            scales.append(in_more(entries("normal", depth, form.groups(size), seed=seed + i).bfloat16(), beside % 7))
-        return cls(form, values, indices, codes, scales, outputs, [None] * len(outputs))
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """The matrices."""
+        return self.codes, self.scales, self.outputs, self.form.group, self.biases
 
-    def arguments(self):
-        return (
-            *(self.values, self.indices, self.codes, self.scales, self.outputs, self.form.group, self.biases),
-            *(self.residual, self.count, self.adapter, self.adapter_scale),
-        )
+    def arguments(self) -> tuple[Any, ...]:
+        added = self.residual, self.count, self.adapter, self.adapter_scale
+        return self.values, self.indices, *self.weights, *added
 
     def check(self, result: torch.Tensor) -> None:
         """Within the bound that holds for any order of summation."""
-        exact = replace(self.each(doubled), values=self.values.double())
-        bound = self.each(lambda x: None if x is None else x.double().abs())
-        absolute = [
-            self.form.pack(self.form.unpack(c, n).abs().clamp(max=self.form.highest))
-            for c, n in zip(self.codes, self.outputs, strict=True)
-        ]
-        # The lowest code of 4 bits has no magnitude of its own: it is one more than the highest.
-        more = 1.0 if isinstance(self.form, Int8) else LARGER * 8 / 7
-        bound = replace(
-            bound, values=more * self.values.double().abs(), codes=absolute, scales=[s.abs() for s in self.scales]
-        )
-        terms = self.values.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
-        if self.form.bits == 4:  # codes of 0 have terms as well
-            bound = replace(
-                bound,
-                codes=[
-                    self.form.pack(torch.full((len(c), n), 7)) for c, n in zip(self.codes, self.outputs, strict=True)
-                ],
-            )
+        exact = self.each(torch.Tensor.double)
+        sizes = [(len(codes), outputs) for codes, outputs in zip(self.codes, self.outputs, strict=True)]
+        highest = [self.form.pack(torch.full(size, self.form.highest)) for size in sizes]
+        largest = replace(self.each(lambda x: x.double().abs()), codes=highest, scales=[x.abs() for x in self.scales])
+        bound = LARGER[self.form.bits] * low_bit_linear_reference(*largest.arguments())
         assert result.dtype == torch.float32
         error = (result.double() - low_bit_linear_reference(*exact.arguments())).abs()
-        assert (error <= (terms + 8) * EPS * low_bit_linear_reference(*bound.arguments()) + 1e-44).all()
+        assert (error <= (self.values.shape[1] + 8) * EPS * bound + 1e-44).all()
 
-    def each(self, change):
-        """With floats but scales changed."""
+    def each(self, change: Any) -> Given:
+        """With other floats, scales as they are."""
+
+        def changed(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else change(x)
+
         return replace(
             self,
-            biases=list(map(change, self.biases)),
-            residual=change(self.residual),
-            adapter_scale=change(self.adapter_scale),
+            values=change(self.values),
+            biases=list(map(changed, self.biases)),
+            residual=changed(self.residual),
+            adapter_scale=changed(self.adapter_scale),
         )
+
+
+def drawn(form: ColumnFormat, outputs: list[int], depth: int, values, indices, seed: int = 0, beside: int = 0) -> Given:
+    """Random codes and scales, in poisoned memory that has others `beside` them."""
+    codes, scales = [], []
+    for i, size in enumerate(outputs):
+        q = torch.randint(form.lowest, form.highest + 1, (depth, size), generator=seeded(seed + i))
+        codes.append(in_more(form.pack(q), beside))
+        scales.append(in_more(entries("normal", depth, form.groups(size), seed=seed + i).bfloat16(), beside % 7))
+    return Given(form, values, indices, codes, scales, outputs, [None] * len(outputs))
 
 
 def in_more(x: torch.Tensor, beside: int) -> torch.Tensor:
-    """The same columns, `beside` elements into larger ones, in memory that is poisoned elsewhere."""
-    poison = torch.nan if x.is_floating_point() else 0x5A
-    whole = torch.full((len(x), x.shape[1] + 2 * beside), poison, dtype=x.dtype)
+    """The same columns, so many elements into larger ones."""
+    whole = torch.full((len(x), x.shape[1] + 2 * beside), torch.nan if x.is_floating_point() else 0x5A, dtype=x.dtype)
     whole[:, beside : beside + x.shape[1]] = x
     return whole[:, beside : beside + x.shape[1]]
 
@@ -97,13 +98,12 @@ def in_more(x: torch.Tensor, beside: int) -> torch.Tensor:
 def problems(draw):
     seed = draw(st.integers(0, 2**31))
     form = draw(st.sampled_from([Int8, Int4]))(draw(st.sampled_from(GROUPS)))
-    rows, depth = draw(st.integers(0, 2)), draw(st.integers(1, 300))
-    outputs = draw(OUTPUTS | st.lists(st.integers(1, 8).map(lambda n: 32 * n), min_size=1, max_size=4))
-    k = draw(st.integers(0, depth) | st.just(depth))
+    outputs, rows, depth = draw(st.sampled_from(OUTPUTS)), draw(st.integers(0, 2)), draw(st.sampled_from([1, 70, 300]))
+    k = draw(st.sampled_from([0, 1, depth // 2, depth]))
     values = entries(draw(st.sampled_from(["normal", "tied", "zero", "huge"])), rows, k, seed=seed)
     order = torch.rand(rows, depth, generator=seeded(seed)).argsort(1)[:, :k]
     indices = None if k == depth and draw(st.booleans()) else order.sort(1).values.int()
-    given = Given.drawn(form, outputs, depth, values, indices, seed, draw(st.sampled_from([0, 0, 1, 16])))
+    given = drawn(form, outputs, depth, values, indices, seed, draw(st.sampled_from([0, 0, 1, 16])))
     biases = [entries("normal", n, seed=seed).to(draw(st.sampled_from(DTYPES))) for n in outputs]
     biases = [bias if draw(st.booleans()) else None for bias in biases]
     residual = entries("normal", rows, sum(outputs), seed=seed) if draw(st.booleans()) else None
@@ -115,3 +115,129 @@ def problems(draw):
 @given(problems())
 def test_any_size(target, problem):
     problem.check(target("low_bit_linear", *problem.arguments()))
+
+
+def listed(depth: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(depth, generator=seeded(2))[:k].sort().values
+    return entries("normal", 1, k, seed=1), order.int()[None]
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_long_lists(target, form):
+    """Longer than what a block holds of them at a time."""
+    given = drawn(form, [2300], 2400, *listed(2400, 2300))
+    given.check(target("low_bit_linear", *given.arguments()))
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("stored", ["int8", torch.bfloat16])
+def test_an_adapter_comes_along(target, form, stored):
+    residual = entries("normal", 1, 90, seed=3)
+    given = drawn(form, [512], 70, *listed(70, 35))
+    if stored == "int8":
+        given = replace(given, adapter=digits(512, 106, 4), adapter_scale=entries("normal", 512, seed=5))
+    else:
+        given = replace(given, adapter=column_major(entries("normal", 512, 90, seed=4).to(stored)))
+    result = target("low_bit_linear", *replace(given, residual=residual).arguments())
+    exact = low_bit_linear_reference(*replace(given, residual=residual).each(torch.Tensor.double).arguments())
+    torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_columns_that_are_not_read_do_not_show(target, form):
+    given = drawn(form, [256], 70, *listed(70, 35))
+    before = target("low_bit_linear", *given.arguments())
+    others = torch.ones(70, dtype=torch.bool)
+    others[given.indices[0].long()] = False
+    given.scales[0][others] = torch.nan
+    given.codes[0][others] = 0x77
+    assert torch.equal(target("low_bit_linear", *given.arguments()), before)
+    # Nor do those behind the entries that somebody counted.
+    given.scales[0][given.indices[0, 20:].long()] = torch.nan
+    counted = replace(given, count=torch.tensor([20]))
+    counted.check(target("low_bit_linear", *counted.arguments()))
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows(target, form, bad):
+    """Also where a code is 0, as the product of floats has it; NaN of one group only in that."""
+    values, indices = listed(70, 35)
+    values[0, 17] = bad
+    given = drawn(form, [256], 70, values, indices)
+    given.codes[0][::2] = 0x88 if form.bits == 4 else 0
+    assert not target("low_bit_linear", *given.arguments()).isfinite().any()
+    given = drawn(form, [256], 70, *listed(70, 35))
+    given.scales[0][given.indices[0, 3].long(), 1] = bad
+    finite = target("low_bit_linear", *given.arguments())[0].isfinite()
+    assert finite.nonzero()[:, 0].tolist() == [n for n in range(256) if n // form.group != 1]
+
+
+SITES = {
+    "norm": {"eps": 1e-5},
+    "norm, gate and up": {"eps": 1e-5, "swiglu": True},
+    "counts": {"k": 300},
+    "counts of a norm, gate and up": {"eps": 1e-5, "k": 300, "swiglu": True},
+    "thresholds": {"threshold": 0.5},
+    "thresholds of a norm": {"eps": 1e-5, "threshold": 0.5},
+    "nothing kept": {"k": 0},
+    "everything": {},
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_sites(target, form, name):
+    options: dict[str, Any] = {"eps": None, "k": None, "threshold": None, "swiglu": False, **SITES[name]}
+    x, gain = entries("normal", 1, 600, seed=1), entries("normal", 600, seed=2).half()
+    given = drawn(form, [256] * 2 if options["swiglu"] else [512], 600, x, None)
+    score = torch.rand(600, generator=seeded(3))
+    residual = None if options["swiglu"] else entries("normal", 1, 512, seed=4)
+    kept = options["k"], options["threshold"], options["swiglu"]
+    result = target("low_bit_site", x, gain, options["eps"], score, *kept, *given.weights, residual)
+    exact = low_bit_site_reference(
+        *(x.double(), gain.double(), options["eps"], score.double(), *kept, *given.weights, doubled(residual))
+    )
+    assert ((result.double() - exact).abs() <= 1e-5 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("stored", ["int8", torch.float32])
+@pytest.mark.parametrize("kept", [(None, 0.5), (200, None), (None, None)], ids=["threshold", "counts", "everything"])
+def test_sites_with_an_adapter(target, kept, stored):
+    x, residual = entries("normal", 1, 600, seed=1), entries("normal", 1, 90, seed=2)
+    given = drawn(FORMS[0], [512], 600, x, None)
+    adapter, scale = digits(512, 106, 4), entries("normal", 512, seed=5)
+    if stored != "int8":
+        adapter, scale = column_major(entries("normal", 512, 90, seed=4)), None
+    result = target("low_bit_site", x, *[None] * 3, *kept, False, *given.weights, residual, adapter, scale)
+    exact = low_bit_site_reference(
+        *(x.double(), *[None] * 3, *kept, False, *given.weights, residual.double(), adapter, doubled(scale))
+    )
+    torch.testing.assert_close(result.double(), exact, rtol=1e-4, atol=1e-3)
+
+
+def usual(**changed: Any) -> tuple[Any, ...]:
+    """Arguments of a product of 40 outputs."""
+    given = {
+        **{"values": torch.zeros(1, 5), "indices": None, "codes": [torch.zeros(5, 20, dtype=torch.uint8)]},
+        **{"scales": [torch.zeros(5, 2).bfloat16()], "outputs": [40], "group": 32, "biases": [None]},
+    }
+    return tuple((given | changed).values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"group": 48}, "group must be one of 32, 64, 128, not 48"),
+        ({"codes": [torch.zeros(5, 20)]}, "codes must all be uint8, two outputs each, or all be int8"),
+        ({"codes": [torch.zeros(5, 19, dtype=torch.uint8)]}, r"codes must be \[5, 20\]"),
+        ({"codes": [torch.zeros(20, 5, dtype=torch.uint8).t()]}, "each column in one piece"),
+        ({"scales": [torch.zeros(5, 2)]}, "scales must be bfloat16"),
+        ({"scales": [torch.zeros(5, 1).bfloat16()]}, r"scales must be \[5, 2\]"),
+        ({"values": torch.zeros(1, 4)}, r"without indices values must be \[B, 5\]"),
+        ({"biases": []}, "1 codes with 1 scales, 1 outputs and 0 biases"),
+    ],
+)
+def test_what_cannot_be_multiplied(target, changed, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        target("low_bit_linear", *usual(**changed))

@@ -12,6 +12,7 @@ from larosa.ops.cuda.plan import (
     cut_plan,
     fused_plan,
     linear_blocks,
+    low_bit_plan,
     sparse_plan,
     swiglu_plan,
 )
@@ -114,6 +115,32 @@ def test_products_of_7b_models_compare_for_themselves():
     for carries in (False, True):
         plan = above_plan(H200, [4096], 14336, 2, swiglu=False, carries=carries)
         assert (plan.lanes, plan.cluster) == (8, 2), "one block's list of all entries would take too much memory"
+
+
+@given(
+    st.sampled_from([H200, A100]),
+    st.lists(st.integers(1, 40000), min_size=1, max_size=4),
+    st.integers(0, 32768),
+    st.sampled_from([16, 32]),
+    st.integers(0, 16384),
+)
+def test_any_product_of_codes_has_a_plan(gpu, outputs, k, width, selected):
+    plan = low_bit_plan(gpu, outputs, k, 1, width)
+    assert plan.tile == plan.lanes * width <= 512
+    assert plan.lanes % 2 == 0
+    assert plan.cluster in ((1, 2, 4, 8) if gpu.overlaps else (1,))
+    alone = low_bit_plan(gpu, outputs, k, 1, width, selected)
+    if selected and alone is not None:
+        assert alone.cluster * sum(-(-size // alone.tile) for size in outputs) <= gpu.multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("outputs", "k"),
+    [([4096, 1024, 1024], 4096), ([4096], 4096), ([14336] * 2, 2048), ([4096], 14336), ([4096] * 3, 4096)],
+)
+def test_products_of_codes_fill_an_h200_in_one_round(outputs, k):
+    plan = low_bit_plan(H200, outputs, k, 1, 32, k)
+    assert 0.9 * 132 <= plan.cluster * sum(-(-size // plan.tile) for size in outputs) <= 132
 
 
 @given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))

@@ -127,7 +127,7 @@ def low_bit_plan(
 
 def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
     """What a plan costs, in parts of the best."""
-    blocks = _blocks(gpu, outputs, batch, plan)
+    blocks = _blocks(gpu, outputs, max(batch, 1), plan)
     rounds = math.ceil(blocks)
     idle = max(rounds / blocks * _NEARLY, 1.0)
     loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)

@@ -124,12 +124,10 @@ def _low_bit_kernel(
             index = tl.load(indices_ptr + vector * k + entry, mask=listed, other=0).to(tl.int64)
         scale = tl.load(scales_ptr + index[:, None] * scale_stride + (output // GROUP)[None, :], mask=there, other=0.0)
         if PAIRS:
-            byte = tl.load(codes_ptr + index[:, None] * stride + (output // 2)[None, :], mask=there, other=0).to(
-                tl.int32
-            )
-            code = ((byte >> (output % 2 * 4)[None, :]) & 15) - 8
+            pair = tl.load(codes_ptr + index[:, None] * stride + (output // 2)[None, :], mask=there, other=0)
+            code = ((pair.to(tl.int32) >> (output % 2 * 4)[None, :]) & 15) - 8
         else:
-            code = tl.load(codes_ptr + index[:, None] * stride + output[None, :], mask=there, other=0).to(tl.int32)
+            code = tl.load(codes_ptr + index[:, None] * stride + output[None, :], mask=there, other=0)
         total += (value[:, None] * scale.to(tl.float32)) * code.to(tl.float32)
     rows = tl.num_programs(2)
     tl.store(partial_ptr + (part * rows + vector) * outputs + first + output, tl.sum(total, 0), mask=exists)
