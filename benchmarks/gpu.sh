@@ -44,6 +44,13 @@ done
 for shape in mistral-7b qwen2.5-7b; do
     bench decode --device cuda --shape $shape --sparsity 0.5 --tokens 256 --json "$results/decode-$shape.json"
 done
+for weights in int4 int8; do
+    bench kernels --device cuda --shape llama-3-8b --weights $weights --json "$results/kernels-llama-3-8b-$weights.json"
+    for shape in llama-3-8b llama-2-7b; do
+        bench decode --device cuda --shape $shape --dtype bfloat16 --weights $weights --layers-per-rotation 32 \
+            --sparsity 0.25,0.5 --tokens 256 --json "$results/decode-$shape-$weights.json"
+    done
+done
 bench decode --device cuda --shape llama-3-70b --layers 4 --sparsity 0.5 --tokens 128 --json "$results/decode-llama-3-70b-4-layers.json"
 
 say "Kernels in Triton"

@@ -14,6 +14,7 @@ from larosa.benchmarks.compiled_decoder import (
     compilation,
     compiled_step,
 )
+from larosa.benchmarks.int4_kernel import GROUP, Int4Products, int4_products
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,3 +125,28 @@ def test_thresholds_leave_out_the_share_asked_for():
     assert (first.last.abs() <= first.threshold).float().mean().item() == pytest.approx(0.5, abs=0.02)
     kernel.set_thresholds(decoder, 0.0, token, position)
     torch.testing.assert_close(decoder(token, position), dense)
+
+
+@pytest.mark.gpu
+def test_the_int4_kernel_multiplies_with_its_codes():
+    torch.manual_seed(0)
+    products = Int4Products([torch.empty(64, 1024, dtype=torch.bfloat16, device=DEVICE)])
+    torch.manual_seed(0)
+    codes = torch.randint(256, (64, 512), dtype=torch.uint8, device=DEVICE)
+    weight = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1).double() - 8
+    scale = products.scales_0[..., 0].double().t().repeat_interleave(GROUP, dim=1)
+    x = torch.randn(1, 1024, dtype=torch.bfloat16, device=DEVICE)
+    torch.testing.assert_close(products(x)[0].double(), x.double() @ (weight * scale).t(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_the_decoder_compiles_with_int4_products():
+    settings = config(hidden_size=256, intermediate_size=512, head_dim=64)
+    decoder = CompiledDecoder(settings, LENGTH, torch.bfloat16, DEVICE, int4_products, int4_products)
+    token, at = torch.tensor([3], device=DEVICE), torch.tensor([0], device=DEVICE)
+    logits = decoder(token, at)
+    assert logits.shape == (1, 96)
+    with compilation():
+        chosen = compiled_step(decoder)(token, at)
+    assert float(logits[0, chosen[0]]) >= float(logits.max()) - 0.05  # rounded otherwise in bfloat16

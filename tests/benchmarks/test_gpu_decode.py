@@ -11,12 +11,20 @@ import torch
 from larosa import LarosaError
 from larosa.benchmarks import gpu_decode
 from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
-from larosa.benchmarks.decode import DENSE, LAROSA
-from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_checkpoints, measure_gpu_config, measure_gpu_shape
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA
+from larosa.benchmarks.gpu_decode import (
+    COMPILED,
+    TEAL,
+    TINYGEMM,
+    measure_gpu_checkpoints,
+    measure_gpu_config,
+    measure_gpu_shape,
+)
 from larosa.benchmarks.results import Benchmark
-from larosa.benchmarks.shapes import SHAPES, Layout
+from larosa.benchmarks.shapes import SHAPES, Layout, random_quantization
 from larosa.cli.bench_gpu import show_decode
 from larosa.config import Selection
+from larosa.formats import WeightFormat
 
 CPU = torch.device("cpu")
 SECONDS = {
@@ -43,7 +51,7 @@ def measured(family_config):
     """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
     rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
     for (name, sparsity), seconds in SECONDS.items():
-        rows.add(name, sparsity, torch.float16, 1000, lambda: None)
+        rows.add(name, sparsity, "float16", torch.float16, 1000, lambda: None)
         rows._rows[-1].seconds += seconds
     return Benchmark(MACHINE, 1e6, list(rows.results(1e6)))
 
@@ -173,6 +181,21 @@ def test_rows_of_a_shape_by_thresholds(monkeypatch, family_config):
         (DENSE, 0.0),
         ("LaRoSA, thresholds", 0.5),
         ("LaRoSA, thresholds", 0.0),
+    ]
+
+
+@pytest.mark.gpu
+def test_rows_of_few_bits(monkeypatch, family_config):
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama", **sizes))
+    result = measure_gpu_shape(
+        "tiny",
+        **{"device": torch.device("cuda"), "sparsities": (0.0, 0.5), "teal_sparsities": ()},
+        **{"layout": Layout(quantization=random_quantization(WeightFormat.INT4)), "prompt_tokens": 5, "tokens": 40},
+    )
+    assert [(row.row, row.sparsity, row.dtype) for row in result.rows] == [
+        *[(COMPILED, 0.0, "float16"), (TINYGEMM, 0.0, "int4"), (DENSE, 0.0, "float16"), (DENSE_LOW_BIT, 0.0, "int4")],
+        *[(LAROSA, 0.0, "int4"), (LAROSA, 0.5, "int4")],
     ]
 
 
