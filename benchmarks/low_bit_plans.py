@@ -23,7 +23,7 @@ from larosa.formats import ColumnFormat, Int4, Int8
 from larosa.ops.cuda import kernels
 from larosa.ops.cuda.compiler import compiled
 from larosa.ops.cuda.launch import Machine, machine
-from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan
+from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan, low_bit_plan
 
 _COPIES_BYTES = 256 << 20
 _LOADS = (3, 4, 5, 6)
@@ -32,8 +32,8 @@ _MOST_ROUNDS = 2.1  # blocks a multiprocessor; of the head more
 
 def plans(gpu: Machine, outputs: tuple[int, ...], width: int) -> Iterator[SparsePlan]:
     """All that give work to most multiprocessors."""
-    for lanes, cluster, loads in product(range(4, SPARSE_THREADS // width + 1, 2), (1, 2, 4, 8), _LOADS):
-        plan = SparsePlan(lanes, cluster, lanes * width, loads)
+    for tile, cluster, loads in product(range(128, SPARSE_THREADS + 1, 64), (1, 2, 4, 8), _LOADS):
+        plan = SparsePlan(tile // width, cluster, tile, loads)
         blocks = sum(-(-size // plan.tile) for size in outputs) * cluster / gpu.multiprocessors
         if blocks >= 0.6 and (blocks <= _MOST_ROUNDS or cluster == 1):
             yield plan
@@ -41,15 +41,16 @@ def plans(gpu: Machine, outputs: tuple[int, ...], width: int) -> Iterator[Sparse
 
 def measure(form: ColumnFormat, outputs: tuple[int, ...], depth: int, sparsity: float, rounds: int) -> None:
     """Print what each plan comes to."""
-    device, width = torch.device("cuda"), 128 // form.bits
+    device, width = torch.device("cuda", 0), 128 // form.bits
     kept = depth - round(sparsity * depth)
     values = torch.randn(1, kept, device=device)
     indices = torch.randperm(depth, device=device)[:kept].sort().values.int()[None] if sparsity else None
     column = sum(form.column_bytes(size) for size in outputs)
     copies = max(2, -(-_COPIES_BYTES // (column * depth)))
     weights = [random_codes(form, outputs, depth, device) for _ in range(copies)]
-    chosen = kernels.low_bit_plan(machine(torch.device("cuda", 0)), outputs, kept, 1, width)
-    every = {chosen, *plans(machine(torch.device("cuda", 0)), outputs, width)}
+    gpu = machine(torch.device("cuda", 0))
+    chosen = low_bit_plan(gpu, outputs, kept, 1, width)
+    every = {chosen, *plans(gpu, outputs, width)}
 
     def call(plan: SparsePlan) -> Any:
         def run(copy: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ def measure(form: ColumnFormat, outputs: tuple[int, ...], depth: int, sparsity: 
 
     compile_all([call(plan) for plan in every])
     times = {}
-    for plan in every:  # a graph each at a time, for memory
+    for plan in every:
         times[plan] = time_captured({"": call(plan)}, copies, rounds)[""].median
     for plan in [chosen, *sorted(every, key=lambda plan: times[plan])[:6]]:
         rate = column * kept / times[plan] / 1e9

@@ -20,6 +20,7 @@ from larosa.benchmarks.gpu_decode import (
     measure_gpu_config,
     measure_gpu_shape,
 )
+from larosa.benchmarks.gpu_kernels import measure_gpu_kernels
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import SHAPES, Layout, random_quantization
 from larosa.cli.bench_gpu import show_decode
@@ -182,6 +183,16 @@ def test_rows_of_a_shape_by_thresholds(monkeypatch, family_config):
         ("LaRoSA, thresholds", 0.5),
         ("LaRoSA, thresholds", 0.0),
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WeightFormat)
+def test_products_alone(weights):
+    device = torch.device("cuda")
+    options = {"sparsities": (0.0, 0.5), "rounds": 2, "bytes_of_copies": 1 << 20}
+    rows = measure_gpu_kernels("larosa-tiny", device=device, weights=weights, **options).rows
+    assert {row.dtype for row in rows} == {"float16" if weights is WeightFormat.FULL else weights}
+    assert all(row.bandwidth_fraction > 0 for row in rows)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """GPUs of 8.x, such as a laptop's: no clusters of blocks, and 99 KB of shared memory for one. In the emulator."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,11 +10,14 @@ from larosa.ops.cuda import kernels
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
+from larosa.ops.low_bit import low_bit_linear_reference
+from larosa.ops.low_bit_site import low_bit_site_reference
 from larosa.ops.select import above_reference, top_k_reference
 from larosa.ops.top_k_linear import rms_norm_top_k_swiglu_reference, top_k_linear_reference
 
 from .cases import Target, entries
 from .test_attend import check as check_attend
+from .test_low_bit import FORMS, assert_near, drawn
 from .test_products import check, digits
 
 #: As SMALL_H200 has, few multiprocessors, for the sizes of the tests to fill them.
@@ -88,6 +93,19 @@ def test_products_that_compare(small, outputs, width):
     biases = [None] * len(weights)
     result = small("above_linear", x, 0.7, None, weights, biases, residual)
     check(result, sparse_linear_reference, (values, indices), weights, biases, residual)
+
+
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_codes(small, form):
+    """A norm, gate and up are one after the other: no block has room for a list and the sums of two teams."""
+    x = entries("normal", 1, 600, seed=1)
+    given = drawn(form, [480, 480], 600, x, None)
+    operands = *(None, 1e-5, None, None, None, True), *given.weights
+    assert_near(small("low_bit_site", x, *operands), low_bit_site_reference(x.double(), *operands))
+    residual, adapter, scale = entries("normal", 1, 90, seed=2), digits(512, 106, 4), entries("normal", 512, seed=5)
+    given = replace(drawn(form, [512], 600, x, None), residual=residual, adapter=adapter, adapter_scale=scale)
+    exact = low_bit_linear_reference(*given.each(torch.Tensor.double).arguments())
+    assert_near(small("low_bit_linear", *given.arguments()), exact)
 
 
 @pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(8, 2, 128), (4, 4, 64), (16, 1, 256)])
