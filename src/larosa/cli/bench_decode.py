@@ -61,7 +61,7 @@ def decode(
     """Time decoding: PyTorch dense, the engine dense, and the engine sparse, in turns.
 
     PyTorch is transformers on the CPU, and on a GPU a plain decoder compiled as a whole, once more with TEAL's kernel,
-    and beside --weights int4 with PyTorch's own int4 kernel.
+    or beside --weights int4 with PyTorch's own int4 kernel.
     """
     if (shape is None) == (not checkpoints):
         raise LarosaError("give either checkpoints or --shape")
@@ -94,6 +94,8 @@ def decode(
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":
+        if layout.quantization is not None:  # compiling TEAL's kernel takes minutes, and it has 16 bits
+            settings["teal_sparsities"] = ()
         bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)
     else:
         _show(measure_shape(shape, batches=batches, **settings), json)
