@@ -140,7 +140,9 @@ def test_any_product_of_codes_has_a_plan(gpu, outputs, k, width, selected):
 )
 def test_products_of_codes_fill_an_h200_in_one_round(outputs, k):
     plan = low_bit_plan(H200, outputs, k, 1, 32, k)
-    assert 0.9 * 132 <= plan.cluster * sum(-(-size // plan.tile) for size in outputs) <= 132
+    clusters = sum(-(-size // plan.tile) for size in outputs)
+    assert 0.65 * 132 <= plan.cluster * clusters <= 132
+    assert plan.cluster < 8 or clusters <= 12, "more of so large ones do not run at once"
 
 
 @given(st.sampled_from([H200, A100]), st.integers(1, 16), st.integers(1, 16), st.integers(1, 100_000))

@@ -23,7 +23,10 @@ _LEAVING = 0.965  # the same, so that a few multiprocessors stay free
 _SELECTING = 2  # multiprocessors that are left to the block that selects for all, and its mate in a cluster
 _LANES = (32, 16, 8)
 _CODES_ROOM = 128 * 1024  # bytes of shared memory in kernels that select for themselves, their list aside
-_CODE_TILES = (512, 448, 384, 256, 128)  # outputs of a tile of codes
+_CODE_TILES = (512, 448, 384, 320, 256, 192, 128)  # outputs of a tile of codes
+#: The share of an H200's multiprocessors that clusters of a size have at once, for each lies within one group of them:
+#: 14 clusters of 8 take twice as long as 12, whose blocks do the same work.
+_AT_ONCE = {1: 1.0, 2: 1.0, 4: 0.8, 8: 0.74}
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,11 @@ def low_bit_plan(
 def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
     """What a plan costs, in parts of the best."""
     blocks = _blocks(gpu, outputs, max(batch, 1), plan)
-    rounds = math.ceil(blocks)
+    rounds = math.ceil(blocks / _AT_ONCE[plan.cluster])
     idle = max(rounds / blocks * _NEARLY, 1.0)
     loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
     few = max(1.0, plan.loads / loads)
-    narrow = 0.4 / plan.lanes  # pieces of memory
+    narrow = 0.6 / plan.lanes  # pieces of memory
     return few * (idle + 0.02 * (rounds - 1) + 0.01 * plan.cluster + narrow)
 
 
