@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture
+from larosa.config import SITES
 from larosa.decoding.linears import Linears, LowBitLinears, lay_out, own, read_linears
+from larosa.formats import ColumnFormat
 from larosa.models import Selector, Threshold, TopK, selectors
 from larosa.ops.select import CountedSelection, Selection
 
@@ -178,6 +180,12 @@ class Site:
         every = _columns(self.linears.weights[0], MAX_ROWS)
         return replace(self, k=None, threshold=None, score=None, fused=None, every=every)
 
+    def rounded(self, form: ColumnFormat, where: str) -> Site:
+        """The same over a copy of its linears of few bits, or over those that it has where they are so already."""
+        if not isinstance(self.linears, Linears):
+            return self
+        return replace(self, linears=self.linears.rounded(form, where), every=None)
+
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
     ) -> torch.Tensor:
@@ -284,11 +292,16 @@ class DecodeLayer:
     @property
     def skips(self) -> bool:
         """Whether a site leaves columns out."""
-        return any(site.skips for site in (self.h1, self.h2, self.h3, self.h4))
+        return any(getattr(self, name).skips for name in SITES)
 
     def whole(self) -> DecodeLayer:
         """The same, with nothing left out."""
-        return replace(self, **{name: getattr(self, name).whole() for name in ("h1", "h2", "h3", "h4")})
+        return replace(self, **{name: getattr(self, name).whole() for name in SITES})
+
+    def rounded(self, form: ColumnFormat, where: str) -> DecodeLayer:
+        """The same over a copy of its linears of few bits; `where` names the layer in errors."""
+        sites = {name: getattr(self, name).rounded(form, f"{where}, site {name}") for name in SITES}
+        return replace(self, **sites)
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [B, D] float32 after this layer."""

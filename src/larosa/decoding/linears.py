@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from larosa.formats import ColumnFormat
 from larosa.models import Int8Adapter, QuantizedLinear
 from larosa.ops import column_major
 from larosa.ops.cpu.pages import rows_side_by_side
+from larosa.quantizers import round_to_nearest
 
 _ops: Any = torch.ops.larosa
 
@@ -30,6 +32,14 @@ class Linears:
         """Outputs [B, sum of N_i] for x [B, D], on top of a residual: weights are read by rows."""
         by_rows: torch.Tensor = _ops.linear(x, self.weights, self.biases, residual)
         return by_rows
+
+    def rounded(self, form: ColumnFormat, where: str) -> LowBitLinears:
+        """A copy of few bits, each group of weights rounded by itself; `where` names them in errors."""
+        stored = [round_to_nearest(weight, form, where) for weight in self.weights]
+        laid_out = rows_side_by_side([codes for codes, _ in stored] + [scales for _, scales in stored])
+        outputs = [len(weight) for weight in self.weights]
+        count = len(stored)
+        return LowBitLinears(laid_out[:count], laid_out[count:], outputs, form.group, self.biases)
 
     def listed(
         self,

@@ -12,12 +12,14 @@ import torch
 from larosa.architectures import Architecture, cache_argument, find_architecture
 from larosa.config import LarosaConfig, Method
 from larosa.decoding.layers import norm, read_layers
-from larosa.decoding.linears import read_linears
+from larosa.decoding.linears import Linears, read_linears
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
+from larosa.formats import ColumnFormat
 from larosa.models.plain import check_plain
 from larosa.ops.backend import check_kernels
 from larosa.ops.schema import has_kernels
+from larosa.utils.progress import track
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SILU = ("silu", "swish")
@@ -56,6 +58,19 @@ class DecoderWeights:
         other = copy.copy(self)
         other.layers = [layer.whole() for layer in self.layers]
         other._prompts_whole = True
+        return other
+
+    def rounded(self, linears: ColumnFormat, head: ColumnFormat) -> DecoderWeights:
+        """The same with a copy of all weights by few bits, rounded to nearest, for steps; prompts run as before.
+
+        Raises:
+            LarosaError: a weight is NaN or Inf; the message names the layer.
+        """
+        other = copy.copy(self)
+        layers = track(self.layers, "Rounding layers")
+        other.layers = [layer.rounded(linears, f"layer {index}") for index, layer in enumerate(layers)]
+        if isinstance(self._head, Linears):
+            other._head = self._head.rounded(head, "the language-model head")
         return other
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
