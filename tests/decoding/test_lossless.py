@@ -12,9 +12,11 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
 from larosa.decoding import Engine
+from larosa.decoding.drafting import Lookup
 from larosa.decoding.loop import continue_prompt
-from larosa.decoding.lossless import Expectation, Lookup, LosslessDecoder
-from larosa.decoding.sampling import Proposal, Sampler, Sampling
+from larosa.decoding.lossless import LosslessDecoder
+from larosa.decoding.pace import Acceptance, Pace
+from larosa.decoding.sampling import Sampler, Sampling, candidates
 from larosa.decoding.weights import DecoderWeights
 from larosa.models import set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
@@ -29,6 +31,14 @@ CONVERSIONS = {
     "first token dense": {"dense_first_token": True},
     "few bits": {"weights": "int4"},
 }
+#: What is decoded, and what drafts: None for what it skips, or for its text alone.
+CASES = [
+    *((conversion, None) for conversion in CONVERSIONS),
+    ("dense", "int4"),
+    ("dense", "model"),
+    ("layer", "int8"),
+    ("thresholds", "int4"),
+]
 TOKENS = 110
 
 
@@ -41,29 +51,78 @@ def make(make_model, quick_convert):
     return build
 
 
+@pytest.fixture
+def make_draft(make_model, quick_convert):
+    """make_draft(family): a conversion of the same model by 4 bits, with values in the dense model's basis."""
+    return lambda family: quick_convert(make_model(family), sparsity=0.0, weights="int4", value_rotation=False)
+
+
 def draft_always(monkeypatch):
     """Draft whether it pays or not, as many as there is room for, in turns."""
     lengths = iter(range(1, 10**6))
-    monkeypatch.setattr(Expectation, "best", lambda self, most: min(most, 1 + next(lengths) % 7))
+    for name, value in {"known": True, "draft_seconds": 1.0}.items():
+        monkeypatch.setattr(Pace, name, value)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
+
+    def gains(self, acceptance, most, speed, **costs):
+        turn = next(lengths)
+        return [1.0 if turn % 5 else -1.0] * min(most, 1 + turn % 7)
+
+    monkeypatch.setattr(Pace, "gains", gains)
+
+
+def dense_tokens(model, prompt, tokens=TOKENS, sampling=None):
+    """Those of the dense pass alone: nothing drafts."""
+    engine, sampler = Engine(DecoderWeights(model).whole(), 128), Sampler(sampling)
+    logits, found = engine.prefill(prompt), []
+    sampler.start(prompt, logits.shape[-1])
+    for at in range(prompt.shape[1], prompt.shape[1] + tokens):
+        found += sampler.accept([], logits)
+        logits = engine.step(torch.tensor(found[-1:]), torch.tensor([at]))
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize(("conversion", "draft"), CASES)
 @pytest.mark.parametrize("eager", [True, False])
-def test_greedy_is_dense_decoding_token_for_token(make, token_ids, monkeypatch, family, conversion, eager):
+def test_greedy_is_dense_decoding_token_for_token(
+    make, make_draft, token_ids, monkeypatch, family, conversion, draft, eager
+):
     if eager:
         draft_always(monkeypatch)
     model, prompt = make(family, conversion), token_ids(1, 11)
     dense = Engine(DecoderWeights(model).whole(), 128)
     expected = list(continue_prompt(dense, prompt, TOKENS, Sampler()))
-    decoder = LosslessDecoder(model, 128)
+    decoder = LosslessDecoder(model, 128, draft=make_draft(family) if draft == "model" else draft)
     assert list(decoder.continue_prompt(prompt, TOKENS, Sampler())) == expected
     found = decoder.verifications
     assert found.tokens == TOKENS - 1
     assert found.tokens == found.passes + found.accepted
     assert 0 <= found.accepted <= found.drafted
-    if eager and conversion != "dense":
+    if eager and (conversion, draft) != ("dense", None):
         assert found.drafted > found.passes
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.7, top_k=5),
+        Sampling(1.3, top_p=0.8, min_p=0.01),
+        Sampling(1.0, repetition_penalty=1.3),
+    ],
+    ids=["all", "top_k", "top_p", "penalty"],
+)
+@pytest.mark.parametrize(("conversion", "draft"), [("none", None), ("dense", "int8")])
+def test_sampled_is_the_dense_pass_with_the_same_noise(make, token_ids, monkeypatch, sampling, conversion, draft):
+    """What is drafted, and how much, has no part in it."""
+    draft_always(monkeypatch)
+    model, prompt = make("qwen3", conversion), token_ids(1, 11)
+    decoder = LosslessDecoder(model, 128, draft=draft)
+    found = list(decoder.continue_prompt(prompt, TOKENS, Sampler(sampling)))
+    assert found == dense_tokens(model, prompt, sampling=sampling)
+    assert len(set(found)) > 3  # it does not stand still
+    assert decoder.verifications.drafted > 20
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,28 +184,36 @@ def chi_square(counts, probabilities):
     return (statistic - degrees) / math.sqrt(2 * max(degrees, 1))
 
 
+def probabilities(logits, sampling):
+    """[vocabulary] float64 for logits [1, vocabulary]."""
+    weights, tokens = candidates(logits, sampling)
+    weights = weights[0].double() / weights.double().sum()
+    whole = torch.zeros(logits.shape[-1], dtype=torch.float64)
+    return weights if tokens is None else whole.scatter_(0, tokens[0], weights)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1)],
     ids=["all", "top_k", "top_p", "min_p"],
 )
-@pytest.mark.parametrize("certain", [False, True])
-def test_what_is_accepted_has_the_distribution_of_the_logits(sampling, certain):
-    """Two proposals from another distribution, or none: tokens are distributed as drawn from the logits one by one."""
+def test_tokens_have_the_distribution_of_their_logits(sampling):
+    """Whatever is proposed; and a proposal from much the same logits is mostly what is drawn."""
     generator = torch.Generator().manual_seed(0)
-    logits, proposed = 1.5 * torch.randn(2, 3, 8, generator=generator)
+    logits = 1.5 * torch.randn(3, 8, generator=generator)
+    proposed = logits + 0.1 * torch.randn(3, 8, generator=generator)
     sampler = Sampler(sampling)
-    counts = torch.zeros(3, 8, dtype=torch.float64)
-    for trial in range(4000):
-        proposals = [sampler.propose(row[None]) for row in proposed[:2]]
-        if certain:
-            proposals = [Proposal(token % 8, None) for token in (trial, trial // 8)]
-        for row, token in enumerate(sampler.accept(proposals, logits)):
+    counts, right = torch.zeros(3, 8, dtype=torch.float64), 0
+    for _ in range(4000):
+        proposals = [sampler.propose(row[None], ahead) for ahead, row in enumerate(proposed[:2])]
+        accepted = sampler.accept(proposals, logits)
+        right += len(accepted) > 1
+        for row, token in enumerate(accepted):
             counts[row, token] += 1
     assert counts.sum(dim=1)[0] == 4000
+    assert right > 0.85 * 4000
     for row in range(3):
-        wanted = sampler._probabilities(logits[row : row + 1])
-        assert chi_square(counts[row], wanted) < 5, row
+        assert chi_square(counts[row], probabilities(logits[row : row + 1], sampling)) < 5, row
 
 
 def test_sampled_texts_have_the_distribution_of_dense_ones(make, monkeypatch):
@@ -154,11 +221,12 @@ def test_sampled_texts_have_the_distribution_of_dense_ones(make, monkeypatch):
     draft_always(monkeypatch)
     model, prompt = make("llama", "none"), torch.tensor([[3, 100, 41]])
     decoder, engine = LosslessDecoder(model, 16), Engine(DecoderWeights(model).whole(), 16)
-    sampler = Sampler(Sampling(1.5, top_k=3, seed=1))
-    first = sampler._probabilities(engine.prefill(prompt))
+    sampling = Sampling(1.5, top_k=3, seed=1)
+    sampler = Sampler(sampling)
+    first = probabilities(engine.prefill(prompt), sampling)
     pairs = torch.zeros(len(first), len(first), dtype=torch.float64)
     for token in first.nonzero()[:, 0]:
-        pairs[token] = first[token] * sampler._probabilities(engine.step(token[None], torch.tensor([3])))
+        pairs[token] = first[token] * probabilities(engine.step(token[None], torch.tensor([3])), sampling)
     counts = torch.zeros_like(pairs)
     for _ in range(600):
         one, two, _ = decoder.continue_prompt(prompt, 3, sampler)
@@ -178,16 +246,15 @@ def test_the_same_seed_gives_the_same_text(make, token_ids):
 
 
 def test_lookup_finds_what_followed():
-    text, lookup, sampler = [5, 6, 7, 8, 9, 6, 7], Lookup(), Sampler()
-    assert lookup.most([5]) == 0
-    assert lookup.most(text) == 4  # 8, 9, 6, 7
-    assert [proposal.token for proposal in lookup.draft(text, 2, sampler)] == [8, 9]
+    text, lookup = [5, 6, 7, 8, 9, 6, 7], Lookup(Pace())
+    assert lookup.following([5]) is None
+    assert lookup.following(text) == 3  # 8, 9, 6, 7
     text += [1, 6, 7]
-    assert [proposal.token for proposal in lookup.draft(text, 3, sampler)] == [1, 6, 7]
+    assert lookup.following(text) == 7
     text += [8, 9, 6]  # three tokens say more than two
-    assert [proposal.token for proposal in lookup.draft(text, 2, sampler)] == [7, 1]
+    assert lookup.following(text) == 6
     text.append(100)
-    assert lookup.most(text) == 0
+    assert lookup.following(text) is None
 
 
 def test_a_text_that_repeats_itself_is_looked_up(make):
@@ -198,22 +265,64 @@ def test_a_text_that_repeats_itself_is_looked_up(make):
     assert decoder.verifications.accepted > 20
 
 
-def test_what_does_not_pay_is_left_out():
-    expected = Expectation(cost=0.6)
-    assert expected.best(7) > 0
-    for _ in range(60):
-        expected.observe(1, 0)
-    assert expected.best(7) == 0
-    for _ in range(31):
-        expected.observe(0, 0)
-        assert expected.best(7) == 0
-    expected.observe(0, 0)
-    assert expected.best(7) == 1
-    assert expected.best(0) == 0
-    for _ in range(100):
-        expected.observe(7, 7)
-    assert expected.best(7) == 7
-    assert expected.best(3) == 3
+def pace_of(*seconds, draft):
+    """A pace of steps that take so long, by rows."""
+    pace = Pace()
+    for watch, each in zip(pace._checks, seconds, strict=False):
+        for _ in range(3):
+            watch.add(each)
+    with pace.checking(8):
+        pass
+    for _ in range(3):
+        pace.draft.add(draft)
+    return pace
+
+
+def test_times_are_medians_of_what_was_measured_and_hopes_for_the_rest():
+    pace = Pace()
+    assert not pace.known
+    for watch, times in zip(pace._checks, ([9, 1.0, 9, 1.0, 1.0], [9, 1.5], [], [9, 1.3]), strict=False):
+        for seconds in times:  # the first is that of recording
+            watch.add(seconds)
+    with pace.checking(8):
+        pass
+    assert pace.known
+    assert [pace.seconds(rows) for rows in (1, 2, 3, 4)] == pytest.approx([1.0, 1.16, 1.16, 1.3])
+    assert pace.seconds(8) == pytest.approx(1.56)
+
+
+def test_as_many_are_drafted_as_pay():
+    """Against the tokens of every number of drafts over their time."""
+    acceptance = Acceptance(0.9)
+    steps, draft = (1.0, 1.2, 1.3, 1.35, 1.7, 1.8, 1.9, 2.1), 0.45
+    pace = pace_of(*steps, draft=draft)
+    speeds = [sum(0.9**i for i in range(count + 1)) / (count * draft + steps[count]) for count in range(len(steps))]
+    assert pace.speed(acceptance) == pytest.approx(max(speeds))
+    gains = pace.gains(acceptance, 7, max(speeds), draft=draft)
+    assert gains.index(max(gains)) + 1 == speeds.index(max(speeds)) == 3
+    # At that speed the best number of drafts is worth as much as none and a token: it gains nothing more.
+    assert 1 + max(gains) == pytest.approx(max(speeds) * steps[0])
+    assert max(pace.gains(acceptance, 7, 1.0, draft=2.0)) < 0
+    assert pace.speed(Acceptance(0.3)) == 1.0
+    unlikely = pace.gains(acceptance, 6, max(speeds), draft=draft, drafted=1, chance=0.2)
+    assert max(unlikely) < 0 < max(pace.gains(acceptance, 6, max(speeds), draft=draft, drafted=1))
+
+
+def test_what_is_accepted_is_learnt_by_how_probable_it_was():
+    acceptance = Acceptance(0.8)
+    for _ in range(200):
+        acceptance.observe([0.99, 0.5, 0.99], 1)  # the third stands behind a wrong one
+    assert acceptance.rate(0.99) > 0.99
+    assert acceptance.rate(0.5) < 0.01
+    assert acceptance.average == pytest.approx(0.5, abs=0.03)
+
+
+def test_where_nothing_pays_one_token_is_drafted_now_and_then(make, token_ids, monkeypatch):
+    model, prompt = make("llama", "none"), token_ids(1, 11)
+    monkeypatch.setattr(Pace, "gains", lambda self, acceptance, most, speed, **costs: [-1.0] * most)
+    decoder = LosslessDecoder(model, 128)
+    list(decoder.continue_prompt(prompt, TOKENS, Sampler()))
+    assert decoder.verifications.drafted == 3
 
 
 def test_text_and_options(make, tokenizer):
@@ -223,6 +332,26 @@ def test_text_and_options(make, tokenizer):
     assert larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=1, lossless=True).lossless["passes"] == 0
     with pytest.raises(LarosaError, match="--lossless is of larosa's engine: use --engine larosa, not transformers"):
         larosa.generate(model, tokenizer, "w9", lossless=True, engine="transformers")
+    with pytest.raises(LarosaError, match="--draft says what drafts for --lossless: add that"):
+        larosa.generate(model, tokenizer, "w9", draft="int8")
+
+
+def test_drafters_that_do_not_belong(make, make_model):
+    dense = make_model("llama")
+    with pytest.raises(LarosaError, match="unknown draft 'int3': one of int8, int4"):
+        LosslessDecoder(dense, 32, draft="int3")
+    with pytest.raises(LarosaError, match=r"a model of 2 layers.*cannot draft for a model of 3 layers"):
+        LosslessDecoder(dense, 32, draft=make_model("llama", num_hidden_layers=2))
+    with pytest.raises(LarosaError, match="in bfloat16, where the other is in float32: give a --dtype"):
+        LosslessDecoder(dense, 32, draft=make_model("llama", torch.bfloat16))
+
+
+def test_values_in_another_basis_are_not_shared(make_model, quick_convert):
+    dense, rotated = make_model("llama"), quick_convert(make_model("llama"), value_rotation=True)
+    with pytest.raises(LarosaError, match=r"--draft has its values rotated.*--no-value-rotation"):
+        LosslessDecoder(dense, 32, draft=rotated)
+    with pytest.raises(LarosaError, match="the model has its values rotated"):
+        LosslessDecoder(rotated, 32, draft=dense)
 
 
 def test_weights_that_were_refit_are_refused(make_model, quick_convert):

@@ -35,9 +35,8 @@ def generate(
     seed: options.Seed = 0,
     engine: options.EngineOption = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="The text of the model with nothing skipped, drafted by what skips.")
-    ] = False,
+    lossless: options.Lossless = False,
+    draft: options.Draft = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -56,6 +55,7 @@ def generate(
     check_text(text, "--prompt" if file is None else file)
     check_text(system or "", "--system")
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    drafter = options.drafter(draft, lossless, dtype, device, trust_remote_code)
     options.note_unused_settings(loaded)
     if not chat:
         options.write_text(text)
@@ -74,6 +74,7 @@ def generate(
         engine=engine,
         kv_cache_dtype=kv_cache_dtype,
         lossless=lossless,
+        draft=drafter,
         on_text=options.write_text,
     )
     options.write_text("\n")

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from larosa.benchmarks.results import DecodeRow
+from larosa.checkpoint import load
 from larosa.decoding import CacheDtype, EngineName, Generation
+from larosa.decoding.lossless import RoundedDraft
 from larosa.decoding.sampling import unused_settings
 from larosa.errors import LarosaError
 from larosa.sparsity.report import Sparsity
@@ -45,6 +47,17 @@ DtypeOption = Annotated[
 KvCacheDtype = Annotated[
     CacheDtype,
     typer.Option("--kv-cache-dtype", help="How larosa's engine keeps keys and values; auto is as the weights."),
+]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="The text of the model with nothing skipped, some tokens of it drafted.")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8|int4|MODEL",
+        help="What drafts for --lossless: the weights rounded to 8 or 4 bits, or a conversion of the same model; by "
+        "default what skips, if anything does. The text itself always does.",
+    ),
 ]
 EngineOption = Annotated[
     EngineName | None,
@@ -94,6 +107,13 @@ def read_file(path: Path, option: str) -> str:
         raise LarosaError(f"{path}: not UTF-8 text, byte {error.start} ({option})") from None
     except OSError as error:
         raise LarosaError(f"{path}: {error.strerror} ({option})") from None
+
+
+def drafter(draft: str | None, lossless: bool, dtype: Dtype, device: str, trust_remote_code: bool) -> Any:
+    """What `--draft` names, as `larosa.generate` takes it: a model is loaded."""
+    if draft is None or not lossless or draft in tuple(RoundedDraft):
+        return draft  # who generates refuses it without --lossless
+    return load(draft, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
 
 
 def tell_speed(result: Generation) -> None:

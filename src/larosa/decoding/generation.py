@@ -72,6 +72,7 @@ def generate(
     engine: str | None = None,
     kv_cache_dtype: str = CacheDtype.AUTO,
     lossless: bool = False,
+    draft: Any = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue a prompt, or answer the last message of a conversation.
@@ -85,8 +86,9 @@ def generate(
         stop: strings that end the text; they may span tokens, and are not in it.
         engine: `larosa`, `transformers`, or None for larosa's where the device has its kernels.
         kv_cache_dtype: how larosa's engine keeps keys and values: `auto` as the model's weights, or `int8`.
-        lossless: give the text of the model with nothing skipped, which what the checkpoint skips drafts; see
-            `LosslessDecoder`.
+        lossless: give the text of the model with nothing skipped, of which something cheaper drafts some tokens at a
+            time; see `LosslessDecoder`.
+        draft: what that is: `int8`, `int4`, or another model; see `larosa.decoding.lossless.draft_weights`.
         on_text: called with each piece of text as soon as it is complete.
 
     Raises:
@@ -110,6 +112,8 @@ def generate(
     cache_dtype = _cache_dtype(kv_cache_dtype, chosen)
     if lossless and chosen is not EngineName.LAROSA:
         raise LarosaError(f"--lossless is of larosa's engine: use --engine larosa, not {chosen}")
+    if draft is not None and not lossless:
+        raise LarosaError("--draft says what drafts for --lossless: add that")
     ids = prompt_ids(model, tokenizer, prompt)
     context = context_length(model.config)
     if len(ids) + max_new_tokens > context:
@@ -125,7 +129,7 @@ def generate(
     sampler = Sampler(sampling, device=device, kernels=chosen is EngineName.LAROSA and device.type != "cpu")
     decoder: LosslessDecoder | None = None
     if lossless:
-        decoder = LosslessDecoder(model, length, cache_dtype)
+        decoder = LosslessDecoder(model, length, cache_dtype, draft)
         tokens = decoder.continue_prompt(ids[None], max_new_tokens, sampler, ends)
     else:
         runner: StepEngine = Engine(model, length, cache_dtype) if chosen is EngineName.LAROSA else ForwardEngine(model)

@@ -1,39 +1,39 @@
-"""Lossless mode: cheap passes draft tokens, and one dense pass over the same weights checks several of them at once.
+"""Lossless mode: cheap passes draft tokens, and one dense pass over a model's weights checks several of them at once.
 
-What comes is what the dense pass alone gives, token for token where it is greedy and in distribution where it is
-sampled (speculative sampling: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). Drafts come from the
-sparse pass of a converted model, or from the text itself where its last words have stood in it before.
+What comes is what the dense pass alone gives: each token is drawn from the dense pass's own logits, and a draft only
+says for which tokens these are worth computing together (speculative decoding: Leviathan et al., arXiv 2211.17192).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from enum import StrEnum
+from typing import Any
 
 import torch
 
+from larosa.architectures import Heads
 from larosa.config import Compensation, LarosaConfig
 from larosa.decoding.cache import CacheDtype
+from larosa.decoding.drafting import Draft, Drafter, Lookup, ModelDrafter
 from larosa.decoding.engine import Engine
 from larosa.decoding.layers import MAX_ROWS
-from larosa.decoding.sampling import Proposal, Sampler
+from larosa.decoding.pace import Acceptance, Pace
+from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
-from larosa.errors import LarosaError
-from larosa.sparsity.report import inspect_config
+from larosa.errors import LarosaError, choose
+from larosa.formats import Int4, Int8
 
-#: What one more row of a dense pass costs, as a share of a pass of one row.
-_ROW_COST = 0.08
-#: Drafts are made where they promise so much more than plain decoding: what is promised is uncertain.
-_WORTH = 1.03
-#: How much one more draft moves what is expected of the next.
-_MOVES = 0.05
-#: After so many tokens without a draft one is tried again: the text may have become easier.
+#: After so many steps without a model's draft one token is drafted again: the text may have become easier.
 _AGAIN = 32
-#: How many tokens are drafted: few numbers, for a step of each number of rows is recorded when it first runs.
-_COUNTS = (0, 1, 3, MAX_ROWS - 1)
-#: Tokens that a prompt lookup compares, most first.
-_LOOKUPS = (3, 2)
+
+
+class RoundedDraft(StrEnum):
+    """Drafts by a copy of the model's own weights, rounded to nearest when it is made."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass
@@ -56,99 +56,78 @@ class Verifications:
         }
 
 
-class Drafter(Protocol):
-    """Guesses how a text goes on."""
+class Speculation:
+    """Dense steps of several tokens over an engine's texts, and who drafts for them.
 
-    #: What a drafted token costs, as a share of a dense pass.
-    cost: float
+    Args:
+        engine: of the dense pass.
+        draft: cheaper weights of the same model; None where the texts alone draft.
+    """
 
-    def most(self, text: Sequence[int]) -> int:
-        """How many tokens it can draft here."""
-        ...
-
-    def draft(self, text: Sequence[int], count: int, sampler: Sampler) -> list[Proposal]:
-        """Draft up to `count` tokens behind a text, of which all but the last token have been run."""
-        ...
-
-
-class SparseDrafter:
-    """The sparse pass of a converted model, over the keys and values of the dense one."""
-
-    def __init__(self, engine: Engine, cost: float) -> None:
-        self.cost = cost
+    def __init__(self, engine: Engine, draft: DecoderWeights | None) -> None:
         self._engine = engine
-
-    def most(self, text: Sequence[int]) -> int:
-        """See `Drafter`."""
-        return MAX_ROWS - 1
-
-    def draft(self, text: Sequence[int], count: int, sampler: Sampler) -> list[Proposal]:
-        """See `Drafter`. Keys and values of the drafted tokens stand where the dense pass writes its own."""
-        proposals: list[Proposal] = []
-        token = text[-1]
-        with sampler.trying():
-            for position in range(len(text) - 1, len(text) - 1 + count):
-                logits = self._engine.step(torch.tensor([token]), torch.tensor([position]))
-                proposals.append(sampler.propose(logits))
-                token = proposals[-1].token
-        return proposals
-
-
-class Lookup:
-    """What followed the last place where the text's last words had stood before."""
-
-    cost = 0.0
-
-    def __init__(self) -> None:
-        self._read = 0
-        #: Where each run of so many tokens ends, the last time but that of the text's end.
-        self._ends: dict[tuple[int, ...], int] = {}
-
-    def most(self, text: Sequence[int]) -> int:
-        """See `Drafter`."""
-        start = self._following(text)
-        return 0 if start is None else min(len(text) - start, MAX_ROWS - 1)
-
-    def draft(self, text: Sequence[int], count: int, sampler: Sampler) -> list[Proposal]:
-        """See `Drafter`."""
-        start = self._following(text)
-        assert start is not None, "most() has found it"
-        return [Proposal(token, None) for token in text[start : start + count]]
-
-    def _following(self, text: Sequence[int]) -> int | None:
-        for end in range(self._read, len(text)):  # a run that ends with the text is noted once the text has gone on
-            for length in _LOOKUPS:
-                if end >= length:
-                    self._ends[tuple(text[end - length : end])] = end
-        self._read = len(text)
-        found = (self._ends.get(tuple(text[len(text) - length :])) for length in _LOOKUPS if len(text) >= length)
-        return next((end for end in found if end is not None), None)
-
-
-class Expectation:
-    """How many tokens of a drafter are worth drafting, by how many were accepted so far."""
-
-    def __init__(self, cost: float) -> None:
-        self.rate = 0.75
-        self._cost = cost
+        self._drafts = None if draft is None else engine.beside(draft)
+        self._acceptance = Acceptance()
+        self._pace = Pace()
         self._idle = 0
+        #: Of all texts so far.
+        self.verifications = Verifications()
 
-    def gain(self, count: int) -> float:
-        """Tokens in the time of one dense pass, where so many are drafted."""
-        return sum(self.rate**i for i in range(count + 1)) / (1 + count * (self._cost + _ROW_COST))
+    def drafters(self, text: int = 0) -> list[Drafter]:
+        """The drafters of a new text, which is that one of the engine's."""
+        found: list[Drafter] = [Lookup(self._pace)]
+        if self._drafts is not None:
+            found.append(ModelDrafter(self._drafts, text, self._pace, self._acceptance))
+        return found
 
-    def best(self, most: int) -> int:
-        """How many tokens to draft, up to `most`: 0 where none pays, but for one now and then."""
-        count = max((count for count in _COUNTS if count <= most), key=self.gain)
-        if count and self.gain(count) < _WORTH:
-            count = 0
-        return 1 if not count and most and self._idle >= _AGAIN else count
+    def advance(
+        self, tokens: Sequence[int], most: int, sampler: Sampler, drafters: Sequence[Drafter], text: int = 0
+    ) -> tuple[list[int], torch.Tensor]:
+        """The next tokens of a text, of which all but the last have been run, and run all of them but the last.
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Learn from a verification, of no draft by this drafter as well."""
-        self._idle = 0 if drafted else self._idle + 1
-        for i in range(min(drafted, accepted + 1)):  # what stands behind one that is refused says nothing
-            self.rate += _MOVES * ((i < accepted) - self.rate)
+        Args:
+            tokens: of the text so far, prompt included.
+            most: how many are wanted at most, one at least.
+            drafters: of this text.
+            text: which one of the engine's it is.
+
+        Returns:
+            The new tokens, and the logits [new tokens, vocabulary] that they were drawn from.
+
+        Raises:
+            LarosaError: the logits are NaN or Inf.
+        """
+        drafter, draft = self._drafted(tokens, min(most, MAX_ROWS) - 1, sampler, drafters)
+        rows, start = torch.tensor([tokens[-1], *draft.tokens]), len(tokens) - 1
+        with self._pace.checking(len(rows)):
+            logits = self._engine.step(rows, torch.arange(start, start + len(rows)), [text] * len(rows))
+            new = sampler.accept(draft.tokens, logits)
+        if drafter is not None:
+            drafter.acceptance.observe(draft.probabilities, len(new) - 1)
+        found = self.verifications
+        found.passes += 1
+        found.drafted += len(draft.tokens)
+        found.accepted += len(new) - 1
+        found.tokens += len(new)
+        return new, logits[: len(new)]
+
+    def _drafted(
+        self, tokens: Sequence[int], most: int, sampler: Sampler, drafters: Sequence[Drafter]
+    ) -> tuple[Drafter | None, Draft]:
+        """The draft that promises most, and whose it is; none where none pays, but for one token now and then."""
+        self._idle += 1
+        if most == 0 or not self._pace.known:
+            return None, Draft([], [])
+        speed = 1 / self._pace.seconds(1) if self._drafts is None else self._pace.speed(self._acceptance)
+        promises = [drafter.promise(tokens, most, speed) for drafter in drafters]
+        best = promises.index(max(promises))
+        if promises[best] <= 0:
+            if self._drafts is None or self._idle < _AGAIN:
+                return None, Draft([], [])
+            best, most = len(drafters) - 1, 1
+        if isinstance(drafters[best], ModelDrafter):
+            self._idle = 0
+        return drafters[best], drafters[best].draft(tokens, most, speed, sampler)
 
 
 class LosslessDecoder:
@@ -158,28 +137,26 @@ class LosslessDecoder:
     conversion, but for what converting rounded.
 
     Args:
-        model: dense or converted, on the CPU. Of a dense model only the text itself drafts.
+        model: dense or converted, on the CPU.
         max_length: tokens there is room for, prompt included.
         kv_cache_dtype: see `Engine`.
+        draft: see `draft_weights`.
 
     Raises:
         LarosaError: a model that the engine cannot run, whose dense pass is not the model before conversion, or that
-            is not on the CPU; or too little memory for the cache.
+            is not on the CPU; a draft that does not belong to it; or too little memory.
     """
 
-    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO) -> None:
+    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO, draft: Any = None) -> None:
         weights = DecoderWeights(model)
-        _check(model.config, weights)
+        check_lossless(weights)
         self._engine = Engine(weights.whole(), max_length, kv_cache_dtype)
-        # The first one is another for each text.
-        self._drafters: list[tuple[Drafter, Expectation]] = [(Lookup(), Expectation(Lookup.cost))]
-        if any(layer.skips for layer in weights.layers):
-            report = inspect_config(model.config)
-            dense = report.bytes_dense_total + report.adapter_bytes + report.head_bytes
-            cost = (report.bytes_sparse_total + report.head_bytes) / dense
-            self._drafters.append((SparseDrafter(self._engine.beside(weights), cost), Expectation(cost)))
-        #: Of all prompts so far.
-        self.verifications = Verifications()
+        self._speculation = Speculation(self._engine, draft_weights(weights, draft))
+
+    @property
+    def verifications(self) -> Verifications:
+        """Of all prompts so far."""
+        return self._speculation.verifications
 
     @torch.inference_mode()
     def continue_prompt(
@@ -192,7 +169,7 @@ class LosslessDecoder:
         """
         logits = self._engine.prefill(prompt)
         sampler.start(prompt, logits.shape[-1])
-        self._drafters[0] = Lookup(), Expectation(Lookup.cost)
+        drafters = self._speculation.drafters()
         text = prompt[0].tolist()
         new = sampler.accept([], logits)
         left = max_new_tokens
@@ -203,36 +180,70 @@ class LosslessDecoder:
                 yield token
                 if token in stop or left == 0:
                     return
-            new = self._verified(text, left, sampler)
-
-    def _verified(self, text: list[int], left: int, sampler: Sampler) -> list[int]:
-        """The next tokens, up to `left`: as many of a draft as are accepted, and one more."""
-        counts = [expected.best(min(drafter.most(text), left - 1)) for drafter, expected in self._drafters]
-        pairs = list(zip(counts, self._drafters, strict=True))
-        count, (drafter, expected) = max(pairs, key=lambda pair: pair[1][1].gain(pair[0]) if pair[0] else 0.0)
-        proposals = drafter.draft(text, count, sampler) if count else []
-        start = len(text) - 1
-        rows = torch.tensor([text[-1], *(proposal.token for proposal in proposals)])
-        logits = self._engine.step(rows, torch.arange(start, start + len(rows)))
-        new = sampler.accept(proposals, logits)
-        for _, other in self._drafters:
-            other.observe(*((len(proposals), len(new) - 1) if other is expected else (0, 0)))
-        self.verifications.passes += 1
-        self.verifications.drafted += len(proposals)
-        self.verifications.accepted += len(new) - 1
-        self.verifications.tokens += len(new)
-        return new
+            new, _ = self._speculation.advance(text, left, sampler, drafters)
 
 
-def _check(config: Any, weights: DecoderWeights) -> None:
+def draft_weights(weights: DecoderWeights, draft: Any) -> DecoderWeights | None:
+    """What drafts for the dense pass over some weights; None where nothing but the text can.
+
+    Args:
+        draft: `int8` or `int4` for a copy that is rounded so; another model of the same sizes, for one that was
+            converted from the same weights with better rounding; None for these weights themselves, where they skip
+            something.
+
+    Raises:
+        LarosaError: an unknown name, a model of other sizes or in another basis, or too little memory for a copy.
+    """
+    if draft is None:
+        return weights if any(layer.skips for layer in weights.layers) else None
+    if isinstance(draft, str):
+        linears = choose(RoundedDraft, draft, "draft")
+        form = Int8(Int8.usual_group) if linears is RoundedDraft.INT8 else Int4(Int4.usual_group)
+        return weights.rounded(form, Int8(form.group))
+    other = DecoderWeights(draft)
+    _check_alike(weights, other)
+    return other
+
+
+def check_lossless(weights: DecoderWeights) -> None:
+    """Refuse weights whose dense pass is not the model before conversion, or cannot check several tokens.
+
+    Raises:
+        LarosaError: the message says which.
+    """
     if weights.device.type != "cpu":
         raise LarosaError("--lossless runs on the CPU alone: a GPU's kernels check one token at a time")
-    if getattr(config, "larosa", None) is None:
+    block = _block(weights.config)
+    if block is None:
         return
-    block = LarosaConfig.parse(config.larosa)
     refit = "--compensation linear" if block.compensation is not Compensation.NONE else "larosa recover"
     if block.compensation is not Compensation.NONE or block.recovery is not None:
         raise LarosaError(
             f"--lossless: {refit} has changed this model's weights, so that with nothing skipped they are no longer "
             "the dense model; convert it without"
         )
+
+
+def _check_alike(weights: DecoderWeights, draft: DecoderWeights) -> None:
+    """Refuse a drafter whose keys and values are not those of the weights that check."""
+    mine, theirs = (_sizes(each) for each in (weights, draft))
+    if mine != theirs:
+        raise LarosaError(f"--draft: {theirs} cannot draft for {mine}: convert the same model")
+    if draft.dtype != weights.dtype:
+        dtypes = [str(each.dtype).removeprefix("torch.") for each in (draft, weights)]
+        raise LarosaError(f"--draft: a model in {dtypes[0]}, where the other is in {dtypes[1]}: give a --dtype")
+    for name, block in (("the model", _block(weights.config)), ("--draft", _block(draft.config))):
+        if block is not None and block.value_rotation:
+            raise LarosaError(
+                f"{name} has its values rotated, so that the two cannot share them: convert it with --no-value-rotation"
+            )
+
+
+def _sizes(weights: DecoderWeights) -> str:
+    heads = Heads.of(weights.config)
+    layers, tokens = weights.config.num_hidden_layers, len(weights.embedding)
+    return f"a model of {layers} layers, {heads.keys} keys of {heads.size} entries each and {tokens} tokens"
+
+
+def _block(config: Any) -> LarosaConfig | None:
+    return None if getattr(config, "larosa", None) is None else LarosaConfig.parse(config.larosa)

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,6 +17,9 @@ from larosa.utils.finite import not_finite
 
 #: What divides logits is no less, so that it is not rounded to zero; the likeliest token has everything long before.
 _LEAST_TEMPERATURE = 1e-30
+
+#: Below all that exponential noise gives but for a zero, which would choose what has no probability.
+_LEAST_NOISE = 1e-300
 
 #: What `model.generate` keeps where neither a checkpoint nor its caller says how many.
 _TOP_K = 50
@@ -123,13 +126,6 @@ def _check(name: str, value: float, right: bool, wanted: str) -> None:
         raise LarosaError(f"{name} must be {wanted}, not {value}")
 
 
-class Proposal(NamedTuple):
-    """A drafted token, and by which probabilities [vocabulary] it was drawn; None where it was no chance."""
-
-    token: int
-    probabilities: torch.Tensor | None
-
-
 class Sampler:
     """Draws the tokens of a text, or of several at once.
 
@@ -155,6 +151,8 @@ class Sampler:
         self._kernels = kernels
         self._device = device
         self._seen: torch.Tensor | None = None
+        #: Of the next tokens of a text that is drafted, [vocabulary] each, as far as they have been looked at.
+        self._noise: list[torch.Tensor] = []
         self.generator = torch.Generator(device).manual_seed(self._sampling.seed)
 
     def start(self, prompts: torch.Tensor, vocabulary: int) -> None:
@@ -205,59 +203,55 @@ class Sampler:
         if self._seen is not None and seen is not None:
             self._seen.copy_(seen)
 
-    def propose(self, logits: torch.Tensor) -> Proposal:
-        """Draw a text's next token from logits [1, vocabulary], for `accept` to judge.
+    def propose(self, logits: torch.Tensor, ahead: int) -> int:
+        """What `accept` would draw from logits [1, vocabulary], `ahead` tokens behind the text's next one.
 
         Raises:
             LarosaError: the logits are NaN or Inf.
         """
-        probabilities = self._probabilities(logits)
-        token = self._drawn(probabilities)
-        return Proposal(token, None if self._sampling.temperature == 0 else probabilities)
+        token = self._at(logits, ahead)
+        self._count(token)
+        return token
 
-    def accept(self, proposals: Sequence[Proposal], logits: torch.Tensor) -> list[int]:
-        """As many of the proposed tokens as are accepted, and one more, as if all were drawn from the logits.
+    def accept(self, proposed: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """A text's next tokens: each drawn from its own row, up to the first that is another than was proposed.
 
-        Token by token (Leviathan et al., arXiv 2211.17192, algorithm 1): one that was proposed with probability q and
-        has p is accepted with probability p / q; else the token is drawn in proportion to max(p - q, 0).
+        What is drawn depends on the logits and on the token's own noise, which `propose` uses too: so the text is the
+        same whatever is proposed, and the same noise makes it likely that what is proposed is drawn.
 
         Args:
-            proposals: tokens that follow each other in one text.
-            logits: [proposals + 1, vocabulary] float32, of the text's next token and behind each proposed one.
+            proposed: tokens that follow each other in one text.
+            logits: [proposed + 1, vocabulary] float32, of the text's next token and behind each proposed one.
 
         Raises:
             LarosaError: logits that are drawn from are NaN or Inf.
         """
         new: list[int] = []
-        for (token, proposed), row in zip(proposals, logits.split(1), strict=False):
-            wanted = self._probabilities(row)
-            chance = 1.0 if proposed is None else float(proposed[token])
-            uniform = torch.rand((), dtype=torch.float64, generator=self.generator, device=logits.device)
-            if float(uniform) * chance >= float(wanted[token]):
-                rest = wanted.index_fill(0, torch.tensor(token), 0.0) if proposed is None else wanted - proposed
-                rest = rest.clamp_min(0)
-                return [*new, self._drawn(rest if rest.any() else wanted)]
-            self._count(token)
-            new.append(token)
-        return [*new, self._drawn(self._probabilities(logits[-1:]))]
+        for ahead, row in enumerate(logits.split(1)):
+            new.append(self._at(row, ahead))
+            self._count(new[-1])
+            if ahead == len(proposed) or new[-1] != proposed[ahead]:
+                break
+        del self._noise[: len(new)]
+        return new
 
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """[vocabulary] float64, by which a token is drawn from logits [1, vocabulary]; greedy has all on one."""
+    def _at(self, logits: torch.Tensor, ahead: int) -> int:
+        """The token drawn from logits [1, vocabulary], by the noise of the text's next token or of one behind it.
+
+        The largest of probabilities over exponential noise is a draw in proportion to the probabilities.
+        """
         if not logits.max().isfinite():
             raise not_finite("the model's logits are")
         logits = self.changed(logits)
-        whole = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
         if self._sampling.temperature == 0:
-            whole[logits.argmax()] = 1
-            return whole
+            return int(logits.argmax())
         weights, tokens = candidates(logits, self._sampling)
-        weights = weights[0].double() / weights.double().sum()
-        return weights if tokens is None else whole.scatter_(0, tokens[0], weights)
-
-    def _drawn(self, probabilities: torch.Tensor) -> int:
-        token = int(self._drawn_index(probabilities[None]))
-        self._count(token)
-        return token
+        while len(self._noise) <= ahead:
+            noise = torch.empty(logits.shape[-1], dtype=torch.float64, device=logits.device)
+            self._noise.append(noise.exponential_(generator=self.generator).clamp_min_(_LEAST_NOISE))
+        noise = self._noise[ahead] if tokens is None else self._noise[ahead][tokens[0]]
+        best = int((weights[0] / noise).argmax())
+        return best if tokens is None else int(tokens[0, best])
 
     def _count(self, token: int) -> None:
         if self._seen is not None:
