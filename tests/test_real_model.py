@@ -9,6 +9,12 @@ import pytest
 import torch
 
 import larosa
+from larosa.data.text import BUNDLED, TextSplit, read_text
+from larosa.decoding import Engine
+from larosa.decoding.loop import continue_prompt
+from larosa.decoding.lossless import LosslessDecoder
+from larosa.decoding.sampling import Sampler
+from larosa.decoding.weights import DecoderWeights
 
 FOLDER = Path(os.environ.get("LAROSA_REAL_MODEL", ""))
 
@@ -73,3 +79,27 @@ def answered(loaded, engine, *messages):
     model, tokenizer = loaded
     prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return larosa.generate(model, tokenizer, prompt, max_new_tokens=40, engine=engine)
+
+
+#: Paragraphs of the bundled text, whose beginnings are continued: 10,240 tokens in all.
+LOSSLESS = 40
+
+
+@pytest.fixture(scope="module")
+def decoders(loaded):
+    """The dense pass alone, and drafted by 8 and by 4 bits."""
+    dense = Engine(DecoderWeights(loaded.model), 320)
+    return dense, [LosslessDecoder(loaded.model, 320, draft=draft) for draft in ("int8", "int4")]
+
+
+@pytest.mark.parametrize("number", range(LOSSLESS))
+def test_lossless_decoding_is_dense_decoding(loaded, decoders, number):
+    dense, lossless = decoders
+    paragraphs = [part for part in read_text(BUNDLED, TextSplit.TEST).split("\n\n") if len(part) > 300]
+    prompt = loaded.tokenizer(paragraphs[number][:200], return_tensors="pt").input_ids
+    expected = list(continue_prompt(dense, prompt, 256, Sampler()))
+    drafted = lossless[number % 2]
+    before = drafted.verifications.accepted
+    assert list(drafted.continue_prompt(prompt, 256, Sampler())) == expected
+    assert len(expected) == 256
+    assert drafted.verifications.accepted > before

@@ -1,13 +1,12 @@
-"""Prompts of ordinary kinds, for what depends on the text: how many drafted tokens are accepted."""
+"""Prompts of ordinary kinds, for what depends on the text: how many drafted tokens are right."""
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 import torch
 
-from larosa.calibration.sources import tokenize
+from larosa.data.text import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.chat import conversation
 from larosa.decoding.generation import prompt_ids
 
@@ -23,18 +22,23 @@ _CODE = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     "<!DOCTYPE html>\n<html>\n<head>\n<title>Shopping list</title>\n</head>\n<body>\n<ul>\n  <li>Bread</li>\n",
 )
-#: Paragraphs of so many characters are told to be summed up, and their beginnings to be continued.
-_PARAGRAPH, _BEGINNING, _PASSAGES = 600, 200, 4
+#: Passages are of so many characters at least; so many of their first ones are to be continued.
+_PASSAGE, _BEGINNING = 600, 200
+#: Prompts of each kind.
+_PROMPTS = len(_QUESTIONS)
 
 #: What prompts there are.
 KINDS = ("questions", "prose", "code", "summaries")
 
 
 def prompts(kind: str, model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """The prompts of a kind, each [length] int64: by the tokenizer's chat template if it has one, else as plain text.
+    """The prompts of a kind, each [length] int64.
+
+    Questions and summaries are asked for by the tokenizer's chat template, if it has one; prose and code are to be
+    continued.
 
     Args:
-        kind: one of `KINDS`. Prose and code are continued as they are, whatever the tokenizer has.
+        kind: one of `KINDS`.
     """
     if kind in ("prose", "code"):
         texts = [passage[:_BEGINNING].rpartition(" ")[0] for passage in _passages()] if kind == "prose" else _CODE
@@ -45,8 +49,7 @@ def prompts(kind: str, model: Any, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def _passages() -> list[str]:
-    """Paragraphs of the bundled text, of different articles."""
-    text = resources.files("larosa.assets").joinpath("evaluation.txt").read_text("utf-8")
-    articles = [article.partition("\n\n")[2] for article in text.split("\n= ")]
-    first = [article.partition("\n\n")[0].strip() for article in articles]
-    return [paragraph for paragraph in first if len(paragraph) >= _PARAGRAPH][:_PASSAGES]
+    """First paragraphs of articles of the bundled text."""
+    articles = read_text(BUNDLED, TextSplit.TEST).split("\n= ")
+    paragraphs = [article.split("\n\n")[1].strip() for article in articles]
+    return [paragraph for paragraph in paragraphs if len(paragraph) >= _PASSAGE][:_PROMPTS]

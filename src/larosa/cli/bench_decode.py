@@ -11,9 +11,10 @@ from rich.table import Table
 
 from larosa.benchmarks.decode import DecodeBenchmark, measure_checkpoints, measure_shape
 from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_shape
+from larosa.benchmarks.lossless import measure_lossless
 from larosa.benchmarks.shapes import DEFAULT_LAYOUT, Layout, random_quantization
-from larosa.checkpoints.io import find_device
-from larosa.cli import bench_gpu, options
+from larosa.checkpoints.io import find_device, load
+from larosa.cli import bench_gpu, bench_lossless, options
 from larosa.cli.options import console
 from larosa.config import AdapterFormat, Selection
 from larosa.decoding import CacheDtype
@@ -54,6 +55,11 @@ def decode(
     batch: Annotated[
         str, typer.Option(help="Texts to continue at once on a CPU, numbers separated by commas: 1,2,4,8.")
     ] = "1",
+    lossless: Annotated[
+        bool,
+        typer.Option("--lossless", help="Instead: --lossless of a model, on ordinary texts."),
+    ] = False,
+    draft: options.Draft = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
     device: options.Device = "auto",
     json: options.JsonFile = None,
@@ -71,6 +77,10 @@ def decode(
             "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters, --selection and --weights are for "
             "--shape: leave them out, a checkpoint has its own"
         )
+    if lossless and (shape is not None or len(checkpoints or []) != 1 or batch != "1"):
+        raise LarosaError("--lossless measures one text at a time of one checkpoint: give no --shape and no --batch")
+    if draft is not None and not lossless:
+        raise LarosaError("--draft says what drafts for --lossless: add that")
     where = find_device(device)
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
     if where.type == "cuda" and batches != (1,):
@@ -78,6 +88,14 @@ def decode(
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
+    if lossless:
+        (path,) = checkpoints or []
+        drafter = options.drafter(draft, lossless, dtype, device, False)
+        model, tokenizer = load(path, dtype=dtype, device=device)
+        called = "what it skips, and the text" if draft is None else draft
+        named = {"draft": drafter, "draft_name": called, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
+        bench_lossless.show(measure_lossless(model, tokenizer, **named), path, json)
+        return
     settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
     if shape is None:
         settings["dtype"] = dtype

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from larosa.benchmarks.results import DecodeRow
-from larosa.checkpoint import load
+from larosa.checkpoints.io import load
 from larosa.decoding import CacheDtype, EngineName, Generation
 from larosa.decoding.lossless import RoundedDraft
 from larosa.decoding.sampling import unused_settings

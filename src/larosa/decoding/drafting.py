@@ -74,9 +74,10 @@ class ModelDrafter:
 
     def _gain(self, most: int, speed: float, drafted: int, chance: float) -> float:
         """Of the best number of further tokens."""
-        pace = self._pace
-        costs = {"draft": pace.draft_seconds, "drafted": drafted, "chance": chance}
-        return max(pace.gains(self.acceptance, most - drafted, speed, **costs), default=0.0)
+        gains = self._pace.gains(
+            self.acceptance, most - drafted, speed, draft=self._pace.draft_seconds, drafted=drafted, chance=chance
+        )
+        return max(gains, default=0.0)
 
 
 class Lookup:

@@ -19,6 +19,8 @@ from larosa.formats import ColumnFormat
 from larosa.models.plain import check_plain
 from larosa.ops.backend import check_kernels
 from larosa.ops.schema import has_kernels
+from larosa.sparsity import SiteSizes
+from larosa.utils.memory import available_memory
 from larosa.utils.progress import track
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,8 +66,16 @@ class DecoderWeights:
         """The same with a copy of all weights by few bits, rounded to nearest, for steps; prompts run as before.
 
         Raises:
-            LarosaError: a weight is NaN or Inf; the message names the layer.
+            LarosaError: a weight is NaN or Inf, and the message names the layer; or too little memory for the copy.
         """
+        sizes = SiteSizes.of(self.config)
+        needed = (sizes.linear_weights * linears.bits + self.embedding.numel() * head.bits) // 8
+        free = available_memory(self.device)
+        if needed > free:
+            raise LarosaError(
+                f"a copy of the weights by {linears.bits} bits needs {needed / 1e9:.2f} GB, where "
+                f"{free / 1e9:.2f} GB are free"
+            )
         other = copy.copy(self)
         layers = track(self.layers, "Rounding layers")
         other.layers = [layer.rounded(linears, f"layer {index}") for index, layer in enumerate(layers)]
