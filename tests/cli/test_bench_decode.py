@@ -51,6 +51,21 @@ def test_texts_at_once(cli, tmp_path):
     assert [row["batch"] for row in rows] == [1, 1, 2, 1, 2]
 
 
+def test_lossless(cli, checkpoint, converted, tmp_path):
+    options = ("--lossless", "--draft", "int8", "--tokens", 12, "--threads", 1, "--json", tmp_path / "d.json")
+    outcome = cli("bench", "decode", checkpoint, *options)
+    assert outcome.code == 0, outcome.err
+    assert "drafted by int8" in " ".join(outcome.out.split())
+    *kinds, together = json.loads((tmp_path / "d.json").read_text("utf-8"))["rows"]
+    assert together["kind"] == "all"
+    for name in ("texts", "tokens", "drafted"):
+        assert together[name] == sum(row[name] for row in kinds)
+    assert all(row["tokens_per_pass"] >= 1 and row["speedup"] > 0 for row in kinds)
+    for wrong in ((checkpoint, converted), ("--shape", "tiny"), (checkpoint, "--batch", 2)):
+        assert "one text at a time of one checkpoint" in cli("bench", "decode", *wrong, "--lossless").err
+    assert "--draft says what drafts for --lossless" in cli("bench", "decode", checkpoint, "--draft", "int8").err
+
+
 def test_checkpoints(cli, checkpoint, converted, tmp_path):
     outcome = cli("bench", "decode", checkpoint, converted, *QUICK, "--json", tmp_path / "d.json")
     assert outcome.code == 0, outcome.err

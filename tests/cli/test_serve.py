@@ -23,6 +23,22 @@ MAIN = [
 ]
 
 
+def test_serves_losslessly(checkpoint, converted):
+    """What the converted model keeps of the dense one's weights: all of them, and 8 bits draft."""
+    options = ["--port", "0", "--max-model-len", "64", "--lossless", "--draft", "int8"]
+    with subprocess.Popen([*MAIN, converted, *options], stderr=subprocess.PIPE, text=True) as server:
+        url = re.search(r"http://127\.0\.0\.1:\d+", server.stderr.readline())[0]
+        with httpx.Client(base_url=url, timeout=60, verify=False) as client:
+            (card,) = client.get("/v1/models").json()["data"]
+            assert card["weights_read"] == 1
+            model, tokenizer = larosa.load(str(converted), device="cpu")
+            expected = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=30, lossless=True).text
+            body = {"model": card["id"], "prompt": "w9 w10", "max_tokens": 30, "temperature": 0}
+            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 128 + signal.SIGTERM
+
+
 def test_serves_until_it_is_told_to_end(checkpoint, tokenizer, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")

@@ -23,6 +23,25 @@ def test_the_text_of_generate(make_model, quick_convert, tokenizer, options):
         assert len(events) == expected.tokens
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"repetition_penalty": 1.3}])
+def test_the_text_of_lossless_generate(make_model, quick_convert, tokenizer, options):
+    model = quick_convert(make_model("qwen3"), dense_first_token=True)
+    more = {"max_new_tokens": 60, "lossless": True, "draft": "int8"}
+    expected = larosa.generate(model, tokenizer, "w9 w10", **more, **options)
+    llm = LLM(model, tokenizer, lossless=True, draft="int8")
+    session = llm.session()
+    for _ in range(2):
+        events = list(llm.stream(Request(llm.encode("w9 w10"), 60, Sampling(**options)), session))
+        assert "".join(event.text for event in events) == expected.text
+        assert len(events) == expected.tokens
+    assert session._speculation.verifications.accepted > 0
+
+
+def test_a_draft_for_nothing(make_model, tokenizer):
+    with pytest.raises(LarosaError, match="--draft says what drafts for --lossless: add that"):
+        LLM(make_model("llama"), tokenizer, draft="int8")
+
+
 def test_what_does_not_fit(make_model, tokenizer):
     model = make_model("llama")
     with pytest.raises(LarosaError, match="a length of 129 tokens: the model's context is 1 to 128"):

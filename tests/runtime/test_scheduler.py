@@ -84,6 +84,23 @@ def test_everybody_gets_what_they_get_alone(make, token_ids, options):
     assert scheduler.counts.drawn_tokens == 2 * sum(one.max_tokens for one in requests)
 
 
+def test_lossless_texts_are_drafted_for_while_they_are_alone(make_model, quick_convert, tokenizer, token_ids):
+    """Whether a token was drafted, or ran beside others, does not show: neither in it nor in its log-probability."""
+    model = quick_convert(make_model("llama", max_position_embeddings=256), sparsity=0.1)
+    model.generation_config.eos_token_id = None
+    llm = LLM(model, tokenizer, lossless=True)
+    requests = [request(token_ids, 5 + seed, seed, 10 + 40 * seed, logprobs=1) for seed in range(4)]
+    expected = [list(llm.stream(one)) for one in requests]
+    scheduler = Scheduler(llm, max_sequences=3)
+    clients, _ = submit(scheduler, *requests)
+    assert [client.events() for client in clients] == expected
+    scheduler.close()
+    assert scheduler.counts.finished["length"] == len(requests)
+    verifications = scheduler._sessions[0]._speculation.verifications
+    assert 0 < verifications.tokens < sum(one.max_tokens for one in requests)
+    assert verifications.accepted > 0
+
+
 def test_a_prompt_that_others_are_running_is_shared(llm, token_ids):
     prompt = token_ids(5 * PIECE + 3).tolist()
     requests = [Request(prompt, 4, Sampling(1.0, seed=seed)) for seed in range(3)]

@@ -18,6 +18,7 @@ from larosa.cli import bench_gpu, bench_lossless, options
 from larosa.cli.options import console
 from larosa.config import AdapterFormat, Selection
 from larosa.decoding import CacheDtype
+from larosa.decoding.lossless import DRAFT_ALONE
 from larosa.errors import LarosaError
 from larosa.formats import WeightFormat
 
@@ -80,7 +81,7 @@ def decode(
     if lossless and (shape is not None or len(checkpoints or []) != 1 or batch != "1"):
         raise LarosaError("--lossless measures one text at a time of one checkpoint: give no --shape and no --batch")
     if draft is not None and not lossless:
-        raise LarosaError("--draft says what drafts for --lossless: add that")
+        raise LarosaError(DRAFT_ALONE)
     where = find_device(device)
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
     if where.type == "cuda" and batches != (1,):

@@ -39,6 +39,8 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file with a chat template, in place of the tokenizer's.")
     ] = None,
+    lossless: options.Lossless = False,
+    draft: options.Draft = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
@@ -51,17 +53,20 @@ def serve(
 
     template = None if chat_template is None else options.read_file(chat_template, "--chat-template")
     bound = bind(host, port)
+    drafter = options.drafter(draft, lossless, dtype, device, trust_remote_code)
     models = [
         open_model(
             called,
             load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
             max_length=max_model_len,
             kv_cache_dtype=kv_cache_dtype,
+            lossless=lossless and number == 0,
+            draft=drafter if number == 0 else None,
             template=template,
             max_sequences=max_num_seqs,
             max_waiting=max_waiting,
         )
-        for called, path in _named(served_model_name or _name(model), model, reference)
+        for number, (called, path) in enumerate(_named(served_model_name or _name(model), model, reference))
     ]
     app = Server(models, api_key, Limits(max_request_seconds, max_request_bytes)).app()
     names = ", ".join(served.name for served in models)

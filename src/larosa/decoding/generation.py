@@ -18,7 +18,7 @@ from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.forward import ForwardEngine
 from larosa.decoding.loop import StepEngine, continue_prompt, stop_tokens
-from larosa.decoding.lossless import LosslessDecoder
+from larosa.decoding.lossless import DRAFT_ALONE, LosslessDecoder
 from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
 from larosa.errors import LarosaError, choose
@@ -113,7 +113,7 @@ def generate(
     if lossless and chosen is not EngineName.LAROSA:
         raise LarosaError(f"--lossless is of larosa's engine: use --engine larosa, not {chosen}")
     if draft is not None and not lossless:
-        raise LarosaError("--draft says what drafts for --lossless: add that")
+        raise LarosaError(DRAFT_ALONE)
     ids = prompt_ids(model, tokenizer, prompt)
     context = context_length(model.config)
     if len(ids) + max_new_tokens > context:

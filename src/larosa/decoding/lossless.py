@@ -28,6 +28,9 @@ from larosa.formats import Int4, Int8
 #: After so many steps without a model's draft one token is drafted again: the text may have become easier.
 _AGAIN = 32
 
+#: What is said of a draft for nothing.
+DRAFT_ALONE = "--draft says what drafts for --lossless: add that"
+
 
 class RoundedDraft(StrEnum):
     """Drafts by a copy of the model's own weights, rounded to nearest when it is made."""

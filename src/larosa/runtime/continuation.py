@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from larosa.runtime.logprobs import PromptLogprobs, TokenLogprob, token_logprobs
 
 if TYPE_CHECKING:
     from larosa.runtime.llm import LLM
+    from larosa.runtime.session import Session
 
 FinishReason = Literal["stop", "length"]
 
@@ -72,7 +73,7 @@ class Continuation:
         self.token = -1
         #: Why the text has ended; None while it goes on.
         self.finished: FinishReason | None = None
-        self._llm = llm
+        self._llm, self._lossless = llm, llm.lossless
         self._sampler = Sampler(request.sampling, device=llm.weights.device, kernels=llm.weights.device.type != "cpu")
         self._pieces: list[str] = []
         self._text = TextStream(llm.tokenizer, list(request.prompt), self._pieces.append, request.stop)
@@ -108,7 +109,28 @@ class Continuation:
         Raises:
             LarosaError: they are NaN or Inf.
         """
-        self.token = checked(self._sampler(logits))[0]
+        if self._lossless:  # by noise of its own, as drafted ones: whether a token was drafted does not show
+            (token,) = self._sampler.accept([], logits)
+        else:
+            token = checked(self._sampler(logits))[0]
+        return self._told(token, logits, prompt_logprobs)
+
+    def drafted(self, session: Session) -> Iterator[Event]:
+        """Run the last token and what is drafted behind it: an event for each token that comes of it.
+
+        Raises:
+            LarosaError: the logits are NaN or Inf.
+        """
+        left = self.request.max_tokens - self.drawn
+        new, logits = session.step_drafted(self.token, left, self._sampler)
+        for token, row in zip(new, logits.split(1), strict=True):
+            yield self._told(token, row)
+            if self.finished:
+                return
+
+    def _told(self, token: int, logits: torch.Tensor, prompt_logprobs: Sequence[TokenLogprob] | None = None) -> Event:
+        """What a token brings that was drawn from logits [1, vocabulary]."""
+        self.token = token
         self.drawn += 1
         logprob = None
         if self.request.logprobs is not None:

@@ -12,6 +12,7 @@ from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.chat import Messages
 from larosa.decoding.generation import prompt_ids
 from larosa.decoding.loop import stop_tokens
+from larosa.decoding.lossless import DRAFT_ALONE, Speculation, check_lossless, draft_weights
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.runtime.continuation import Continuation, Event, Request
@@ -26,18 +27,33 @@ class LLM:
         tokenizer: the model's.
         max_length: tokens of a session, prompt included; None for the model's context.
         kv_cache_dtype: how sessions keep keys and values; see `Engine`.
+        lossless: run the dense pass over the model's weights; a text that is alone is drafted for it.
+        draft: what drafts; see `larosa.decoding.lossless.draft_weights`.
 
     Raises:
-        LarosaError: a model that the engine cannot run, or a length beyond its context.
+        LarosaError: a model that the engine cannot run, or not losslessly; a length beyond its context.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_length: int | None = None, kv_cache_dtype: str = CacheDtype.AUTO
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int | None = None,
+        kv_cache_dtype: str = CacheDtype.AUTO,
+        lossless: bool = False,
+        draft: Any = None,
     ) -> None:
         context = context_length(model.config)
         if max_length is not None and not 0 < max_length <= context:
             raise LarosaError(f"a length of {max_length} tokens: the model's context is 1 to {context}")
-        self.weights = DecoderWeights(model)
+        if draft is not None and not lossless:
+            raise LarosaError(DRAFT_ALONE)
+        self.weights = weights = DecoderWeights(model)
+        self.lossless = lossless
+        self._draft: DecoderWeights | None = None
+        if lossless:
+            check_lossless(weights)
+            self.weights, self._draft = weights.whole(), draft_weights(weights, draft)
         self.tokenizer = tokenizer
         self.config = model.config
         self.max_length = max_length or context
@@ -58,7 +74,8 @@ class LLM:
             LarosaError: there is too little memory for their caches.
         """
         engine = Engine(self.weights, self.max_length, self.kv_cache_dtype, count)
-        return [Session(engine, text) for text in range(count)]
+        speculation = Speculation(engine, self._draft) if self.lossless else None
+        return [Session(engine, text, speculation) for text in range(count)]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The tokens of a text, for an empty one the beginning-of-sequence token, or of a conversation.
@@ -94,4 +111,7 @@ class LLM:
             continuation.prompt_piece(session.advance())
         yield continuation.first()
         while not continuation.finished:
-            yield continuation.put(self.step([session], [continuation.token]))
+            if self.lossless:
+                yield from continuation.drafted(session)
+            else:
+                yield continuation.put(self.step([session], [continuation.token]))

@@ -77,8 +77,8 @@ class Scheduler:
     """Runs the requests of many clients over one model.
 
     Sessions are made once, and keep the prompts that they ran: a later prompt that begins like one of them does not run
-    that part again. All texts that are being written take each step together. Between two steps at most one piece of
-    prompts runs, of the prompts in turns.
+    that part again. All texts that are being written take each step together; one that is alone is drafted for, where
+    the model is lossless. Between two steps at most one piece of prompts runs, of the prompts in turns.
 
     Args:
         llm: the model. Nobody else may run it.
@@ -257,6 +257,9 @@ class Scheduler:
         writing = [live for live in self._live if not live.session.left]
         if not writing:
             return
+        if self.llm.lossless and len(writing) == 1:
+            self._step_drafted(writing[0])
+            return
         try:
             logits = self.llm.step([live.session for live in writing], [live.continuation.token for live in writing])
         except Exception as error:
@@ -268,6 +271,13 @@ class Scheduler:
                 self._tell(live, live.continuation.put(row))
             except Exception as error:
                 self._fail(live, error)
+
+    def _step_drafted(self, live: _Live) -> None:
+        try:
+            for event in live.continuation.drafted(live.session):
+                self._tell(live, event)
+        except Exception as error:
+            self._fail(live, error)
 
     def _tell(self, live: _Live, event: Event) -> None:
         self.counts.drawn_tokens += event.token is not None

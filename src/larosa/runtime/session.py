@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from larosa.decoding import Engine
+from larosa.decoding.drafting import Drafter
 from larosa.decoding.layers import MAX_ROWS
+from larosa.decoding.lossless import Speculation
+from larosa.decoding.sampling import Sampler
 from larosa.errors import LarosaError
 
 #: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many
@@ -21,10 +24,13 @@ class Session:
     Args:
         engine: runs it, and other sessions as well.
         text: which of its texts it is.
+        speculation: of that engine, for `step_drafted`; None where nothing is drafted.
     """
 
-    def __init__(self, engine: Engine, text: int = 0) -> None:
+    def __init__(self, engine: Engine, text: int = 0, speculation: Speculation | None = None) -> None:
         self._engine, self._text = engine, text
+        self._speculation = speculation
+        self._drafters: list[Drafter] = []
         self._prompt: list[int] = []
         #: Token ids whose keys and values are kept, prompt and drawn tokens alike.
         self.tokens: list[int] = []
@@ -71,6 +77,8 @@ class Session:
         if not 0 < len(prompt) <= self.max_length:
             raise LarosaError(f"a prompt of {len(prompt)} tokens does not fit a session of {self.max_length}")
         self._prompt = list(prompt)
+        if self._speculation is not None:
+            self._drafters = self._speculation.drafters(self._text)
         self.truncate(self.common(self._prompt) if reuse else 0)
 
     def advance(self) -> torch.Tensor:
@@ -89,6 +97,24 @@ class Session:
     def step(self, token: int) -> torch.Tensor:
         """Run one token that was drawn; see `step_together`."""
         return step_together([self], [token])
+
+    def step_drafted(self, token: int, most: int, sampler: Sampler) -> tuple[list[int], torch.Tensor]:
+        """Run one token that was drawn, and as many as are drafted behind it and right; see `Speculation.advance`.
+
+        Args:
+            most: how many tokens are wanted; there is room for them.
+        """
+        assert self._speculation is not None, "its engine's model is lossless"
+        self._check_ready()
+        new, logits = self._speculation.advance([*self.tokens, token], most, sampler, self._drafters, self._text)
+        self.tokens += [token, *new[:-1]]
+        return new, logits
+
+    def _check_ready(self) -> None:
+        if not self.tokens or self.left:
+            raise LarosaError("a session has to run a prompt before a step")
+        if len(self.tokens) == self.max_length:
+            raise LarosaError(f"a session of {self.max_length} tokens is full")
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
@@ -124,10 +150,7 @@ def step_together(sessions: Sequence[Session], tokens: Sequence[int]) -> torch.T
         LarosaError: one has no text yet, its prompt has not run, or it is full.
     """
     for session in sessions:
-        if not session.tokens or session.left:
-            raise LarosaError("a session has to run a prompt before a step")
-        if len(session.tokens) == session.max_length:
-            raise LarosaError(f"a session of {session.max_length} tokens is full")
+        session._check_ready()
     together: dict[Engine, list[int]] = {}
     for row, session in enumerate(sessions):
         together.setdefault(session._engine, []).append(row)

@@ -28,6 +28,8 @@ def open_model(
     *,
     max_length: int | None = None,
     kv_cache_dtype: str = CacheDtype.AUTO,
+    lossless: bool = False,
+    draft: Any = None,
     template: str | None = None,
     max_sequences: int = 8,
     max_waiting: int = 64,
@@ -36,6 +38,7 @@ def open_model(
 
     Args:
         max_length: see `LLM`; None for the model's context, but 8192 at most.
+        lossless, draft: see `LLM`.
         template: a chat template in place of the tokenizer's own.
         max_sequences, max_waiting: see `Scheduler`.
 
@@ -47,7 +50,7 @@ def open_model(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
     length = min(context_length(model.config), _DEFAULT_LENGTH) if max_length is None else max_length
-    llm = LLM(model, tokenizer, length, kv_cache_dtype)
+    llm = LLM(model, tokenizer, length, kv_cache_dtype, lossless, draft)
     return ServedModel(name, llm, max_sequences, max_waiting)
 
 
@@ -63,7 +66,7 @@ class ServedModel:
         self._created = int(time.time())
         report = inspect_config(llm.config)
         dense, sparse = (total + report.head_bytes for total in (report.bytes_dense_total, report.bytes_sparse_total))
-        self._read = sparse / dense
+        self._read = 1.0 if llm.lossless else sparse / dense
         self.scheduler = Scheduler(llm, max_sequences, max_waiting)
 
     def encode(self, prompt: str | list[int], special: bool = True) -> list[int]:
