@@ -322,7 +322,7 @@ def test_where_nothing_pays_one_token_is_drafted_now_and_then(make, token_ids, m
     monkeypatch.setattr(Pace, "gains", lambda self, acceptance, most, speed, **costs: [-1.0] * most)
     decoder = LosslessDecoder(model, 128)
     list(decoder.continue_prompt(prompt, TOKENS, Sampler()))
-    assert decoder.verifications.drafted == 3
+    assert decoder.verifications.drafted == 1
 
 
 def test_text_and_options(make, tokenizer):

@@ -26,7 +26,7 @@ from larosa.errors import LarosaError, choose
 from larosa.formats import Int4, Int8
 
 #: After so many steps without a model's draft one token is drafted again: the text may have become easier.
-_AGAIN = 32
+_AGAIN = 64
 
 #: What is said of a draft for nothing.
 DRAFT_ALONE = "--draft says what drafts for --lossless: add that"

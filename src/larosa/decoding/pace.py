@@ -55,7 +55,7 @@ class Acceptance:
         average: what is expected before anything is known.
     """
 
-    def __init__(self, average: float = 0.8) -> None:
+    def __init__(self, average: float = 0.85) -> None:
         self.average = average
         self._rates = list(_RIGHT)
 
