@@ -172,6 +172,11 @@ class Architecture:
         """The module that gives the cosines and sines of positions."""
         return _base(model).rotary_emb
 
+    def renew_rotary(self, model: Any) -> None:
+        """Make `rotary` anew, for a model from the meta device: no checkpoint has the numbers in it."""
+        base = _base(model)
+        base.rotary_emb = type(base.rotary_emb)(model.config)
+
     def uses_rotary(self, layer: nn.Module) -> bool:
         """Whether a layer turns its queries and keys by position."""
         return self.rotary_flag_name is None or bool(getattr(self.attention(layer), self.rotary_flag_name))

@@ -1,7 +1,7 @@
 """What the model is calibrated on, and the statistics taken of its activations."""
 
 from larosa.calibration.fisher import LayerFisher, layer_fisher
-from larosa.calibration.layers import LayerVisit, visit_layers
+from larosa.calibration.layers import LayerVisit, decoder_outputs, visit_layers
 from larosa.calibration.moments import LayerMoments, LayerStatistics, layer_second_moments, layer_statistics
 from larosa.calibration.observers import Magnitudes, SortedMagnitudes, attached, behind
 from larosa.calibration.precision import float32_arithmetic
@@ -17,6 +17,7 @@ __all__ = [
     "attached",
     "behind",
     "calibration_sequences",
+    "decoder_outputs",
     "float32_arithmetic",
     "layer_fisher",
     "layer_second_moments",

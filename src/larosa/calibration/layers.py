@@ -12,6 +12,7 @@ from larosa.architectures import Architecture
 from larosa.calibration.observers import not_finite
 from larosa.calibration.precision import float32_arithmetic
 from larosa.calibration.shelf import Shelf
+from larosa.utils.layer_files import in_memory, is_streamed
 from larosa.utils.progress import track
 
 
@@ -46,8 +47,8 @@ def visit_layers(
     """Run `sequences` through the dense model, stopping at each layer.
 
     Only the residual stream at one layer is held, and only that layer has to be on `device`: it is
-    moved there and back, so the model may be larger than the device. A layer may be changed for good
-    once its `outputs` have been asked for; the next layer gets those.
+    moved there and back, or read from disk and kept there again, so the model may be larger than the device. A layer
+    may be changed for good once its `outputs` have been asked for; the next layer gets those.
 
     Args:
         model: a dense causal language model in evaluation mode.
@@ -59,14 +60,10 @@ def visit_layers(
         hidden = [embedding(ids[None].to(embedding.weight.device)).to(device) for ids in sequences]
     arguments = _layer_arguments(model, architecture, sequences[:1], device)
     for index, (layer, kwargs) in enumerate(zip(architecture.layers(model), arguments, strict=True)):
-        home = next(layer.parameters()).device
-        layer.to(device)
         visit = LayerVisit(index, layer, hidden, _to(kwargs, device))
-        try:
+        with in_memory(layer, device):
             yield visit
             hidden = visit.outputs()
-        finally:
-            layer.to(home)
 
 
 class BackwardVisit(LayerVisit):
@@ -124,14 +121,34 @@ def visit_layers_backwards(
         index, layer, kwargs = passed.pop()
         stream = streams.pop()
         inputs = [stream[str(number)] for number in range(len(stream))]
-        home = next(layer.parameters()).device
-        layer.to(device)
         back = BackwardVisit(index, layer, inputs, kwargs, gradients=gradients)
-        try:
+        with in_memory(layer, device):
             yield back
             gradients = back.outputs()
-        finally:
-            layer.to(home)
+
+
+def decoder_outputs(model: Any, architecture: Architecture, sequences: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What the head reads of each sequence, [1, length, hidden]; in float32 where 16 bits are computed so.
+
+    One sequence after the other goes through the model, or, where the layers are on disk, all through one layer after
+    the other: each is read once.
+
+    Args:
+        model: dense or converted, in evaluation mode.
+        sequences: [number, length] token ids.
+    """
+    decoder, device = architecture.decoder(model), architecture.embedding(model).weight.device
+    if not is_streamed(model):
+        for ids in sequences:
+            with float32_arithmetic(decoder, device):
+                output = decoder(ids[None].to(device), use_cache=False)
+            yield output.last_hidden_state
+        return
+    hidden: list[torch.Tensor] = []
+    visits = visit_layers(model, architecture, sequences, device)
+    for visit in track(visits, "Layers", total=len(architecture.layers(model))):
+        hidden = visit.outputs()
+    yield from (architecture.final_norm(model)(each) for each in hidden)
 
 
 class _Recorder(nn.Module):

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from larosa.architectures import find_architecture
 from larosa.checkpoints.config_checks import check_config, check_counts, dry_run
 from larosa.checkpoints.gguf import find_gguf, load_gguf, load_gguf_config
+from larosa.checkpoints.streaming import load_without_layers, save_with_layers
 from larosa.checkpoints.tokenizer_files import check_tokenizer_files, save_tokenizer
 from larosa.checkpoints.weight_files import (
     check_dtypes,
@@ -33,6 +34,7 @@ from larosa.config.migrations import loading_weights
 from larosa.errors import LarosaError
 from larosa.models.families import model_class
 from larosa.models.plain import check_plain
+from larosa.utils.layer_files import is_streamed
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
@@ -44,7 +46,14 @@ class LoadedModel(NamedTuple):
     tokenizer: Any
 
 
-def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    layer_folder: Path | None = None,
+) -> LoadedModel:
     """Load a dense or converted model from a local folder, a GGUF file or the Hugging Face hub.
 
     Only safetensors and GGUF are read.
@@ -53,6 +62,8 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
         path: folder or hub name, or a GGUF file.
         dtype: `auto` (the checkpoint's own; bfloat16 for GGUF), `float16`, `bfloat16`, `float32` or `float64`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        layer_folder: leave the decoder layers of a dense model on disk, where a conversion reads one at a time
+            (`larosa.checkpoints.streaming`) and keeps it in this folder once it has changed; on the CPU.
 
     Raises:
         LarosaError: missing or corrupt checkpoint, unsupported family, or a bad option.
@@ -61,19 +72,28 @@ def load(path: str, *, dtype: str = "auto", device: str = "auto", trust_remote_c
     target = find_device(device)
     if dtype not in _DTYPES:
         raise LarosaError(f"unknown dtype '{dtype}': one of {', '.join(_DTYPES)}")
-    if (file := find_gguf(path)) is not None:
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    file = find_gguf(path)
+    if layer_folder is not None and (file is not None or not Path(path).is_dir()):
+        raise LarosaError(f"{path}: --streaming reads a local folder of safetensors; hf download NAME makes one")
+    if file is not None:
         with _quiet_transformers(), _loading(path):
-            loaded = load_gguf(file, config, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+            loaded = load_gguf(file, config, chosen or torch.bfloat16)
         return _placed(path, LoadedModel(*loaded), target)
     stored: dict[str, str] = {}
     if Path(path).is_dir():
         stored = check_weight_files(Path(path))
         check_tokenizer_files(Path(path))
+    if layer_folder is not None:
+        with _quiet_transformers(), _loading(path):
+            model = load_without_layers(Path(path), config, chosen, layer_folder)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return _placed(path, LoadedModel(model, tokenizer), torch.device("cpu"))
     with _quiet_transformers(), _loading(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=chosen or dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -268,7 +288,7 @@ def save(
 
     Args:
         card: what README.md says.
-        max_shard_size: largest weight file to write.
+        max_shard_size: largest weight file to write; a layer that is on disk is one whatever its size.
         source: folder or hub name that the tokenizer was loaded from: its files are copied as they are.
         trust_remote_code: as it was loaded with.
         log: of a search, to be kept as search.jsonl; it is removed from where it was.
@@ -282,7 +302,10 @@ def save(
     try:
         with _partial(folder) as partial:
             with _quiet_transformers():
-                model.save_pretrained(partial, max_shard_size=max_shard_size)
+                if is_streamed(model):
+                    save_with_layers(model, partial, max_shard_size)
+                else:
+                    model.save_pretrained(partial, max_shard_size=max_shard_size)
                 save_tokenizer(tokenizer, partial, source, trust_remote_code)
             (partial / "README.md").write_text(card, "utf-8")
             if log is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,14 @@ _INSTEAD = (
     ("*.pt", "pickled: larosa reads safetensors only, never pickled weights"),
     ("*.pth", "pickled: larosa reads safetensors only, never pickled weights"),
 )
+
+
+class StoredWeight(NamedTuple):
+    """A weight's file, its dtype as safetensors calls it, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -66,13 +74,18 @@ def check_weight_files(folder: Path) -> dict[str, str]:
         if not file.is_file():
             raise LarosaError(f"{file}: missing, and {INDEX} names it")
         check_no_pointer(file)
-        for key, dtype in _stored(file).items():
+        for key, (_, dtype, _) in _stored(file).items():
             if key in seen:
                 raise LarosaError(f"{file}: holds '{key}', which {seen[key]} holds too")
             if dtype not in _DTYPES and not (dtype == "U8" and key.endswith(".codes")):
                 raise LarosaError(f"{file}: '{key}' is {dtype}, a quantized weight; convert the original weights")
             seen[key], dtypes[key] = name, dtype
     return dtypes
+
+
+def stored_weights(folder: Path) -> dict[str, StoredWeight]:
+    """The weights of a checkpoint in safetensors by name, once `check_weight_files` has found it whole."""
+    return {key: found for name in _weight_files(folder) for key, found in _stored(folder / name).items()}
 
 
 def check_no_pointer(file: Path) -> None:
@@ -165,10 +178,10 @@ def _what_instead(folder: Path) -> str:
     return f"{folder / SINGLE}: missing, and there are no other weights in this folder"
 
 
-def _stored(file: Path) -> dict[str, str]:
-    """The dtype of each stored tensor."""
+def _stored(file: Path) -> dict[str, StoredWeight]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - not a dict
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - not a dict
+            return {key: StoredWeight(file, x.get_dtype(), tuple(x.get_shape())) for key, x in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise LarosaError(f"{file}: corrupt or incomplete ({error})") from None

@@ -120,6 +120,9 @@ def convert(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep the model on the CPU and move layer by layer to the device.")
     ] = False,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Keep the layers on disk: memory for one of them is enough.")
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.JsonFile = None,
 ) -> None:
@@ -130,6 +133,7 @@ def convert(
         "dtype": dtype,
         "device": device,
         "offload": offload,
+        "streaming": streaming,
         "trust_remote_code": trust_remote_code,
         "method": method,
         "recipe": recipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import torch
 
 from larosa.architectures import find_architecture
 from larosa.architectures.context import context_length
+from larosa.calibration.sources import SELF
 from larosa.checkpoints.card import model_card
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
@@ -141,6 +143,8 @@ class Conversion:
         dtype, device, trust_remote_code: as for `load`.
         offload: keep the model in CPU memory and move one layer at a time to `device`, for models that
             do not fit there; sampling, searches and measurement then run on the CPU.
+        streaming: the same with the layers on disk, for models that do not fit into the CPU's memory either: one is
+            in memory at a time. It writes one model, and cannot sample from it.
         measure: compare with the dense model on the bundled text.
         search_log: where a search keeps its points; `log_named` says whether that is the user's own choice.
         settings: as for `larosa.convert`.
@@ -157,6 +161,7 @@ class Conversion:
         dtype: str = "auto",
         device: str = "auto",
         offload: bool = False,
+        streaming: bool = False,
         trust_remote_code: bool = False,
         measure: bool = True,
         search_log: Path | None = None,
@@ -168,17 +173,28 @@ class Conversion:
         chosen = Settings.complete(**settings)
         if log_named and not chosen.search.keeps_log:
             raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
+        if streaming:
+            _check_streaming(chosen, outputs)
         config = load_config(source, trust_remote_code=trust_remote_code)
         check_reach(chosen, find_architecture(config.model_type), SiteSizes.of(config))
         chosen = Settings.complete(**settings, context=context_length(config))
         target = find_device(device)
         self._source, self._trust_remote_code = source, trust_remote_code
-        where = "cpu" if offload else str(target)
-        model, self._tokenizer = load(source, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+        self._layer_folder: tempfile.TemporaryDirectory[str] | None = None
+        if streaming:  # beside the output, where the layers become its files; else for the time being
+            beside = outputs[0].absolute().parent if outputs else None
+            self._layer_folder = tempfile.TemporaryDirectory(prefix=".larosa-", dir=beside)
+        model, self._tokenizer = load(
+            source,
+            dtype=dtype,
+            device="cpu" if offload else str(target),
+            trust_remote_code=trust_remote_code,
+            layer_folder=None if self._layer_folder is None else Path(self._layer_folder.name),
+        )
         check_weights(model)
         self._source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if outputs:
-            _check_disk(outputs[0], model, chosen, len(outputs))
+            _check_disk(outputs[0], model, chosen, len(outputs), streaming)
         self._log = search_log if chosen.search.keeps_log else None
         self._windows = self._recorded = self._dense = None
         with stage_seconds() as self._stages:
@@ -257,7 +273,17 @@ class Conversion:
         )
 
 
-def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies: int) -> None:
+def _check_streaming(settings: Settings, outputs: list[Path]) -> None:
+    """Refuse what needs the whole model at once."""
+    if settings.calibration is not None and settings.calibration.source == SELF:
+        raise LarosaError(
+            "--streaming never has the whole model to sample from: give --calibration a file of text, or wikitext2"
+        )
+    if len(outputs) > 1:
+        raise LarosaError("--streaming writes one model: give one --sparsity")
+
+
+def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies: int, streaming: bool) -> None:
     """Find out that the disk is too full before the work rather than after it."""
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight
@@ -271,7 +297,8 @@ def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item
-    needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
+    if not streaming:  # which keeps the merged weights there before it rounds them
+        needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
     needed -= sizes.hidden * (column_bytes([len(head)], None, item) - column_bytes([len(head)], of_head, item))
     needed *= copies
     free = shutil.disk_usage(output.absolute().parent).free

@@ -54,6 +54,7 @@ from larosa.sparsity.greedy import GreedyAllocation
 from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.utils.finite import check_converted, check_weights
+from larosa.utils.layer_files import in_memory
 from larosa.utils.progress import track
 from larosa.version import __version__
 
@@ -456,9 +457,11 @@ def _adopt(
     """Give the rotated model its sparsified class, its adapters and its scores."""
     family.adopt(model, block)
     for layer, layer_adapters in zip(family.architecture.layers(model), adapters, strict=True):
-        for name in ("attention", "residual"):
-            adapter = getattr(layer_adapters, name)
-            if adapter is not None:
-                set_adapter(getattr(layer, f"{name}_adapter"), adapter)
+        found = {name: getattr(layer_adapters, name) for name in ("attention", "residual")}
+        if any(adapter is not None for adapter in found.values()):
+            with in_memory(layer):
+                for name, adapter in found.items():
+                    if adapter is not None:
+                        set_adapter(getattr(layer, f"{name}_adapter"), adapter)
     set_scores(model, family.architecture, scores)
     model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from larosa.architectures import Architecture
-from larosa.calibration import float32_arithmetic
+from larosa.calibration import decoder_outputs
 from larosa.config import KeepCounts, LarosaConfig, PerSite, Selection, Thresholds
 from larosa.config import Search as SearchKind
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
@@ -73,12 +73,10 @@ def _fisher_search(
     """Set the counts or thresholds of each layer and site that cost the least divergence by the scores' estimate."""
     sizes = SiteSizes.of(model.config)
     few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
-    decoder, device = architecture.decoder(model), architecture.embedding(model).weight.device
 
     def run() -> None:
-        with float32_arithmetic(decoder, device):
-            for sequence in track(few, "Costs of entries"):
-                decoder(sequence[None].to(device), use_cache=False)
+        for _ in track(decoder_outputs(model, architecture, few), "Costs of entries", total=len(few)):
+            pass
 
     limits: Limits
     if block.selection is Selection.THRESHOLD:

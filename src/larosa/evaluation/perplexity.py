@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -14,6 +14,7 @@ import torch
 
 from larosa.architectures import cache_argument, find_architecture
 from larosa.architectures.context import context_length
+from larosa.calibration.layers import decoder_outputs
 from larosa.calibration.precision import float32_arithmetic
 from larosa.data.text import BUNDLED, TextSplit, read_text, tokenize
 from larosa.decoding.cache import CacheDtype, RoundedCache
@@ -22,6 +23,7 @@ from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
 from larosa.sparsity.report import Sparsity, sparsity_of
 from larosa.utils.finite import not_finite
+from larosa.utils.layer_files import is_streamed
 from larosa.utils.progress import track
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -125,7 +127,7 @@ def evaluate(
                 f"the reference has a vocabulary of {reference.config.vocab_size}, the model of "
                 f"{model.config.vocab_size}: not the model it was converted from"
             )
-        dense = _Logits(reference)
+        dense = _Logits(reference).of
     return evaluate_windows(model, windows, dense, cache_dtype, prompt)
 
 
@@ -195,8 +197,8 @@ def evaluate_windows(
     parts = []
     scored = slice(prompt_length, -1)  # the positions whose predictions count
     with sparse_prompts(model, dense_before=prompt_length), ZeroCounter(model) as zeros:
-        for window in track(windows, "Evaluating"):
-            logits = logits_of(window[None])[0, scored]
+        for window, of_window in zip(windows, track(logits_of(windows), "Evaluating", len(windows)), strict=True):
+            logits = of_window[0, scored]
             dense = None if reference is None else reference(window[None])[0, scored]
             parts.append(TokenScores.of(logits, dense, window[prompt_length + 1 :]))
     scores = TokenScores.joined(parts)
@@ -225,19 +227,37 @@ def _device_arithmetic(model: Any) -> AbstractContextManager[None]:
 
 
 class _Logits:
-    """A model as a function from token ids [1, T] to logits [1, T, vocabulary]."""
+    """A model as a function from windows [number, T] to the logits of each, [1, T, vocabulary]."""
 
     def __init__(self, model: Any, kv_cache_dtype: CacheDtype = CacheDtype.AUTO) -> None:
         self._model = model
         self._rounds = kv_cache_dtype is CacheDtype.INT8
         self._device = model.get_input_embeddings().weight.device
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        cache = RoundedCache() if self._rounds else None
-        with _device_arithmetic(self._model):
-            kept = cache_argument(self._model, cache)
-            logits: torch.Tensor = self._model(ids.to(self._device), use_cache=self._rounds, **kept).logits
-        return logits
+    def __call__(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        if is_streamed(self._model):
+            yield from self._layer_by_layer(windows)
+            return
+        for window in windows:
+            cache = RoundedCache() if self._rounds else None
+            with _device_arithmetic(self._model):
+                kept = cache_argument(self._model, cache)
+                ids = window[None].to(self._device)
+                logits: torch.Tensor = self._model(ids, use_cache=self._rounds, **kept).logits
+            yield logits
+
+    def of(self, window: torch.Tensor) -> torch.Tensor:
+        """The logits of one window [1, T]."""
+        return next(self(window))
+
+    def _layer_by_layer(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        assert not self._rounds, "a conversion measures without a cache"
+        architecture = find_architecture(self._model.config.model_type)
+        head = architecture.head(self._model)
+        for hidden in decoder_outputs(self._model, architecture, windows):
+            with float32_arithmetic(head, self._device):
+                logits: torch.Tensor = head(hidden)
+            yield logits
 
 
 class RecordedLogits:
@@ -249,11 +269,8 @@ class RecordedLogits:
     @torch.inference_mode()
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         architecture = find_architecture(model.config.model_type)
-        decoder, self._head = architecture.decoder(model), copy.deepcopy(architecture.head(model))
-        device = model.get_input_embeddings().weight.device
-        with _device_arithmetic(model):
-            found = [decoder(window[None].to(device), use_cache=False).last_hidden_state for window in windows]
-        self._rows = cycle(found)
+        self._head = copy.deepcopy(architecture.head(model))
+        self._rows = cycle(list(decoder_outputs(model, architecture, windows)))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """The next window's logits; windows come in the order they were recorded in, over and over."""

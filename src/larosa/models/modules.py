@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from larosa.models.quantized import QuantizedLinear, quantized_like
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
 from larosa.ops.adapter import adapt_reference, leading_entries
 from larosa.rotation.adapters import Adapter
+from larosa.utils.layer_files import in_memory
 
 
 class SparseLinear(nn.Module):
@@ -254,11 +256,14 @@ def set_scores(
     Args:
         scores: for each layer those of its sites; None takes them from the weights.
     """
-    for site, site_selectors in selectors(model, architecture).items():
-        for index, (layer, selector) in enumerate(zip(architecture.layers(model), site_selectors, strict=True)):
-            if isinstance(selector, TopK | Threshold) and selector.score is not None:
-                readers = [linear.weight for linear in architecture.linears(layer, site)]
-                selector.score.copy_(column_norms(readers) if scores is None else scores[index][site])
+    found = selectors(model, architecture)
+    for index, layer in enumerate(architecture.layers(model)):
+        with nullcontext() if scores is not None else in_memory(layer):
+            for site, site_selectors in found.items():
+                score = getattr(site_selectors[index], "score", None)
+                if score is not None:
+                    readers = [linear.weight for linear in architecture.linears(layer, site)]
+                    score.copy_(column_norms(readers) if scores is None else scores[index][site])
 
 
 #: Rows converted to float64 at a time, so that no matrix needs a whole float64 copy.

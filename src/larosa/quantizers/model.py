@@ -15,6 +15,7 @@ from larosa.formats import ColumnFormat, Quantization, Quantizer
 from larosa.models import quantize_head, quantize_layer
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
+from larosa.utils.layer_files import in_memory
 from larosa.utils.progress import track
 
 #: Codes and scales of each linear that reads a site, by site.
@@ -47,14 +48,15 @@ def quantize(
         _fit(model, architecture, linears, sequences, device)
     elif linears is not None:
         for index, layer in enumerate(track(layers, "Quantizing layers")):
-            rounded = {
-                site: [
-                    round_to_nearest(linear.weight, linears, _name(index, site))
-                    for linear in architecture.linears(layer, site)
-                ]
-                for site in SITES
-            }
-            _store(layer, architecture, linears, rounded)
+            with in_memory(layer):
+                rounded = {
+                    site: [
+                        round_to_nearest(linear.weight, linears, _name(index, site))
+                        for linear in architecture.linears(layer, site)
+                    ]
+                    for site in SITES
+                }
+                _store(layer, architecture, linears, rounded)
     if head is not None:
         rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
         quantize_head(model, architecture, head)

@@ -14,6 +14,7 @@ from torch import nn
 from larosa.architectures import Architecture, Heads
 from larosa.errors import LarosaError
 from larosa.rotation.adapters import Adapter, Frame, LayerFrames
+from larosa.utils.layer_files import in_memory
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Adapters:
     residual: Adapter | None = None
 
 
-#: Rows or columns converted and checked at a time, so that a large vocabulary needs no float64 copy of itself.
-_PIECE = 8192
+#: Rows or columns converted and checked at a time, so that no matrix needs a whole float64 copy.
+_PIECE = 1024
 
 
 def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFrames]) -> list[Adapters]:
@@ -55,7 +56,8 @@ def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFr
     adapters = [Adapters() for _ in layers]
     first = last = None
     for index, (layer, frame) in enumerate(zip(layers, frames, strict=True)):
-        _merge_layer(layer, index, architecture, frame, heads)
+        with in_memory(layer):
+            _merge_layer(layer, index, architecture, frame, heads)
         adapters[index].attention = _kept(frame.between)
         if index > 0:
             _merge_output(layers[index - 1], index - 1, architecture, "h4", frame.attention)
@@ -107,8 +109,12 @@ def _merge_output(
     right: torch.Tensor | None = None,
 ) -> None:
     """What a layer adds to the residual stream at h2 or h4, into the coordinates that the stream has `after` it."""
-    for linear in architecture.linears(layer, site):
-        _merge_linear(linear, None if after is None else after.vectors, right, f"layer {index}, site {site}")
+    left = None if after is None else after.vectors
+    if left is None and right is None:
+        return
+    with in_memory(layer):
+        for linear in architecture.linears(layer, site):
+            _merge_linear(linear, left, right, f"layer {index}, site {site}")
 
 
 def _folded(norm: Any, frame: Frame | None) -> torch.Tensor | None:

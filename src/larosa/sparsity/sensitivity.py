@@ -143,13 +143,15 @@ class Coherence:
 
     def __init__(self, selector: Any, weights: list[torch.Tensor]) -> None:
         self._selector, self._weights = selector, weights
-        self._norms = column_norms(weights).float()
+        self._norms: torch.Tensor | None = None
         self._together = self._apart = 0.0
 
     def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
         """A forward pre-hook."""
         x = self._selector.dense.sparse_tokens(inputs[0])
         dropped = x - keep_top_k(x, x.shape[-1] - round(PROBE * x.shape[-1]), self._selector.score)
+        if self._norms is None:  # only now are the weights of a layer on disk in memory
+            self._norms = column_norms(self._weights).float()
         self._apart += float((dropped.float() * self._norms).square().sum(dtype=torch.float64))
         for weight in self._weights:
             self._together += float((dropped @ weight.T.to(dropped)).float().square().sum(dtype=torch.float64))

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 
 from larosa.errors import LarosaError
+from larosa.utils.layer_files import in_memory_as_they_run, parameters_in_memory
 
 _PROBE_TOKENS = 32
+
+#: Rows looked at a time, for whoever looks makes copies.
+_ROWS = 4096
 
 
 def not_finite(what: str, dtype: torch.dtype | None = None) -> LarosaError:
@@ -28,8 +32,8 @@ def check_weights(model: Any) -> None:
     Raises:
         LarosaError: there is one; the message names the parameter.
     """
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+    for name, weight in parameters_in_memory(model):
+        if not _is_finite(weight):
             raise LarosaError(f"weight '{name}' holds NaN or Inf; is the checkpoint sound?")
 
 
@@ -47,13 +51,19 @@ def check_converted(model: Any, sequences: torch.Tensor | None) -> None:
     Raises:
         LarosaError: NaN or Inf.
     """
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.isfinite().all():
+    for name, weight in parameters_in_memory(model):
+        if weight.is_floating_point() and not _is_finite(weight):
             raise not_finite(f"weight '{name}' of the converted model is", weight.dtype)
     if sequences is None:
         ids = torch.arange(min(_PROBE_TOKENS, model.config.vocab_size))[None]
     else:
         ids = sequences[:1, :_PROBE_TOKENS]
     embedding = model.get_input_embeddings().weight
-    if not model(ids.to(embedding.device), use_cache=False).logits.isfinite().all():
+    with in_memory_as_they_run(model):
+        logits = model(ids.to(embedding.device), use_cache=False).logits
+    if not logits.isfinite().all():
         raise not_finite("the converted model's logits are", embedding.dtype)
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(bool(rows.isfinite().all()) for rows in weight.split(_ROWS))
