@@ -232,7 +232,9 @@ def _adapter(layer: nn.Module, architecture: Architecture, adapters: AdapterForm
     like = architecture.linears(layer, "h2")[0].weight
     if adapters is AdapterFormat.INT8:
         return Int8Adapter(len(like), device=like.device, dtype=like.dtype)
-    return nn.Linear(len(like), len(like), bias=False, device=like.device, dtype=like.dtype)
+    # Without the usual random numbers, which would take all adapters' memory before there are any.
+    size = len(like)
+    return nn.utils.skip_init(nn.Linear, size, size, bias=False, device=like.device, dtype=like.dtype)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture, Heads
+from larosa.calibration.shelf import Shelf
 from larosa.errors import LarosaError
 from larosa.rotation.adapters import Adapter, Frame, LayerFrames
 from larosa.utils.layer_files import in_memory
@@ -46,22 +47,22 @@ def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFr
         frames: as many sets as the model has layers.
 
     Returns:
-        Each layer's residual adapters, on the CPU; None where both sides share a basis.
+        Each layer's residual adapters, read from disk when they are looked at; None where both sides share a basis.
 
     Raises:
-        LarosaError: a weight holds NaN or Inf.
+        LarosaError: a weight holds NaN or Inf, or the disk is full.
     """
     layers = architecture.layers(model)
     heads = Heads.of(model.config)
-    adapters = [Adapters() for _ in layers]
+    adapters, shelf = [Adapters() for _ in layers], Shelf()
     first = last = None
     for index, (layer, frame) in enumerate(zip(layers, frames, strict=True)):
         with in_memory(layer):
             _merge_layer(layer, index, architecture, frame, heads)
-        adapters[index].attention = _kept(frame.between)
+        adapters[index].attention = _kept(frame.between, shelf)
         if index > 0:
             _merge_output(layers[index - 1], index - 1, architecture, "h4", frame.attention)
-            adapters[index - 1].residual = _kept(frame.before)
+            adapters[index - 1].residual = _kept(frame.before, shelf)
         first = first or frame
         last = frame
     assert first is not None, "a model has at least one layer"
@@ -76,11 +77,14 @@ def merge_bases(model: Any, architecture: Architecture, frames: Iterable[LayerFr
     return adapters
 
 
-def _kept(adapter: Adapter | None) -> Adapter | None:
-    """The same on the CPU."""
+def _kept(adapter: Adapter | None, shelf: Shelf) -> Adapter | None:
+    """The same on disk: all of a large model's take gigabytes."""
     if adapter is None:
         return None
-    return Adapter(adapter.weight.cpu(), None if adapter.scale is None else adapter.scale.cpu())
+    scale = {} if adapter.scale is None else {"scale": adapter.scale}
+    shelf.append({"weight": adapter.weight, **scale})
+    tensors = shelf[len(shelf) - 1]
+    return Adapter(tensors["weight"], tensors.get("scale"))
 
 
 def _merge_layer(layer: nn.Module, index: int, architecture: Architecture, frame: LayerFrames, heads: Heads) -> None:
