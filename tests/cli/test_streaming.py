@@ -132,6 +132,9 @@ def test_what_does_not_stream(refused, source, tmp_path, text_file):
     dense, out = source("llama"), tmp_path / "out"
     text = ("--calibration", text_file, "--streaming")
     assert "never has the whole model to sample from" in refused("convert", dense, out, "--streaming")
+    assert "--streaming reads a local folder of safetensors" in refused("convert", "owner/name", out, *text)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "--streaming reads a local folder of safetensors" in refused("convert", tmp_path / "model.gguf", out, *text)
     assert "give one --sparsity" in refused("convert", dense, out, *text, "--sparsity", "0.2,0.4")
     config = json.loads((dense / "config.json").read_text("utf-8"))
     (dense / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))

@@ -62,8 +62,8 @@ def load(
         path: folder or hub name, or a GGUF file.
         dtype: `auto` (the checkpoint's own; bfloat16 for GGUF), `float16`, `bfloat16`, `float32` or `float64`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
-        layer_folder: leave the decoder layers of a dense model on disk, where a conversion reads one at a time
-            (`larosa.checkpoints.streaming`) and keeps it in this folder once it has changed; on the CPU.
+        layer_folder: leave the decoder layers on disk, where a conversion reads one at a time and keeps it in this
+            folder once it has changed (`larosa.checkpoints.streaming`); of dense models in local folders, on the CPU.
 
     Raises:
         LarosaError: missing or corrupt checkpoint, unsupported family, or a bad option.
@@ -73,10 +73,7 @@ def load(
     if dtype not in _DTYPES:
         raise LarosaError(f"unknown dtype '{dtype}': one of {', '.join(_DTYPES)}")
     chosen = None if dtype == "auto" else getattr(torch, dtype)
-    file = find_gguf(path)
-    if layer_folder is not None and (file is not None or not Path(path).is_dir()):
-        raise LarosaError(f"{path}: --streaming reads a local folder of safetensors; hf download NAME makes one")
-    if file is not None:
+    if (file := find_gguf(path)) is not None and layer_folder is None:
         with _quiet_transformers(), _loading(path):
             loaded = load_gguf(file, config, chosen or torch.bfloat16)
         return _placed(path, LoadedModel(*loaded), target)

@@ -17,6 +17,7 @@ from larosa.architectures import find_architecture
 from larosa.architectures.context import context_length
 from larosa.calibration.sources import SELF
 from larosa.checkpoints.card import model_card
+from larosa.checkpoints.gguf import find_gguf
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
 from larosa.conversion import check_reach, sparsify
@@ -174,7 +175,7 @@ class Conversion:
         if log_named and not chosen.search.keeps_log:
             raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
         if streaming:
-            _check_streaming(chosen, outputs)
+            _check_streaming(source, chosen, outputs)
         config = load_config(source, trust_remote_code=trust_remote_code)
         check_reach(chosen, find_architecture(config.model_type), SiteSizes.of(config))
         chosen = Settings.complete(**settings, context=context_length(config))
@@ -273,8 +274,10 @@ class Conversion:
         )
 
 
-def _check_streaming(settings: Settings, outputs: list[Path]) -> None:
-    """Refuse what needs the whole model at once."""
+def _check_streaming(source: str, settings: Settings, outputs: list[Path]) -> None:
+    """Refuse what needs the whole model at once, or what layers cannot be read from one by one."""
+    if find_gguf(source) is not None or not Path(source).is_dir():
+        raise LarosaError(f"{source}: --streaming reads a local folder of safetensors; hf download NAME makes one")
     if settings.calibration is not None and settings.calibration.source == SELF:
         raise LarosaError(
             "--streaming never has the whole model to sample from: give --calibration a file of text, or wikitext2"

@@ -268,15 +268,15 @@ def set_scores(
                     score.copy_(column_norms(readers) if scores is None else scores[index][site])
 
 
-#: Rows converted to float64 at a time, so that no matrix needs a whole float64 copy.
-_ROWS = 4096
+#: Weights converted to float64 at a time, so that no matrix needs a whole float64 copy.
+_PIECE = 2**24
 
 
 def column_norms(weights: list[torch.Tensor]) -> torch.Tensor:
     """The norm of each column of matrices [out, D] put on top of each other, [D] float64."""
     squares = weights[0].new_zeros(weights[0].shape[1], dtype=torch.float64)
     for weight in weights:
-        for rows in weight.split(_ROWS):
+        for rows in weight.split(max(_PIECE // weight.shape[1], 1)):
             squares += rows.double().square().sum(0)
     return squares.sqrt()
 

@@ -37,6 +37,9 @@ RANKED_TOKENS = 4096
 #: At least this share of a site's entries stays, whatever it costs: the estimate knows nothing of an empty site.
 LEAST_KEPT = 1 / 64
 
+#: Weights that are multiplied with at a time, for they may be converted for it.
+_PIECE = 2**26
+
 #: A layer and a site.
 Place = tuple[int, str]
 
@@ -154,7 +157,8 @@ class Coherence:
             self._norms = column_norms(self._weights).float()
         self._apart += float((dropped.float() * self._norms).square().sum(dtype=torch.float64))
         for weight in self._weights:
-            self._together += float((dropped @ weight.T.to(dropped)).float().square().sum(dtype=torch.float64))
+            for rows in weight.split(max(_PIECE // weight.shape[1], 1)):
+                self._together += float((dropped @ rows.T.to(dropped)).float().square().sum(dtype=torch.float64))
 
     def ratio(self) -> float:
         """1 where nothing was dropped."""
