@@ -19,7 +19,7 @@ from larosa.utils.layer_files import LayerFile, absent, in_memory, keep_on_disk
 WAYS = {
     "default": ("llama",),
     "unchanged": ("qwen3", "--method", "topk"),
-    "blocks": ("llama", "--rotation", "block", "--rotation-objective", "fisher", "--selection", "threshold"),
+    "blocks": ("llama", "--rotation", "block", "--rotation-objective", "fisher", "--selection", "top-k"),
     "int8": ("qwen3", "--weights", "int8"),
     "int4, rounded": ("llama", "--weights", "int4", "--quantizer", "rtn", "--rotation", "layer"),
 }
