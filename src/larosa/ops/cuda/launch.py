@@ -25,6 +25,7 @@ _SHARED_PERCENT = 50
 
 
 _early: ContextVar[bool] = ContextVar("early", default=False)
+_waits: ContextVar[bool] = ContextVar("waits", default=False)
 
 
 @contextmanager
@@ -39,6 +40,14 @@ def early_launches() -> Iterator[None]:
         yield
     finally:
         _early.reset(token)
+
+
+def next_launch_waits() -> None:
+    """Let the next kernel begin only once all before it have finished, behind what somebody else has launched.
+
+    What that has written stands in no kernel's list of what may not be read early.
+    """
+    _waits.set(True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ def launch(
         loaded = _load(device, source, kernel, tuple(sorted(macros.items())))
         gpu, stream = machine(device), torch.cuda.current_stream().cuda_stream
         _start(_configuration(gpu, grid, loaded.shared, stream), loaded, arguments)
+        _waits.set(False)
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ def _configuration(gpu: Machine, grid: Grid, shared: int, stream: int) -> Any:
     config.sharedMemBytes = shared
     config.hStream = stream
     attributes = []
-    if gpu.overlaps and _early.get():
+    if gpu.overlaps and _early.get() and not _waits.get():
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
