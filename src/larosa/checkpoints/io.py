@@ -70,11 +70,10 @@ def load(
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     target = find_device(device)
-    if dtype not in _DTYPES:
-        raise LarosaError(f"unknown dtype '{dtype}': one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     if (file := find_gguf(path)) is not None and layer_folder is None:
-        with _quiet_transformers(), _loading(path):
+        with quiet_transformers(), loading(path):
             loaded = load_gguf(file, config, chosen or torch.bfloat16)
         return _placed(path, LoadedModel(*loaded), target)
     stored: dict[str, str] = {}
@@ -82,11 +81,11 @@ def load(
         stored = check_weight_files(Path(path))
         check_tokenizer_files(Path(path))
     if layer_folder is not None:
-        with _quiet_transformers(), _loading(path):
+        with quiet_transformers(), loading(path):
             model = load_without_layers(Path(path), config, chosen, layer_folder)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         return _placed(path, LoadedModel(model, tokenizer), torch.device("cpu"))
-    with _quiet_transformers(), _loading(path):
+    with quiet_transformers(), loading(path):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -100,6 +99,16 @@ def load(
     check_loaded(path, info)
     check_dtypes(path, model, stored)
     return _placed(path, LoadedModel(model, tokenizer), target)
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what no model can be loaded in.
+
+    Raises:
+        LarosaError: an unknown number format.
+    """
+    if name not in _DTYPES:
+        raise LarosaError(f"unknown dtype '{name}': one of {', '.join(_DTYPES)}")
 
 
 def _placed(path: str, loaded: LoadedModel, target: torch.device) -> LoadedModel:
@@ -120,7 +129,7 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
         LarosaError: there is none, it is malformed, or the family is not supported.
     """
     if (gguf := find_gguf(path)) is not None:
-        with _quiet_transformers(), _loading(path):
+        with quiet_transformers(), loading(path):
             return load_gguf_config(gguf)
     folder = Path(path)
     if folder.is_dir():
@@ -132,13 +141,13 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
         )
     elif _means_a_folder(path):
         raise LarosaError(f"{path}: no such folder")
-    with _quiet_transformers(), _loading(path):
+    with quiet_transformers(), loading(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     find_architecture(config.model_type)
     if getattr(config, "quantization_config", None):
         raise LarosaError(f"{path}: the checkpoint is quantized; convert the original weights instead")
     check_config(path, config)
-    with _quiet_transformers(), _loading(path), loading_weights():
+    with quiet_transformers(), loading(path), loading_weights():
         dry_run(model_class(config), config)
     return config
 
@@ -181,7 +190,7 @@ def _means_a_folder(path: str) -> bool:
 
 
 @contextmanager
-def _loading(path: str) -> Iterator[None]:
+def loading(path: str) -> Iterator[None]:
     """Turn any exception of a failed load into one line that names the model.
 
     Of any type: transformers raises what it likes at what it did not foresee, and a list of types always lacks one.
@@ -212,7 +221,8 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers say nothing for the time being."""
     # Its progress bars would run into larosa's; its warnings are errors here.
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -298,7 +308,7 @@ def save(
     check_output(folder, max_shard_size)
     try:
         with _partial(folder) as partial:
-            with _quiet_transformers():
+            with quiet_transformers():
                 if is_streamed(model):
                     save_with_layers(model, partial, max_shard_size)
                 else:

@@ -69,7 +69,7 @@ def check_weight_files(folder: Path) -> dict[str, str]:
     """
     seen: dict[str, str] = {}
     dtypes: dict[str, str] = {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         file = folder / name
         if not file.is_file():
             raise LarosaError(f"{file}: missing, and {INDEX} names it")
@@ -152,7 +152,12 @@ def _more(found: Iterable[object], one: str, several: str) -> str:
     return "" if not others else f" ({others} more {one if others == 1 else several} so)"
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold a folder's weights, as transformers finds them.
+
+    Raises:
+        LarosaError: there are none, or their index is no index.
+    """
     # In the order of transformers: a single file goes before an index, which may be left over from other weights.
     if (folder / SINGLE).is_file():
         return [SINGLE]

@@ -88,7 +88,9 @@ class GraphLoop:
         self._position.zero_()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._sampler.generator)
-        with torch.cuda.graph(graph):
+        # Beside ranks NCCL's own thread asks the GPU for news meanwhile, which only concerns that thread.
+        mode = "global" if self._engine.weights.shard is None else "thread_local"
+        with torch.cuda.graph(graph, capture_error_mode=mode):
             self._step()
         return graph
 

@@ -46,7 +46,8 @@ class Engine:
         self._hidden = torch.zeros(MAX_ROWS, weights.embedding.shape[1], dtype=torch.float32, device=weights.device)
         self._position, self._text = torch.zeros(2, MAX_ROWS, dtype=torch.int64, device=weights.device)
         self._graphs: dict[int, Graph] = {}
-        self._replays = weights.device.type == "cpu"
+        # What ranks tell each other is no operator that a CPU's graph replays.
+        self._replays = weights.device.type == "cpu" and weights.shard is None
 
     def beside(self, weights: DecoderWeights) -> Engine:
         """An engine of the same texts, over the same cache, with other weights of the model."""

@@ -18,6 +18,8 @@ from larosa.decoding.linears import Linears, LowBitLinears, lay_out, own, read_l
 from larosa.formats import ColumnFormat
 from larosa.models import Selector, Threshold, TopK, selectors
 from larosa.ops.select import CountedSelection, Selection
+from larosa.parallel import Ranks, shard_of
+from larosa.parallel.shard import TopKOfAll, adapter_inputs
 
 _ops: Any = torch.ops.larosa
 
@@ -142,13 +144,32 @@ class _Gated:
 
 
 @dataclass(frozen=True)
+class LargestOfAll:
+    """The largest entries of a vector of so much `width`, of which each rank has a part."""
+
+    ranks: Ranks
+    width: int
+
+    def own(self, values: torch.Tensor, k: int, score: torch.Tensor | None) -> CountedSelection:
+        """Those of this rank's `values` [B, part] that are among the k largest; `score` is the whole vector's."""
+        part = self.ranks.part(self.width)
+        _, indices = _ops.top_k(self.ranks.gather(values, self.width).contiguous(), k, score)
+        # Indices ascend, so that the rank's own stand side by side.
+        before, until = ((indices < end).sum(dim=1) for end in (part.start, part.stop))
+        places = torch.arange(min(k, values.shape[1]), device=values.device) + before[:, None]
+        listed = indices.gather(1, places.clamp_max(k - 1)) - part.start
+        listed = listed.clamp(0, values.shape[1] - 1)  # behind the count stands what is another rank's
+        return values.gather(1, listed.long()), listed, until - before
+
+
+@dataclass(frozen=True)
 class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
     With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where `every` lists
     all columns, for one row, for two and so on. Where `fused` is there, one operator makes the activation, selects
     entries and multiplies with them, and where the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up
-    of them.
+    of them. With `of_all` the k entries are those of all ranks.
     """
 
     source: _Source
@@ -159,6 +180,7 @@ class Site:
     every: tuple[torch.Tensor, ...] | None = None
     fused: Norm | _AsItIs | None = None
     swiglu: bool = False
+    of_all: LargestOfAll | None = None
 
     @property
     def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
@@ -176,9 +198,9 @@ class Site:
         if not self.skips:
             return self
         if isinstance(self.linears, LowBitLinears):
-            return replace(self, k=None, threshold=None, score=None)
+            return replace(self, k=None, threshold=None, score=None, of_all=None)
         every = _columns(self.linears.weights[0], MAX_ROWS)
-        return replace(self, k=None, threshold=None, score=None, fused=None, every=every)
+        return replace(self, k=None, threshold=None, score=None, fused=None, every=every, of_all=None)
 
     def rounded(self, form: ColumnFormat, where: str) -> Site:
         """The same over a copy of its linears of few bits, or over those that it has where they are so already."""
@@ -201,7 +223,9 @@ class Site:
             return self.fused.product(x, self, residual, adapter)
         indices: torch.Tensor | None
         count: torch.Tensor | None = None
-        if self.k is not None:
+        if self.k is not None and self.of_all is not None:
+            values, indices, count = self.of_all.own(self.source.every(x), self.k, self.score)
+        elif self.k is not None:
             values, indices = self.source.largest(x, self.k, self.score)
         elif self.threshold is not None:
             values, indices, count = self.source.above(x, self.threshold, self.score)
@@ -279,7 +303,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class DecodeLayer:
-    """One decoder layer of a token a row."""
+    """One decoder layer of a token a row, or one of some ranks' shards of it."""
 
     h1: Site
     attention: Attention
@@ -288,6 +312,7 @@ class DecodeLayer:
     h3: Site
     h4: Site
     residual_adapter: Adapter | None
+    ranks: Ranks | None = None
 
     @property
     def skips(self) -> bool:
@@ -305,17 +330,26 @@ class DecodeLayer:
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [B, D] float32 after this layer."""
-        carried = _carried(x, self.attention_adapter)
-        middle = self.h2(self.attention(self.h1(x), position, past), *carried)
-        carried = _carried(middle, self.residual_adapter)
-        return self.h4(self.h3(middle), *carried)
+        carried = self._carried(x, self.attention_adapter)
+        middle = self._joined(self.h2(self.attention(self.h1(x), position, past), *carried))
+        carried = self._carried(middle, self.residual_adapter)
+        return self._joined(self.h4(self.h3(middle), *carried))
 
+    def _carried(self, x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor | None, Adapter | None]:
+        """The residual of a branch that starts from x, and the adapter that its last product takes along, if any.
 
-def _carried(x: torch.Tensor, adapter: Adapter | None) -> tuple[torch.Tensor, Adapter | None]:
-    """The residual of a branch that starts from x, and the adapter that its last product takes along, if any."""
-    if adapter is None:
-        return x, None
-    return (x, adapter) if adapter.along else (adapter(x), None)
+        Of ranks, whose branches are summed, each takes part of the residual through its part of the adapter; with no
+        adapter the first takes all.
+        """
+        if adapter is None:
+            return (x if self.ranks is None or self.ranks.first else None), None
+        if self.ranks is not None:
+            x = x[:, adapter_inputs(x.shape[1], self.ranks)].contiguous()
+        return (x, adapter) if adapter.along else (adapter(x), None)
+
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        """What all ranks have added."""
+        return x if self.ranks is None else self.ranks.sum(x)
 
 
 def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
@@ -325,7 +359,7 @@ def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
     read faster (those of few bits stand so anyway): their values, and whatever else uses them, stay as they are. Layers
     hold on to the memory itself, so that they stay sound when somebody else lays the same weights out in another way.
     """
-    layers = architecture.layers(model)
+    layers, shard = architecture.layers(model), shard_of(model)
     chosen: dict[str, list[Selector]] = {}
     if getattr(model.config, "larosa", None) is not None:
         chosen = selectors(model, architecture)
@@ -350,6 +384,7 @@ def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
             h3=h3,
             h4=h4,
             residual_adapter=_adapter(layer, "residual_adapter"),
+            ranks=None if shard is None else shard.ranks,
         )
 
     return [decode_layer(index, layer) for index, layer in enumerate(layers)]
@@ -367,7 +402,7 @@ def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsI
     every, fused = None, None
     if on_gpu and isinstance(read, Linears) and not kept:
         every = _columns(read.weights[0], 1)  # [1, D] int32: all columns are read faster than all rows
-    elif on_gpu and not isinstance(source, _Gated):
+    elif on_gpu and "of_all" not in kept and not isinstance(source, _Gated):
         # Launching one kernel less is worth selecting in every block of a product.
         fused = source
     return Site(source, read, every=every, fused=fused, **kept)
@@ -386,6 +421,11 @@ def _columns(weight: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 def _kept(selector: Selector, width: int) -> dict[str, Any]:
     """What a selector keeps, as fields of a `Site`; none where it keeps everything."""
+    if isinstance(selector, TopKOfAll):
+        if selector.k == selector.width:
+            return {}
+        of_all = LargestOfAll(selector.ranks, selector.width)
+        return {"k": selector.k, "score": own(selector.score), "of_all": of_all}
     if isinstance(selector, TopK):
         return {} if selector.k == width else {"k": selector.k, "score": own(selector.score)}
     assert isinstance(selector, Threshold), "there are no other selectors"

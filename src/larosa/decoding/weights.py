@@ -19,6 +19,7 @@ from larosa.formats import ColumnFormat
 from larosa.models.plain import check_plain
 from larosa.ops.backend import check_kernels
 from larosa.ops.schema import has_kernels
+from larosa.parallel import shard_of
 from larosa.sparsity import SiteSizes
 from larosa.utils.memory import available_memory
 from larosa.utils.progress import track
@@ -34,14 +35,18 @@ class DecoderWeights:
     model goes on working as before.
 
     Args:
-        model: a loaded causal language model of a supported family, all on one device, in evaluation mode.
+        model: a loaded causal language model of a supported family, all on one device, in evaluation mode, or one
+            rank's shard of one.
 
     Raises:
         LarosaError: a model that the engine cannot run.
     """
 
     def __init__(self, model: Any) -> None:
-        check_plain(model)
+        #: What makes the model one of some ranks' shards; None for a whole one.
+        self.shard = shard_of(model)
+        if self.shard is None:
+            check_plain(model)
         architecture = find_architecture(model.config.model_type)
         _check(model, architecture)
         self.config = model.config
@@ -108,7 +113,8 @@ class DecoderWeights:
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """[N, vocabulary] float32 for [N, D] float32 behind the final norm."""
         # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
-        return self._head.every(normed)
+        own = self._head.every(normed)
+        return own if self.shard is None else self.shard.logits(own)
 
     @contextmanager
     def _dense_up_to(self, position: int) -> Iterator[None]:

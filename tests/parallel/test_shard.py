@@ -1,0 +1,130 @@
+"""Ranks together give what one process gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from larosa import LarosaError
+from larosa.architectures import find_architecture
+from larosa.checkpoints.io import load, save
+from larosa.checkpoints.shards import load_shard
+from larosa.decoding import Engine, ForwardEngine
+from larosa.models import TopK
+from larosa.parallel import Over
+from tests.decoding.conftest import clear_ids, margin, step_logits  # noqa: F401 - fixtures
+
+LENGTH, PROMPT = 16, 7
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+CONVERSIONS = {
+    "dense": None,
+    "layer": {"rotation": "layer"},
+    "block, 8 bits": {"rotation": "block", "adapters": "int8"},
+    "thresholds": {"rotation": "layer", "selection": "threshold"},
+    "magnitude": {"score": "magnitude"},
+    "4 bits": {"weights": "int4", "weight_group": 32},
+}
+
+
+@pytest.fixture
+def saved(make_model, quick_convert, tokenizer, tmp_path):
+    """saved(family, conversion, **overrides): a model of 4 key heads, and the folder that it is in."""
+
+    def build(family, conversion, **overrides):
+        folder = tmp_path / "model"
+        sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, **overrides}
+        model = make_model(family, **sizes)
+        if CONVERSIONS[conversion] is None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            save(quick_convert(model, sparsity=0.4, **CONVERSIONS[conversion]), tokenizer, folder, "")
+        return load(str(folder)).model, str(folder)
+
+    return build
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def check(model, folder, ids, on_ranks, step_logits, size, over, engine=True):  # noqa: F811
+    """The shards' logits, by their forward, step by step and by the engine, are those of the model's forward."""
+    expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
+
+    def run(ranks):
+        shard = load_shard(folder, ranks).model
+        found = [shard(ids, use_cache=False).logits[0, PROMPT - 1 :], step_logits(ForwardEngine(shard), ids, PROMPT)]
+        return [*found, step_logits(Engine(shard, LENGTH), ids, PROMPT)] if engine else found
+
+    first, *others = on_ranks(size, run, over)
+    for logits in first:
+        assert_close(logits, expected)
+    for other in others:  # who draws from them draws the same
+        assert all(torch.equal(mine, its) for mine, its in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(saved, on_ranks, clear_ids, step_logits, family):  # noqa: F811
+    model, folder = saved(family, "block, 8 bits")
+    check(model, folder, clear_ids(model, LENGTH), on_ranks, step_logits, 2, Over.ALL)
+
+
+@pytest.mark.parametrize("conversion", ["dense", "layer", "thresholds", "magnitude"])
+def test_every_conversion(saved, on_ranks, clear_ids, step_logits, conversion):  # noqa: F811
+    model, folder = saved("llama", conversion, tie_word_embeddings=conversion == "dense", vocab_size=128)
+    check(model, folder, clear_ids(model, LENGTH), on_ranks, step_logits, 2, Over.ALL)
+
+
+def test_four_ranks_and_what_they_cannot_share_evenly(saved, on_ranks, clear_ids, step_logits):  # noqa: F811
+    model, folder = saved("llama", "layer", intermediate_size=58, hidden_size=40, vocab_size=130)
+    check(model, folder, clear_ids(model, LENGTH), on_ranks, step_logits, 4, Over.ALL)
+
+
+def test_few_bits(saved, on_ranks, clear_ids, step_logits):  # noqa: F811
+    """By the forward, which dequantises: the engine rounds activations in other blocks than one process does."""
+    model, folder = saved("llama", "4 bits", head_dim=32, intermediate_size=128)
+    check(model, folder, clear_ids(model, LENGTH), on_ranks, step_logits, 2, Over.ALL, engine=False)
+
+
+class EachPart(nn.Module):
+    """Keeps of each of some parts of a vector its share of the k largest."""
+
+    def __init__(self, selector, parts):
+        super().__init__()
+        self.selector, self.parts = selector, parts
+
+    def forward(self, x):
+        k, score = self.selector.k, self.selector.score
+        scores = score.chunk(self.parts)
+        shares = [k * (part + 1) // self.parts - k * part // self.parts for part in range(self.parts)]
+        own = zip(x.chunk(self.parts, dim=-1), shares, scores, strict=True)
+        return torch.cat([TopK(share, score=score).select(part) for part, share, score in own], dim=-1)
+
+
+def test_each_rank_keeps_its_share_of_its_own_entries(saved, on_ranks, clear_ids, step_logits):  # noqa: F811
+    model, folder = saved("llama", "layer")
+    ids = clear_ids(model, LENGTH)
+    layers = find_architecture("llama").layers(model)
+    for layer in layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.selector = EachPart(linear.selector, 2)
+    check(model, folder, ids, on_ranks, step_logits, 2, Over.OWN)
+
+
+def test_a_rank_holds_its_part_alone(saved, on_ranks):
+    model, folder = saved("llama", "layer")
+    whole = {name: weight.numel() for name, weight in model.named_parameters()}
+    (shard, _) = on_ranks(2, lambda ranks: load_shard(folder, ranks).model)
+    for name, weight in shard.named_parameters():
+        halves = ("proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "gate_proj.bias", "up_proj.bias")
+        shared = name.endswith((*halves, "adapter.weight", "proj.selector.score")) or name == "lm_head.weight"
+        assert weight.numel() == whole[name] // (1 + shared), name
+        assert weight.untyped_storage().nbytes() == weight.nbytes, name
+
+
+def test_what_cannot_be_shared_is_refused(saved, on_ranks):
+    _, folder = saved("llama", "layer")
+    with pytest.raises(LarosaError, match="3 ranks cannot share 4 key-value heads evenly: start 1, 2, 4 of them"):
+        on_ranks(3, lambda ranks: load_shard(folder, ranks))
