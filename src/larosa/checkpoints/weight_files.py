@@ -85,7 +85,7 @@ def check_weight_files(folder: Path) -> dict[str, str]:
 
 def stored_weights(folder: Path) -> dict[str, StoredWeight]:
     """The weights of a checkpoint in safetensors by name, once `check_weight_files` has found it whole."""
-    return {key: found for name in _weight_files(folder) for key, found in _stored(folder / name).items()}
+    return {key: found for name in weight_files(folder) for key, found in _stored(folder / name).items()}
 
 
 def check_no_pointer(file: Path) -> None:

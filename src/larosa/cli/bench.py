@@ -13,6 +13,7 @@ from larosa.checkpoints.io import find_device
 from larosa.cli import bench_gpu, options
 from larosa.cli.bench_decode import decode
 from larosa.cli.options import console
+from larosa.cli.together import check_alone
 from larosa.formats import WeightFormat
 
 bench = typer.Typer(help="Measure speed beside dense PyTorch in the same run.", no_args_is_help=True)
@@ -32,6 +33,7 @@ def kernels(
     json: options.JsonFile = None,
 ) -> None:
     """Time each operator of a decoding step on its own."""
+    check_alone("bench kernels")
     where = find_device(device)
     options.check_json_file(json)
     if where.type == "cuda":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from larosa.checkpoints.io import load
 from larosa.cli import options
 from larosa.cli.options import console
+from larosa.cli.together import load_model
 from larosa.decoding import CacheDtype
 from larosa.evaluation.divergence import Comparison, Distribution, Estimate
 from larosa.evaluation.perplexity import Evaluation, Protocol
@@ -59,15 +59,17 @@ def evaluate(
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
+    top_k_over: options.TopKOver = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.JsonFile = None,
 ) -> None:
     """Measure perplexity and, with --reference, the distance from the dense model."""
     options.check_json_file(json)
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = load_model(model, **settings, over=top_k_over)
     dense = None
     if reference is not None:
-        dense = load(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
+        dense = load_model(reference, **settings, over=top_k_over).model
     found = [
         evaluate_model(
             loaded,

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from larosa.checkpoints.io import load
 from larosa.cli import options
+from larosa.cli.together import check_alone, load_model
 from larosa.data.text import check_text
 from larosa.decoding import CacheDtype
 from larosa.decoding import generate as generate_text
@@ -39,6 +39,7 @@ def generate(
     draft: options.Draft = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
+    top_k_over: options.TopKOver = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.JsonFile = None,
 ) -> None:
@@ -54,7 +55,11 @@ def generate(
     text = (prompt or "") if file is None else _read(file)
     check_text(text, "--prompt" if file is None else file)
     check_text(system or "", "--system")
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if draft is not None:
+        check_alone("generate --draft")
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, over=top_k_over
+    )
     drafter = options.drafter(draft, lossless, dtype, device, trust_remote_code)
     options.note_unused_settings(loaded)
     if not chat:

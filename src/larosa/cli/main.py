@@ -21,10 +21,14 @@ from larosa.cli.inspect import inspect
 from larosa.cli.recover import recover
 from larosa.cli.reproduce import reproduce
 from larosa.cli.serve import serve
+from larosa.cli.together import check_alone, together
 from larosa.errors import LarosaError
+from larosa.parallel import started
 from larosa.version import __version__
 
 _INTERRUPTED = 130
+#: What several ranks can do together; of `bench`, `decode`.
+_TOGETHER = ("generate", "eval", "bench")
 
 app = typer.Typer(
     help="Training-free activation sparsity for LLM inference (LaRoSA).",
@@ -52,15 +56,23 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def larosa(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Training-free activation sparsity for LLM inference (LaRoSA)."""
+    if context.invoked_subcommand not in _TOGETHER:
+        check_alone(str(context.invoked_subcommand))
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 1."""
+    with together():
+        _run()
+
+
+def _run() -> None:
     try:
         _prepare()
         app(standalone_mode=True)
@@ -81,7 +93,7 @@ def _prepare() -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     # As an interrupt does, so that what is half-written is removed.
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and started() == 1:
         signal.signal(signal.SIGTERM, _end)
     # Before what PyTorch does then: callbacks run in the opposite order of their registration.
     atexit.unregister(_end_at_once)

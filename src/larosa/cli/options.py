@@ -19,6 +19,7 @@ from larosa.decoding import CacheDtype, EngineName, Generation
 from larosa.decoding.lossless import RoundedDraft
 from larosa.decoding.sampling import unused_settings
 from larosa.errors import LarosaError
+from larosa.parallel import Over, this_rank
 from larosa.sparsity.report import Sparsity
 from larosa.utils.progress import stderr
 
@@ -73,6 +74,10 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set o
 MinP = Annotated[float | None, typer.Option(help="Sample from tokens this times as probable as the likeliest.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tokens of the text so far less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
+TopKOver = Annotated[
+    Over | None,
+    typer.Option(help="Under torchrun: a rank keeps the largest of its own entries of h2 and h4 (default), or of all."),
+]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code in the checkpoint to run; never needed by larosa.")
@@ -136,7 +141,7 @@ def note_unused_settings(model: Any) -> None:
 
 def check_json_file(path: Path | None) -> None:
     """Refuse a result file that cannot be written before the work rather than after it."""
-    if path is None:
+    if path is None or this_rank() > 0:
         return
     try:
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -152,7 +157,7 @@ def check_json_file(path: Path | None) -> None:
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write the results where `--json` asked for them."""
-    if path is not None:
+    if path is not None and this_rank() == 0:
         try:
             path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         except OSError as error:

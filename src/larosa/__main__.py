@@ -1,0 +1,5 @@
+"""`python -m larosa`: the command line."""
+
+from larosa.cli.main import main
+
+main()
