@@ -11,6 +11,7 @@ from larosa.architectures import find_architecture
 from larosa.checkpoints.io import load, save
 from larosa.checkpoints.shards import load_shard
 from larosa.decoding import Engine, ForwardEngine
+from larosa.evaluation.perplexity import evaluate
 from larosa.models import TopK
 from larosa.parallel import Over
 from tests.decoding.conftest import clear_ids, margin, step_logits  # noqa: F401 - fixtures
@@ -128,3 +129,16 @@ def test_what_cannot_be_shared_is_refused(saved, on_ranks):
     _, folder = saved("llama", "layer")
     with pytest.raises(LarosaError, match="3 ranks cannot share 4 key-value heads evenly: start 1, 2, 4 of them"):
         on_ranks(3, lambda ranks: load_shard(folder, ranks))
+
+
+@pytest.mark.parametrize("over", Over)
+def test_an_evaluation_on_ranks_is_one_of_the_whole_model(saved, on_ranks, tokenizer, text_file, over):
+    """Its counts of zeros too, which each rank has of its own entries."""
+    model, folder = saved("llama", "layer")
+    options = {"data": str(text_file), "sequence_length": 32}
+    expected = evaluate(model, tokenizer, **options)
+    found, other = on_ranks(2, lambda ranks: evaluate(load_shard(folder, ranks).model, tokenizer, **options), over)
+    assert found == other
+    assert (found.sparsity, found.zeros, found.tokens) == (expected.sparsity, expected.zeros, expected.tokens)
+    assert found.actual_sparsity == expected.actual_sparsity
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-3 if over is Over.ALL else 0.2)

@@ -21,6 +21,7 @@ from larosa.decoding.cache import CacheDtype, RoundedCache
 from larosa.errors import LarosaError, choose
 from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
+from larosa.parallel import whole_config
 from larosa.sparsity.report import Sparsity, sparsity_of
 from larosa.utils.finite import not_finite
 from larosa.utils.layer_files import is_streamed
@@ -216,7 +217,7 @@ def evaluate_windows(
         kl_divergence=None if comparison is None else comparison.kl_divergence.mean.value,
         top1_agreement=None if comparison is None else comparison.same_top_token.value,
         comparison=comparison,
-        sparsity=sparsity_of(model.config),
+        sparsity=sparsity_of(whole_config(model)),
         zeros=zeros.fractions(),
         actual_sparsity=zeros.actual_sparsity(),
     )

@@ -10,8 +10,10 @@ from typing import Any, Self
 import torch
 
 from larosa.architectures import find_architecture
-from larosa.config import SITES
+from larosa.config import GATE, SITES
 from larosa.models import DenseTokens, Selector, selectors
+from larosa.parallel import Shard, shard_of, whole_config
+from larosa.parallel.shard import SHARDED
 from larosa.sparsity import SiteSizes
 
 
@@ -45,11 +47,13 @@ class ZeroCounter:
     def __init__(self, model: Any) -> None:
         self._handles: list[Any] = []
         self._zeros: dict[str, list[list[torch.Tensor]]] = {}
+        self._shard: Shard | None = None
         self._sparse_sites: tuple[str, ...] = ()
         if getattr(model.config, "larosa", None) is None:
             return
         architecture = find_architecture(model.config.model_type)
-        self._sizes = SiteSizes.of(model.config)
+        self._shard = shard_of(model)
+        self._sizes = SiteSizes.of(whole_config(model))
         layers = list(architecture.layers(model))
         found = selectors(model, architecture)
         self._sparse_sites = tuple(found)
@@ -71,13 +75,19 @@ class ZeroCounter:
     def zeros(self) -> dict[str, torch.Tensor]:
         """Zeros so far, [layers, tokens] int64 for each site, tokens in the order they came; empty for a dense model.
 
-        Beside h1 to h4 there is `gate` where the method sparsifies it.
+        Beside h1 to h4 there is `gate` where the method sparsifies it. Of several ranks, those of all.
         """
         # On the CPU, where the layers of a split model meet.
-        return {
+        zeros = {
             site: torch.stack([torch.cat(counts).cpu() for counts in by_layer])
             for site, by_layer in self._zeros.items()
         }
+        if self._shard is not None:
+            ranks = self._shard.ranks
+            for site in (*SHARDED, GATE):
+                if site in zeros:
+                    zeros[site] = ranks.sum(zeros[site].to(ranks.device)).cpu()
+        return zeros
 
     def fractions(self) -> dict[str, Spread] | None:
         """The shares so far over tokens and layers, by site; None for a dense model."""
