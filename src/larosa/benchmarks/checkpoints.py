@@ -8,11 +8,15 @@ import torch
 
 from larosa.architectures import Heads
 from larosa.checkpoints.io import load, load_config
+from larosa.checkpoints.shards import load_shard
 from larosa.errors import LarosaError
+from larosa.parallel import Ranks
 from larosa.sparsity import SiteSizes
 
 
-def load_alike(checkpoints: list[str], dtype: str, device: torch.device, *, needs_dense: bool) -> list[tuple[str, Any]]:
+def load_alike(
+    checkpoints: list[str], dtype: str, device: torch.device, *, needs_dense: bool, ranks: Ranks | None = None
+) -> list[tuple[str, Any]]:
     """Load a dense model and what it was converted to: names and models, the dense one first.
 
     What cannot be compared is refused before any weights are loaded, as far as configurations tell.
@@ -22,6 +26,7 @@ def load_alike(checkpoints: list[str], dtype: str, device: torch.device, *, need
         dtype: number format to load them in; `auto` is each checkpoint's own.
         device: where to load them.
         needs_dense: whether one must be dense; more than one never may.
+        ranks: of which this process is one, to load its shards; None where it is alone.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded, too many or too few dense ones, or models that differ in shape
@@ -36,7 +41,13 @@ def load_alike(checkpoints: list[str], dtype: str, device: torch.device, *, need
     for path in others:
         if _shape(configs[path]) != _shape(configs[first]):
             raise LarosaError(f"{path} has another shape than {first}: measure them apart")
-    models = [(path, load(path, dtype=dtype, device=str(device)).model) for path in (first, *others)]
+
+    def model_of(path: str) -> Any:
+        if ranks is not None:
+            return load_shard(path, ranks, dtype=dtype).model
+        return load(path, dtype=dtype, device=str(device)).model
+
+    models = [(path, model_of(path)) for path in (first, *others)]
     for path, model in models[1:]:
         if model.dtype != models[0][1].dtype:
             formats = [str(each.dtype).removeprefix("torch.") for each in (model, models[0][1])]

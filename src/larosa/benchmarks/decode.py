@@ -17,9 +17,12 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
+    check_ranks,
     check_room,
     random_dense_model,
     random_model,
+    rank_bytes,
+    ranks_name,
     shape_config,
     shape_name,
     sparse_copies,
@@ -34,6 +37,7 @@ from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
+from larosa.parallel import Ranks, shard_of, whole_config
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance
 
@@ -80,6 +84,7 @@ def measure_shape(
     tokens: int = 64,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
+    ranks: Ranks | None = None,
 ) -> DecodeBenchmark:
     """Measure a shape with random weights: dense, and LaRoSA with adapters and scores at each sparsity.
 
@@ -96,12 +101,13 @@ def measure_shape(
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
         batches: how many texts the engine continues at once, a row each.
+        ranks: that run the model, of which this process is one; None where it is alone.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
     """
     return measure_config(
-        shape_name(shape, layers, layout),
+        shape_name(shape, layers, layout, ranks),
         shape_config(shape, layers=layers, vocab_size=vocab_size),
         sparsities,
         dtype=dtype,
@@ -111,6 +117,7 @@ def measure_shape(
         selection=selection,
         kv_cache_dtype=kv_cache_dtype,
         batches=batches,
+        ranks=ranks,
     )
 
 
@@ -126,21 +133,24 @@ def measure_config(
     selection: Selection = Selection.TOP_K,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
+    ranks: Ranks | None = None,
 ) -> DecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     device = torch.device("cpu")
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
+    check_ranks(ranks, layout, selection)
     _check_batches(batches)
     low_bit = layout.quantization is not None
     copies = sparse_copies(sparsities) + low_bit
-    check_room(weight_bytes(config, dtype) + copies * weight_bytes(config, dtype, layout), device)
+    held = weight_bytes(config, dtype), *[weight_bytes(config, dtype, layout)] * copies
+    check_room(sum(rank_bytes(config, whole, dtype, ranks) for whole in held), device)
     subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
-    subjects.add_dense(random_model(config, dtype, device))
+    subjects.add_dense(random_model(config, dtype, device, ranks=ranks))
     if low_bit:
         subjects.add(DENSE_LOW_BIT, random_dense_model(config, dtype, device, layout))
-    for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
+    for _, model in sparse_models(config, dtype, device, sparsities, layout, selection, ranks):
         subjects.add(larosa_row(selection), model)
     return subjects.measure()
 
@@ -153,6 +163,7 @@ def measure_checkpoints(
     tokens: int = 64,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
+    ranks: Ranks | None = None,
 ) -> DecodeBenchmark:
     """Measure a dense checkpoint and converted ones of its shape; rows are called by their names.
 
@@ -163,6 +174,7 @@ def measure_checkpoints(
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
         batches: how many texts the engine continues at once, a row each.
+        ranks: that run the models, of which this process is one; None where it is alone.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded or run, none or several that are dense, different shapes, or
@@ -170,8 +182,8 @@ def measure_checkpoints(
     """
     check_counts(prompt_tokens, tokens)
     _check_batches(batches)
-    (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True)
-    subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
+    (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True, ranks=ranks)
+    subjects = _Subjects(name + ranks_name(ranks), prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(dense)
     for path, model in converted:
         subjects.add(path, model)
@@ -207,13 +219,14 @@ class _Subject:
     def __init__(
         self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, prompt: torch.Tensor, tokens: int
     ) -> None:
-        report = inspect_config(model.config)
+        report, shard = inspect_config(whole_config(model)), shard_of(model)
+        ranks = 1 if shard is None else shard.ranks.size
         self.name = name
         self.dtype, self.kv_cache_dtype = weights_name(model), str(cache).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
         self.batch = len(prompt)
         kept = self.batch * cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
-        self.bytes = report.bytes_sparse_total + report.head_bytes + kept
+        self.bytes = (report.bytes_sparse_total + report.head_bytes) // ranks + kept
         self.seconds: list[float] = []
         self._engine = engine
         self._sampler = Sampler()

@@ -29,13 +29,17 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
+    check_ranks,
     check_room,
     random_dense_model,
     random_model,
+    rank_bytes,
+    ranks_name,
     shape_config,
     shape_name,
     sparse_copies,
     sparse_models,
+    sparsified_shards,
     weight_bytes,
 )
 from larosa.config import Selection, check_sparsity
@@ -44,6 +48,7 @@ from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
 from larosa.formats import WeightFormat
+from larosa.parallel import Ranks, whole_config
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance, track
 
@@ -83,6 +88,7 @@ def measure_gpu_shape(
     tokens: int = 256,
     compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """Measure a shape with random weights, LaRoSA with adapters and scores.
 
@@ -101,12 +107,13 @@ def measure_gpu_shape(
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
         kv_cache_dtype: how the engine keeps keys and values.
+        ranks: that run the model, of which this process is one; None where it is alone. Compiled PyTorch is alone.
 
     Raises:
         LarosaError: unknown shape, bad option, or too little memory.
     """
     return measure_gpu_config(
-        shape_name(shape, layers, layout),
+        shape_name(shape, layers, layout, ranks),
         shape_config(shape, layers=layers, vocab_size=vocab_size),
         sparsities,
         device=device,
@@ -118,6 +125,7 @@ def measure_gpu_shape(
         teal_sparsities=teal_sparsities,
         compiled=compiled,
         kv_cache_dtype=kv_cache_dtype,
+        ranks=ranks,
     )
 
 
@@ -135,20 +143,24 @@ def measure_gpu_config(
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
+    check_ranks(ranks, layout, selection)
+    compiled = compiled and ranks is None
     teal_sparsities = teal_sparsities if compiled else ()
-    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype)
+    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype, ranks)
     sparse = weight_bytes(config, dtype, layout)
     form = layout.quantization
     low_bit = form is not None
     tinygemm = compiled and form is not None and form.weights is WeightFormat.INT4
-    weights = weight_bytes(config, dtype) + (sparse_copies(sparsities) + low_bit) * sparse
+    # Ranks' models of all sparsities are one, the dense one too.
+    weights = weight_bytes(config, dtype) + (sparse_copies(sparsities) + low_bit) * sparse if ranks is None else sparse
     decoders, engines = compiled + tinygemm + len(teal_sparsities), 1 + low_bit + len(sparsities)
-    check_room(rows.bytes_needed(decoders, engines) + weights, device)
+    check_room(rows.bytes_needed(decoders, engines) + rank_bytes(config, weights, dtype, ranks), device)
     with torch.cuda.device(device):  # streams and events are the current device's
         if compiled:
             rows.add_compiled()
@@ -156,12 +168,16 @@ def measure_gpu_config(
             rows.add_teal(sparsity)
         if tinygemm:
             rows.add_tinygemm()
-        dense = random_model(config, dtype, device)
+        dense = random_model(config, dtype, device, ranks=ranks)
         rows.add_engine(DENSE, dense, rows.engine(dense))
         if low_bit:
             narrow = random_dense_model(config, dtype, device, layout)
             rows.add_engine(DENSE_LOW_BIT, narrow, rows.engine(narrow))
-        for _, model in sparse_models(config, dtype, device, sparsities, layout, selection):
+        if ranks is None:
+            models = sparse_models(config, dtype, device, sparsities, layout, selection)
+        else:
+            models = sparsified_shards(dense, sparsities, layout, selection)
+        for _, model in models:
             rows.add_engine(larosa_row(selection), model, rows.engine(model))
         return rows.measure()
 
@@ -174,6 +190,7 @@ def measure_gpu_checkpoints(
     prompt_tokens: int = 128,
     tokens: int = 256,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """Measure checkpoints of one shape, at most one of them dense, beside compiled PyTorch with that shape.
 
@@ -184,20 +201,23 @@ def measure_gpu_checkpoints(
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
+        ranks: that run the models, of which this process is one; None where it is alone. Compiled PyTorch is alone.
 
     Raises:
         LarosaError: a checkpoint that cannot be loaded or run, several that are dense, different shapes or number
             formats, or too little memory.
     """
     check_counts(prompt_tokens, tokens)
-    models = load_alike(checkpoints, dtype, device, needs_dense=False)
+    models = load_alike(checkpoints, dtype, device, needs_dense=False, ranks=ranks)
     name, first = models[0]
-    rows = _Rows(name, first.config, device, first.dtype, prompt_tokens, tokens, kv_cache_dtype)
-    check_room(rows.bytes_needed(1, len(models)), device, "give fewer checkpoints, or fewer --tokens")
+    name += ranks_name(ranks)
+    rows = _Rows(name, whole_config(first), device, first.dtype, prompt_tokens, tokens, kv_cache_dtype, ranks)
+    check_room(rows.bytes_needed(int(ranks is None), len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
     engines = [rows.engine(model) for _, model in models]
     with torch.cuda.device(device):
-        rows.add_compiled()
+        if ranks is None:
+            rows.add_compiled()
         for (path, model), engine in zip(models, engines, strict=True):
             rows.add_engine(path if is_converted(model.config) else DENSE, model, engine)
         return rows.measure()
@@ -239,7 +259,9 @@ class _Rows:
         prompt_tokens: int,
         tokens: int,
         kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = 1 if ranks is None else ranks.size
         self._shape, self._device, self._dtype = shape, device, dtype
         self._config = deepcopy(config)
         self._config.dtype = dtype
@@ -256,7 +278,7 @@ class _Rows:
         """What is held at once beside the engines' models: compiled decoders, caches, and the test of the bandwidth."""
         return (
             decoders * decoder_bytes(self._config, self.length, self._dtype)
-            + engines * cache_bytes(self._config, self._engine_cache, self.length)
+            + engines * cache_bytes(self._config, self._engine_cache, self.length) // self._ranks
             + READ_BYTES
         )
 
@@ -341,15 +363,15 @@ class _Rows:
         loop = GraphLoop(engine, Sampler(device=self._device, kernels=True))
         generator = torch.Generator().manual_seed(0)
         loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
-        report = inspect_config(model.config)
-        weights = report.bytes_sparse_total + report.head_bytes
+        report = inspect_config(whole_config(model))
+        weights = (report.bytes_sparse_total + report.head_bytes) // self._ranks
         self.add(name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights, loop.advance)
 
     def add(
         self, name: str, sparsity: float, dtype: str, cache: torch.dtype, weights: int, run: Callable[[], object]
     ) -> None:
         """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
-        kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2)
+        kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2) // self._ranks
         self._rows.append(_Row(name, sparsity, dtype, cache, weights + kept, run, []))
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,8 @@ class Benchmark(Generic[RowT]):
 class DecodeRow:
     """One decoder with one model; times in milliseconds per token, `tokens_per_second` by their median.
 
-    `bytes_per_token` is what a token has to read: weights, scores, adapters, head, keys and values. The floor is
+    `bytes_per_token` is what a token has to read: weights, scores, adapters, head, keys and values; where several ranks
+    run the model, each of them. The floor is
     the time of that at the read bandwidth of the same run, `floor_fraction` how much of the median it makes up.
     `speedup` is over the row that each device's benchmark names.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ from larosa.data.bundled import bundled_model
 from larosa.errors import LarosaError
 from larosa.formats import Quantization, Quantizer, WeightFormat
 from larosa.models import Int8Adapter, QuantizedLinear, family_of, selectors, set_adapter, set_keep_counts
+from larosa.parallel import Over, Ranks, empty_shard, shard_of, whole_config
+from larosa.parallel.shard import cut_adapters, share_selection, tie_head
 from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.prices import no_thresholds
@@ -141,11 +143,19 @@ class Layout:
 DEFAULT_LAYOUT = Layout()
 
 
-def shape_name(name: str, layers: int | None, layout: Layout) -> str:
+def shape_name(name: str, layers: int | None, layout: Layout, ranks: Ranks | None = None) -> str:
     """What rows call a shape: its name, and what differs from the whole shape as it is converted by default."""
     cut = "" if layers is None else f", {layers} layers"
     shared = "" if layout.layers_per_rotation == 1 else f", {layout.layers_per_rotation} layers per rotation"
-    return name + cut + shared + ("" if layout.adapters is None else f", {layout.adapters} adapters")
+    stored = "" if layout.adapters is None else f", {layout.adapters} adapters"
+    return name + cut + shared + stored + ranks_name(ranks)
+
+
+def ranks_name(ranks: Ranks | None) -> str:
+    """What rows add to a name where several ranks run the model."""
+    if ranks is None:
+        return ""
+    return f", {ranks.size} ranks" + (", Top-K over all" if ranks.over is Over.ALL else "")
 
 
 def random_quantization(weights: WeightFormat, group: int | None = None) -> Quantization | None:
@@ -178,6 +188,24 @@ def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) 
     )
 
 
+def check_ranks(ranks: Ranks | None, layout: Layout, selection: Selection) -> None:
+    """Refuse random models that are not made in shards.
+
+    Raises:
+        LarosaError: with weights of few bits, or thresholds.
+    """
+    if ranks is not None and (layout.quantization is not None or selection is Selection.THRESHOLD):
+        raise LarosaError("--shape on several ranks: leave out --weights and --selection, or give checkpoints instead")
+
+
+def rank_bytes(config: Any, whole: int, dtype: torch.dtype, ranks: Ranks | None) -> int:
+    """What a rank has of weights that take so many bytes: its part of all but the embedding."""
+    if ranks is None:
+        return whole
+    table = config.vocab_size * config.hidden_size * dtype.itemsize
+    return table + (whole - table) // ranks.size
+
+
 def check_room(needed: int, device: torch.device, mend: str = "take fewer --layers or a smaller shape") -> None:
     """Refuse models that do not fit.
 
@@ -197,8 +225,16 @@ def check_room(needed: int, device: torch.device, mend: str = "take fewer --laye
         )
 
 
-def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """A dense model of a configuration, its weights random numbers of the usual size."""
+def random_model(
+    config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, ranks: Ranks | None = None
+) -> Any:
+    """A dense model of a configuration, its weights random numbers of the usual size, or a rank's shard of one."""
+    if ranks is not None:
+        shard = empty_shard(config, dtype, ranks)
+        _fill(shard, seed)
+        if config.tie_word_embeddings:
+            tie_head(shard)
+        return shard
     with no_init_weights(), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if config.tie_word_embeddings:
@@ -219,9 +255,31 @@ def random_sparse_model(
 ) -> Any:
     """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
     config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    block = _block(config, dtype, layout, selection, rotation)
+    with no_init_weights(), device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        family_of(find_architecture(config.model_type)).adopt(model, block)
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def sparsify_shard(model: Any, layout: Layout, selection: Selection, seed: int = 0) -> None:
+    """Make `random_sparse_model` of a rank's shard of a random dense model in place, whose weights stay as they are."""
+    shard = shard_of(model)
+    assert shard is not None, "it is one rank's"
+    dense = {id(weight) for weight in model.parameters()}
+    shard.adopt(model, _block(shard.whole, model.dtype, layout, selection, Rotation.LAYER))
+    share_selection(model)
+    _fill(model, seed, dense)
+    cut_adapters(model)
+    model.requires_grad_(False)
+
+
+def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection, rotation: Rotation) -> LarosaConfig:
+    """The settings of a random model that keeps everything."""
     sizes = SiteSizes.of(config)
     everything = _counts(sizes, 0.0) if selection is Selection.TOP_K else {"thresholds": no_thresholds(sizes)}
-    block = LarosaConfig(
+    return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
         sparsity=0.0,
@@ -234,11 +292,6 @@ def random_sparse_model(
         quantization=layout.quantization,
         **everything,
     )
-    with no_init_weights(), device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, block)
-    _fill(model, seed)
-    return model.eval().requires_grad_(False)
 
 
 def random_dense_model(config: Any, dtype: torch.dtype, device: torch.device, layout: Layout) -> Any:
@@ -259,31 +312,58 @@ def sparse_models(
     sparsities: tuple[float, ...],
     layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
+    ranks: Ranks | None = None,
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
     They share their weights, which these engines lay out by columns; but where nothing is skipped the CPU's engine
     reads by rows, so that 0 has a model of its own.
     """
+
+    def make() -> Any:
+        if ranks is None:
+            return random_sparse_model(config, dtype, device, layout=layout, selection=selection)
+        shard = random_model(config, dtype, device, ranks=ranks)
+        sparsify_shard(shard, layout, selection)
+        return shard
+
     if 0.0 in sparsities:
-        whole = random_sparse_model(config, dtype, device, layout=layout, selection=selection)
+        whole = make()
     if any(sparsities):
-        shared = random_sparse_model(config, dtype, device, layout=layout, selection=selection)
+        shared = make()
     for sparsity in sparsities:
         if sparsity > 0:
             set_sparsity(shared, sparsity)
         yield sparsity, shared if sparsity > 0 else whole
 
 
+def sparsified_shards(
+    dense: Any, sparsities: tuple[float, ...], layout: Layout, selection: Selection
+) -> Iterator[tuple[float, Any]]:
+    """`sparse_models` of a rank of GPUs: all of them are its shard of the dense model, whose engine is there already.
+
+    A GPU's engines read all weights by columns, so that one copy does for every sparsity.
+    """
+    sparsify_shard(dense, layout, selection)
+    for sparsity in sparsities:
+        set_sparsity(dense, sparsity)
+        yield sparsity, dense
+
+
 def set_sparsity(model: Any, sparsity: float) -> None:
     """Let a sparsified random model skip another fraction of its weights, the same at each site."""
-    now = LarosaConfig.parse(model.config.larosa)
+    shard, now = shard_of(model), LarosaConfig.parse(whole_config(model).larosa)
     if now.selection is Selection.THRESHOLD:
         limits: dict[str, Any] = {"thresholds": _calibrate(model, sparsity)}
     else:
-        limits = _counts(SiteSizes.of(model.config), sparsity)
-        set_keep_counts(model, find_architecture(model.config.model_type), limits["keep"])
-    model.config.larosa = now.model_copy(update={"sparsity": sparsity, **limits}).model_dump(mode="json")
+        limits = _counts(SiteSizes.of(whole_config(model)), sparsity)
+    block = now.model_copy(update={"sparsity": sparsity, **limits})
+    if shard is not None:
+        shard.set_counts(model, block)
+        return
+    if block.keep is not None:
+        set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
+    model.config.larosa = block.model_dump(mode="json")
 
 
 def _counts(sizes: SiteSizes, sparsity: float) -> dict[str, Any]:
@@ -321,14 +401,19 @@ def _calibrate(model: Any, sparsity: float) -> Thresholds:
 
 
 @torch.no_grad()
-def _fill(model: Any, seed: int) -> None:
-    """Fill every parameter: norm gains and scores with numbers near 1, the rest with columns of length about 1."""
+def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
+    """Fill every parameter: norm gains and scores with numbers near 1, the rest with columns of length about 1.
+
+    Args:
+        others: ids of parameters that stay as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(_BLOCK, generator=generator)
     adapters = [module for module in model.modules() if isinstance(module, Int8Adapter)]
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     filled = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     filled |= {id(parameter) for linear in quantized for parameter in (linear.codes, linear.scales)}
+    filled |= set(others)
     for weight in model.parameters():
         if id(weight) not in filled:
             _repeat(block / math.sqrt(weight.shape[1]) if weight.dim() > 1 else 1 + 0.1 * block, weight)

@@ -16,6 +16,7 @@ from larosa.benchmarks.shapes import DEFAULT_LAYOUT, Layout, random_quantization
 from larosa.checkpoints.io import find_device, load
 from larosa.cli import bench_gpu, bench_lossless, options
 from larosa.cli.options import console
+from larosa.cli.together import check_alone, ranks_of
 from larosa.config import AdapterFormat, Selection
 from larosa.decoding import CacheDtype
 from larosa.decoding.lossless import DRAFT_ALONE
@@ -63,6 +64,7 @@ def decode(
     draft: options.Draft = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
     device: options.Device = "auto",
+    top_k_over: options.TopKOver = None,
     json: options.JsonFile = None,
 ) -> None:
     """Time decoding: PyTorch dense, the engine dense, and the engine sparse, in turns.
@@ -78,11 +80,14 @@ def decode(
             "--sparsity, --layers, --vocab-size, --layers-per-rotation, --adapters, --selection and --weights are for "
             "--shape: leave them out, a checkpoint has its own"
         )
+    if lossless:
+        check_alone("bench decode --lossless")
     if lossless and (shape is not None or len(checkpoints or []) != 1 or batch != "1"):
         raise LarosaError("--lossless measures one text at a time of one checkpoint: give no --shape and no --batch")
     if draft is not None and not lossless:
         raise LarosaError(DRAFT_ALONE)
-    where = find_device(device)
+    ranks = ranks_of(device, top_k_over)
+    where = find_device(device) if ranks is None else ranks.device
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
     if where.type == "cuda" and batches != (1,):
         raise LarosaError("--batch is for the CPU: the GPU's engine runs one text at a time")
@@ -98,6 +103,7 @@ def decode(
         bench_lossless.show(measure_lossless(model, tokenizer, **named), path, json)
         return
     settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
+    settings["ranks"] = ranks
     if shape is None:
         settings["dtype"] = dtype
         if where.type == "cuda":

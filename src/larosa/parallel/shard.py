@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from larosa.architectures import Architecture, Heads, find_architecture
-from larosa.config import LarosaConfig
+from larosa.config import KeepCounts, LarosaConfig
 from larosa.errors import LarosaError
-from larosa.models import Int8Adapter, QuantizedLinear, TopK
+from larosa.models import Int8Adapter, QuantizedLinear, TopK, family_of, set_keep_counts
 from larosa.ops import keep_top_k
 from larosa.ops.adapter import leading_entries
 from larosa.parallel.ranks import Over, Ranks
@@ -61,13 +61,27 @@ class Shard:
         config = LarosaConfig.parse(block)
         if config.keep is None:
             return block
-        own = {site: [self.ranks.share(k) for k in config.keep[site]] for site in SHARDED}
-        return config.model_copy(update={"keep": config.keep.model_copy(update=own)}).model_dump(mode="json")
+        return config.model_copy(update={"keep": self._shares(config.keep)}).model_dump(mode="json")
 
-    def set_block(self, model: Any, block: dict[str, Any] | None) -> None:
-        """Describe a shard and the whole model by another `larosa` block, of the whole model."""
-        self.whole.larosa = block
-        model.config.larosa = None if block is None else self.own_block(block)
+    def _shares(self, keep: KeepCounts) -> KeepCounts:
+        """What the rank keeps of its own entries where all keep so many."""
+        return keep.model_copy(update={site: [self.ranks.share(k) for k in keep[site]] for site in SHARDED})
+
+    def adopt(self, model: Any, block: LarosaConfig) -> None:
+        """Turn this rank's shard of a dense model into one of a sparsified model, in place; see `Family.adopt`."""
+        own = LarosaConfig.parse(self.own_block(block.model_dump(mode="json")))
+        family_of(find_architecture(model.config.model_type)).adopt(model, own)
+        self.whole.__class__ = type(model.config)
+        self.whole.tie_word_embeddings = model.config.tie_word_embeddings
+        self.whole.larosa = block.model_dump(mode="json")
+
+    def set_counts(self, model: Any, block: LarosaConfig) -> None:
+        """Let the shard keep what the settings of the whole model say, which it has all else of already."""
+        assert block.keep is not None, "it counts"
+        self.whole.larosa = block.model_dump(mode="json")
+        model.config.larosa = self.own_block(self.whole.larosa)
+        counts = block.keep if self.ranks.over is Over.ALL else self._shares(block.keep)
+        set_keep_counts(model, find_architecture(model.config.model_type), counts)
 
 
 def shard_of(model: Any) -> Shard | None:
@@ -97,7 +111,8 @@ class TopKOfAll(TopK):
 def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
     """One rank's shard of a dense or converted model, its weights uninitialised, on the rank's device.
 
-    Nothing is allocated that is not the rank's.
+    Nothing is allocated that is not the rank's. Once it has been filled, `tie_head` is to follow where the model's head
+    is its embedding.
 
     Args:
         config: of the whole model.
@@ -111,12 +126,11 @@ def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
     architecture = find_architecture(config.model_type)
     model.larosa_shard = shard
     _cut_head(model, architecture, shard)
-    cut_sparse_parts(model)
+    share_selection(model)
+    cut_adapters(model)
     model.to_empty(device=ranks.device)
     with ranks.device:  # its tables are no weights, and are computed where they lie
         model.model.rotary_emb = type(architecture.rotary(model))(model.config)
-    if config.tie_word_embeddings:
-        tie_head(model)
     for layer in architecture.layers(model):
         for site in SHARDED:
             (linear,) = architecture.linears(layer, site)
@@ -166,29 +180,33 @@ def tie_head(model: Any) -> None:
     head.weight = nn.Parameter(embedding.data[shard.vocabulary], requires_grad=False)
 
 
-def cut_sparse_parts(model: Any) -> None:
-    """Leave of adapters what is this rank's, and let selectors choose as the ranks do; a dense model has neither."""
+def cut_adapters(model: Any) -> None:
+    """Leave of a shard's adapters the rank's inputs; their outputs are summed."""
     architecture, shard = find_architecture(model.config.model_type), shard_of(model)
     assert shard is not None, "it is one rank's"
-    ranks = shard.ranks
-    if getattr(model.config, "larosa", None) is None:
-        return
     for layer in architecture.layers(model):
         for adapter in adapters_of(layer).values():
-            parts = adapter_parts(adapter, ranks)
+            parts = adapter_parts(adapter, shard.ranks)
             own = torch.cat([adapter.weight.data[part] for part in parts], dim=1)
             adapter.weight = nn.Parameter(own, requires_grad=False)
             inputs = parts[0][1]
             adapter.register_forward_pre_hook(lambda _module, x, inputs=inputs: x[0][..., inputs])
-            adapter.register_forward_hook(_summed(ranks))
-    keep = LarosaConfig.parse(shard.whole.larosa).keep
-    if ranks.over is Over.OWN or keep is None:
+            adapter.register_forward_hook(_summed(shard.ranks))
+
+
+def share_selection(model: Any) -> None:
+    """Let a shard's selectors of h2 and h4 keep the largest of what the ranks select over."""
+    architecture, shard = find_architecture(model.config.model_type), shard_of(model)
+    assert shard is not None, "it is one rank's"
+    block = getattr(shard.whole, "larosa", None)
+    keep = None if block is None else LarosaConfig.parse(block).keep
+    if shard.ranks.over is Over.OWN or keep is None:
         return
     width = SiteSizes.of(shard.whole).width
     for site in SHARDED:
         for layer, k in zip(architecture.layers(model), keep[site], strict=True):
             linear: Any = architecture.linears(layer, site)[0]
-            linear.selector = TopKOfAll(linear.selector, k, width[site], ranks)
+            linear.selector = TopKOfAll(linear.selector, k, width[site], shard.ranks)
 
 
 def adapters_of(layer: Any) -> dict[str, Any]:
