@@ -155,7 +155,7 @@ def ranks_name(ranks: Ranks | None) -> str:
     """What rows add to a name where several ranks run the model."""
     if ranks is None:
         return ""
-    return f", {ranks.size} ranks" + (", Top-K over all" if ranks.over is Over.ALL else "")
+    return f", {ranks.size} ranks" + (", each with its own Top-K" if ranks.over is Over.OWN else "")
 
 
 def random_quantization(weights: WeightFormat, group: int | None = None) -> Quantization | None:

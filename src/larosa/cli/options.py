@@ -76,7 +76,9 @@ RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: make tok
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 TopKOver = Annotated[
     Over | None,
-    typer.Option(help="Under torchrun: a rank keeps the largest of its own entries of h2 and h4 (default), or of all."),
+    typer.Option(
+        help="Under torchrun: the ranks keep the largest entries of h2 and h4 of all (default), or each of its own."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[

@@ -83,7 +83,7 @@ def ranks_of(device: str, over: Over | None) -> Ranks | None:
     """
     if over is not None and started() == 1:
         raise LarosaError("--top-k-over is for several ranks: start them by torchrun, or leave it out")
-    return start(device, over or Over.OWN)
+    return start(device, over or Over.ALL)
 
 
 def load_model(path: str, *, dtype: str, device: str, trust_remote_code: bool, over: Over | None) -> LoadedModel:

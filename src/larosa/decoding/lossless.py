@@ -216,6 +216,8 @@ def check_lossless(weights: DecoderWeights) -> None:
     """
     if weights.device.type != "cpu":
         raise LarosaError("--lossless runs on the CPU alone: a GPU's kernels check one token at a time")
+    if weights.shard is not None:
+        raise LarosaError("--lossless runs in one process, whose drafts no others have to check: leave torchrun out")
     block = _block(weights.config)
     if block is None:
         return

@@ -21,12 +21,11 @@ _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 class Over(StrEnum):
     """Of which entries of h2 and h4, whose parts lie on several ranks, Top-K keeps the largest.
 
-    Each rank its share of its `own`, without a word to the others; or all ranks together what one process keeps of
-    `all`.
+    All ranks together what one process keeps of `all`; or each its share of its `own`, without a word to the others.
     """
 
-    OWN = "own"
     ALL = "all"
+    OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    over: Over = Over.OWN
+    over: Over = Over.ALL
     group: Any = None  # of torch.distributed; None is the one of all processes
 
     @property
@@ -57,9 +56,10 @@ class Ranks:
         """How many entries the first rank's part has, and no other has more."""
         return -(-total // (self.size * step)) * step
 
-    def share(self, count: int) -> int:
-        """This rank's of `count` things, as evenly as it goes: the shares of all ranks add up."""
-        return count * (self.rank + 1) // self.size - count * self.rank // self.size
+    def share(self, count: int, total: int) -> int:
+        """How many of `count` entries of `total` fall to this rank's part: the shares of all ranks add up."""
+        part = self.part(total)
+        return count * part.stop // total - count * part.start // total
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of a contiguous x of one shape, in its place."""
@@ -83,7 +83,7 @@ class Ranks:
             next_launch_waits()
 
 
-def start(device: str = "auto", over: Over = Over.OWN) -> Ranks | None:
+def start(device: str = "auto", over: Over = Over.ALL) -> Ranks | None:
     """Join the processes that torchrun has started; None in a process of its own.
 
     They speak by NCCL where each has a GPU, else by gloo.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
 from larosa.architectures import Architecture, Heads, find_architecture
 from larosa.config import KeepCounts, LarosaConfig
@@ -65,7 +64,8 @@ class Shard:
 
     def _shares(self, keep: KeepCounts) -> KeepCounts:
         """What the rank keeps of its own entries where all keep so many."""
-        return keep.model_copy(update={site: [self.ranks.share(k) for k in keep[site]] for site in SHARDED})
+        width = SiteSizes.of(self.whole).width
+        return keep.model_copy(update={s: [self.ranks.share(k, width[s]) for k in keep[s]] for s in SHARDED})
 
     def adopt(self, model: Any, block: LarosaConfig) -> None:
         """Turn this rank's shard of a dense model into one of a sparsified model, in place; see `Family.adopt`."""
@@ -121,7 +121,7 @@ def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
         LarosaError: so many ranks cannot share the model.
     """
     shard = Shard(ranks, copy.deepcopy(config))
-    with no_init_weights(), torch.device("meta"):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_own_config(shard), dtype=dtype)
     architecture = find_architecture(config.model_type)
     model.larosa_shard = shard
