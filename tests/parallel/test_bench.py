@@ -9,14 +9,17 @@ from larosa import LarosaError
 from larosa.benchmarks.decode import measure_config
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
+    Layout,
     check_ranks,
     random_model,
+    random_quantization,
     random_sparse_model,
     set_sparsity,
     sparsified_shards,
 )
 from larosa.config import LarosaConfig, Selection
 from larosa.decoding import Engine
+from larosa.formats import WeightFormat
 from larosa.parallel import Over, whole_config
 
 SPARSITY = 0.4
@@ -27,8 +30,10 @@ def config(family_config):
     return family_config("llama", attention_bias=False, mlp_bias=False)
 
 
-@pytest.mark.parametrize("over", Over)
-def test_shards_of_every_sparsity_share_the_dense_ones_weights(config, on_ranks, token_ids, over):
+@pytest.mark.parametrize(
+    ("over", "selection"), [(Over.ALL, Selection.TOP_K), (Over.OWN, Selection.TOP_K), (Over.ALL, Selection.THRESHOLD)]
+)
+def test_shards_of_every_sparsity_share_the_dense_ones_weights(config, on_ranks, token_ids, over, selection):
     """As rows of a benchmark on GPUs do, and each engine goes on running its own."""
     prompt, token, position = token_ids(1, 6), token_ids(1), torch.tensor([6])
 
@@ -38,22 +43,24 @@ def test_shards_of_every_sparsity_share_the_dense_ones_weights(config, on_ranks,
         engine = Engine(dense, 8)
         engine.prefill(prompt)
         before = engine.step(token, position)
-        counts = []
-        for sparsity, shard in sparsified_shards(dense, (0.2, SPARSITY), DEFAULT_LAYOUT, Selection.TOP_K):
+        limits = []
+        for sparsity, shard in sparsified_shards(dense, (0.2, SPARSITY), DEFAULT_LAYOUT, selection):
             assert weights.items() <= {name: weight.data_ptr() for name, weight in shard.named_parameters()}.items()
             logits = shard(prompt, use_cache=False).logits
             block = LarosaConfig.parse(whole_config(shard).larosa)
             assert block.sparsity == sparsity
-            counts.append(block.keep)
-        return before, engine.step(token, position), logits, counts
+            limits.append(block.limits)
+        return before, engine.step(token, position), logits, limits
 
-    (before, after, logits, counts), (*_, others, _) = on_ranks(2, run, over)
+    (before, after, logits, limits), (*_, others, _) = on_ranks(2, run, over)
     assert torch.equal(before, after)
     assert logits.isfinite().all()
     assert torch.equal(logits, others)
-    whole = random_sparse_model(config, torch.float32, torch.device("cpu"))
-    set_sparsity(whole, SPARSITY)
-    assert counts[-1] == LarosaConfig.parse(whole.config.larosa).keep != counts[0]
+    assert limits[0] != limits[1]
+    if selection is Selection.TOP_K:
+        whole = random_sparse_model(config, torch.float32, torch.device("cpu"))
+        set_sparsity(whole, SPARSITY)
+        assert limits[1] == LarosaConfig.parse(whole.config.larosa).keep
 
 
 def test_rows_of_a_shape(config, on_ranks, monkeypatch):
@@ -67,5 +74,6 @@ def test_rows_of_a_shape(config, on_ranks, monkeypatch):
 
 
 def test_what_is_not_made_in_shards_is_refused(on_ranks):
-    with pytest.raises(LarosaError, match="several ranks: leave out --weights and --selection"):
-        on_ranks(2, lambda ranks: check_ranks(ranks, DEFAULT_LAYOUT, Selection.THRESHOLD))
+    layout = Layout(quantization=random_quantization(WeightFormat.INT8))
+    with pytest.raises(LarosaError, match="on several ranks has no --weights of few bits"):
+        on_ranks(2, lambda ranks: check_ranks(ranks, layout))

@@ -140,7 +140,7 @@ def measure_config(
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
-    check_ranks(ranks, layout, selection)
+    check_ranks(ranks, layout)
     _check_batches(batches)
     low_bit = layout.quantization is not None
     copies = sparse_copies(sparsities) + low_bit

@@ -149,7 +149,7 @@ def measure_gpu_config(
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
-    check_ranks(ranks, layout, selection)
+    check_ranks(ranks, layout)
     compiled = compiled and ranks is None
     teal_sparsities = teal_sparsities if compiled else ()
     rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype, ranks)

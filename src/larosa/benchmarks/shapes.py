@@ -188,14 +188,14 @@ def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) 
     )
 
 
-def check_ranks(ranks: Ranks | None, layout: Layout, selection: Selection) -> None:
+def check_ranks(ranks: Ranks | None, layout: Layout) -> None:
     """Refuse random models that are not made in shards.
 
     Raises:
-        LarosaError: with weights of few bits, or thresholds.
+        LarosaError: with weights of few bits.
     """
-    if ranks is not None and (layout.quantization is not None or selection is Selection.THRESHOLD):
-        raise LarosaError("--shape on several ranks: leave out --weights and --selection, or give checkpoints instead")
+    if ranks is not None and layout.quantization is not None:
+        raise LarosaError("--shape on several ranks has no --weights of few bits: leave it out, or give checkpoints")
 
 
 def rank_bytes(config: Any, whole: int, dtype: torch.dtype, ranks: Ranks | None) -> int:
@@ -359,11 +359,11 @@ def set_sparsity(model: Any, sparsity: float) -> None:
         limits = _counts(SiteSizes.of(whole_config(model)), sparsity)
     block = now.model_copy(update={"sparsity": sparsity, **limits})
     if shard is not None:
-        shard.set_counts(model, block)
-        return
-    if block.keep is not None:
+        shard.set_limits(model, block)
+    elif block.keep is not None:
         set_keep_counts(model, find_architecture(model.config.model_type), block.keep)
-    model.config.larosa = block.model_dump(mode="json")
+    if shard is None:
+        model.config.larosa = block.model_dump(mode="json")
 
 
 def _counts(sizes: SiteSizes, sparsity: float) -> dict[str, Any]:

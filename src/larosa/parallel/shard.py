@@ -75,13 +75,16 @@ class Shard:
         self.whole.tie_word_embeddings = model.config.tie_word_embeddings
         self.whole.larosa = block.model_dump(mode="json")
 
-    def set_counts(self, model: Any, block: LarosaConfig) -> None:
-        """Let the shard keep what the settings of the whole model say, which it has all else of already."""
-        assert block.keep is not None, "it counts"
+    def set_limits(self, model: Any, block: LarosaConfig) -> None:
+        """Describe the whole model by settings with other limits, and let the shard keep as many entries as they say.
+
+        Thresholds are the selectors' already: an entry is above one on whatever rank it is.
+        """
         self.whole.larosa = block.model_dump(mode="json")
         model.config.larosa = self.own_block(self.whole.larosa)
-        counts = block.keep if self.ranks.over is Over.ALL else self._shares(block.keep)
-        set_keep_counts(model, find_architecture(model.config.model_type), counts)
+        if block.keep is not None:
+            counts = block.keep if self.ranks.over is Over.ALL else self._shares(block.keep)
+            set_keep_counts(model, find_architecture(model.config.model_type), counts)
 
 
 def shard_of(model: Any) -> Shard | None:
