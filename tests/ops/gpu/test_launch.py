@@ -55,3 +55,20 @@ def test_the_engines_graph_is_captured_with_early_launches(monkeypatch):
     GraphLoop(SimpleNamespace(device=torch.device("cpu"), vocabulary=5), Sampler())
     assert seen == [True]
     assert not starts_early()
+
+
+def test_behind_anothers_kernel_no_launch_is_early(monkeypatch):
+    """Of it nobody knows what it writes."""
+    monkeypatch.setattr(launch, "_load", lambda *_: SimpleNamespace(shared=0))
+    monkeypatch.setattr(launch, "machine", lambda _: launch.Machine((9, 0), 132, 232448))
+    monkeypatch.setattr(launch, "_start", lambda config, *_: seen.append(config.numAttrs))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    seen = []
+    with launch.early_launches():
+        for _ in range(2):
+            launch.launch(torch.device("cpu"), "", "", {}, launch.Grid(1, 1, 256), [])
+        launch.next_launch_waits()
+        for _ in range(2):
+            launch.launch(torch.device("cpu"), "", "", {}, launch.Grid(1, 1, 256), [])
+    assert seen == [1, 1, 0, 1]
