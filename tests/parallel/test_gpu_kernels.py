@@ -33,16 +33,9 @@ def as_on_gpus(emulator, monkeypatch):  # noqa: F811
     monkeypatch.setattr(layers, "_on_gpu", lambda linear: True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_on_gpus", "selects_from_short_ones")
-@pytest.mark.parametrize(
-    ("conversion", "over"),
-    [
-        pytest.param("dense", Over.ALL, marks=pytest.mark.slow),
-        ("block, 8 bits", Over.ALL),
-        pytest.param("layer", Over.OWN, marks=pytest.mark.slow),
-        pytest.param("thresholds", Over.ALL, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("conversion", "over"), [("block, 8 bits", Over.ALL), ("layer", Over.OWN)])
 def test_steps_are_the_shards_forward(saved, on_ranks, load_here, token_ids, conversion, over):  # noqa: F811
     """Whose logits are the whole model's: see `test_shard.py`."""
     _, folder = saved("llama", conversion, head_dim=16, intermediate_size=128, num_hidden_layers=2)
