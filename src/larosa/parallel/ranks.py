@@ -14,9 +14,6 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 from larosa.errors import LarosaError
 from larosa.ops.cuda.launch import next_launch_waits
 
-#: PyTorch 2.13 has renamed it.
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class Over(StrEnum):
     """Of which entries of h2 and h4, whose parts lie on several ranks, Top-K keeps the largest.
@@ -74,7 +71,9 @@ class Ranks:
         # What is told has one size.
         mine = (x if width == most else F.pad(x, (0, most - width))).contiguous()
         parts = x.new_empty(self.size, *rows, most)
-        _gather(parts.view(-1), mine.view(-1), group=self.group)
+        # PyTorch 2.13 has renamed it.
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts.view(-1), mine.view(-1), group=self.group)
         self._joined(x)
         return parts.movedim(0, -2).reshape(*rows, self.size * most)[..., :total]
 
@@ -120,9 +119,14 @@ def start(device: str = "auto", over: Over = Over.ALL) -> Ranks | None:
 
 def started() -> int:
     """How many processes torchrun has started for one program; 1 where this is a process of its own."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if _launched() else 1
 
 
 def this_rank() -> int:
     """Which of them this process is."""
     return int(os.environ["RANK"]) if started() > 1 else 0
+
+
+def _launched() -> bool:
+    # Not every build of PyTorch has processes that work together.
+    return dist.is_available() and dist.is_torchelastic_launched()
