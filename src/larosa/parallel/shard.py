@@ -39,6 +39,12 @@ class Shard:
     #: Of the whole model; the model's own configuration is of what is left of it here.
     whole: Any
 
+    def __post_init__(self) -> None:
+        # Outputs of few bits are not divided within a group.
+        block = getattr(self.whole, "larosa", None)
+        form = None if block is None else LarosaConfig.parse(block).head_format
+        self._head_step = 1 if form is None else form.group
+
     @property
     def vocabulary(self) -> slice:
         """Which tokens' logits the rank's head gives."""
@@ -47,13 +53,6 @@ class Shard:
     def logits(self, own: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocabulary] of which the rank's head has given its own."""
         return self.ranks.gather(own, self.whole.vocab_size, self._head_step)
-
-    @property
-    def _head_step(self) -> int:
-        # Outputs of few bits are not divided within a group.
-        block = getattr(self.whole, "larosa", None)
-        form = None if block is None else LarosaConfig.parse(block).head_format
-        return 1 if form is None else form.group
 
     def own_block(self, block: dict[str, Any]) -> dict[str, Any]:
         """The `larosa` block of this rank's model, from that of the whole one."""
