@@ -22,7 +22,7 @@ def test_from_conversion_to_text(cli, refused, checkpoint, tmp_path):
     config = read(out / "config.json")
     assert config["larosa"]["quantization"] == {"weights": "int4", "head": "int4", "group": 32, "quantizer": "gptq"}
     card = (out / "README.md").read_text("utf-8")
-    assert "| weights | int4 |\n| head | int4 |\n| weights that share a scale | 32 |\n| quantizer | gptq |" in card
+    assert "| weights | int4 |\n| head | int4 |\n| weight group | 32 |\n| quantizer | gptq |" in card
 
     stored = load_file(out / "model.safetensors")
     assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0

@@ -4,6 +4,7 @@ import pytest
 
 from larosa import LarosaConfig, LarosaError
 from larosa.config import SITES
+from larosa.conversion.options import ConversionOptions
 from larosa.formats import Int4, Int8, Quantization
 
 BLOCK = {
@@ -59,17 +60,21 @@ def test_rows_are_not_skipped_in_columns():
     LarosaConfig.parse(cats | {"quantization": {"head": "int8", "group": 64}})
 
 
+def complete(weights, head, group, quantizer):
+    """The quantization that a conversion with these options has."""
+    options = {"weights": weights, "head": head, "weight_group": group, "quantizer": quantizer}
+    return ConversionOptions(**options).complete().quantization
+
+
 def test_options():
-    assert Quantization.complete(None, None, None, None) is None
-    assert Quantization.complete("full", "full", None, None) is None
-    assert Quantization.complete("int4", None, 64, None) == Quantization(**INT4)
-    assert Quantization.complete("int4", "full", 32, "rtn") == Quantization(
-        weights="int4", head="full", group=32, quantizer="rtn"
-    )
-    assert Quantization.complete("int4", None, None, None).group == 32
-    int8 = Quantization.complete("int8", None, None, None)
+    assert complete(None, None, None, None) is None
+    assert complete("full", "full", None, None) is None
+    assert complete("int4", None, 64, None) == Quantization(**INT4)
+    assert complete("int4", "full", 32, "rtn") == Quantization(weights="int4", head="full", group=32, quantizer="rtn")
+    assert complete("int4", None, None, None).group == 32
+    int8 = complete("int8", None, None, None)
     assert int8 == Quantization(weights="int8", head="int8", group=128, quantizer="gptq")
-    assert Quantization.complete(None, "int8", None, None) == Quantization(head="int8", group=128)
+    assert complete(None, "int8", None, None) == Quantization(head="int8", group=128)
 
 
 @pytest.mark.parametrize(
@@ -85,4 +90,4 @@ def test_options():
 )
 def test_options_that_mean_nothing(options, message):
     with pytest.raises(LarosaError, match=message):
-        Quantization.complete(*options)
+        complete(*options)

@@ -11,8 +11,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import SITES
-from larosa.conversion import sparsify
-from larosa.conversion.options import Settings
+from larosa.conversion import ConversionOptions, sparsify
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import Threshold, selectors, set_thresholds
 from larosa.models.selectors import DenseTokens
@@ -28,7 +27,7 @@ def sparsified(make_model, token_ids):
 
     def make(family, sparsity, dtype=torch.float32, **options):
         options = {"dense_first_token": False, "num_sequences": 16, "sequence_length": 40} | options
-        chosen = Settings.complete(sparsity=sparsity, selection="threshold", **options)
+        chosen = ConversionOptions(sparsity=sparsity, selection="threshold", **options).complete()
         return sparsify(make_model(family, dtype), None, chosen, sequences=calibration(token_ids))
 
     return make
@@ -106,7 +105,7 @@ def test_saves_and_loads(sparsified, token_ids, tmp_path):
 
 def test_compensation_is_refused():
     with pytest.raises(LarosaError, match="leave --selection threshold out"):
-        Settings.complete(sparsity=0.5, selection="threshold", compensation="linear")
+        ConversionOptions(sparsity=0.5, selection="threshold", compensation="linear").complete()
 
 
 @settings(max_examples=examples(60))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from larosa.config import LarosaConfig, Method, Rotation
+from larosa.config import LarosaConfig, Method, Rotation, Settings
 from larosa.evaluation.perplexity import Evaluation
 from larosa.sparsity.report import Inspection
 
@@ -70,25 +70,7 @@ def model_card(
         fluctuating=" on average over the calibration text" if block.thresholds is not None else "",
         rotated="" if block.rotation is Rotation.NONE else _ROTATED,
     )
-    settings: dict[str, Any] = {
-        "method": block.method,
-        "recipe": block.recipe,
-        "rotation": block.rotation,
-        "layers per rotation": block.layers_per_rotation if block.rotation is Rotation.LAYER else None,
-        "adapters": block.adapters if block.rotation.has_adapters else None,
-        "covariance": block.covariance,
-        "rotation objective": block.rotation_objective,
-        "value heads rotated": "yes" if block.value_rotation else "no",
-        "score": block.score,
-        "selection": block.selection,
-        "budget": block.budget,
-        "search": block.search,
-        "compensation": block.compensation,
-        **_quantization(block),
-        "prompts": block.prefill,
-        "first token": "dense" if block.dense_first_token else "sparse",
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = _settings(block)
     if block.calibration is not None:
         record = block.calibration
         settings["calibration"] = (
@@ -130,16 +112,25 @@ def model_card(
     return text
 
 
-def _quantization(block: LarosaConfig) -> dict[str, Any]:
-    """What is stored by few bits; nothing where all is in the model's own dtype."""
-    found = block.quantization
-    if found is None:
-        return {}
+#: Told elsewhere in the card: the numbers, and what came before and after the conversion.
+_ELSEWHERE = ("sparsity", "alphas", "quantization", "calibration")
+
+
+def _settings(block: LarosaConfig) -> dict[str, Any]:
+    """The choices of a conversion as the options are called, but for those that had no effect."""
+    given: dict[str, Any] = {name: getattr(block, name) for name in Settings.model_fields if name not in _ELSEWHERE}
+    given |= {"adapters": block.adapters, "selection": block.selection}
+    if block.quantization is not None:
+        given |= {"weights": block.quantization.weights, "head": block.quantization.head}
+        given |= {"weight_group": block.quantization.group, "quantizer": block.quantization.quantizer}
+    if not block.rotation.has_adapters:
+        del given["adapters"]
+    if block.rotation is not Rotation.LAYER:
+        del given["layers_per_rotation"]
     return {
-        "weights": found.weights,
-        "head": found.head,
-        "weights that share a scale": found.group,
-        "quantizer": found.quantizer,
+        name.replace("_", " "): {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+        for name, value in given.items()
+        if value is not None
     }
 
 

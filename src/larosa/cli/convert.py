@@ -11,30 +11,16 @@ from rich.table import Table
 from larosa.cli import options
 from larosa.cli.options import console
 from larosa.cli.sweep import SWEEP, SWEEP_PICTURE, plot_sweep, print_sweep
-from larosa.config import (
-    AdapterFormat,
-    Budget,
-    Compensation,
-    Covariance,
-    Method,
-    Prefill,
-    Recipe,
-    Rotation,
-    RotationObjective,
-    Score,
-    Search,
-    Selection,
-    check_sparsity,
-)
+from larosa.config import check_sparsity
+from larosa.conversion import ConversionOptions
 from larosa.conversion.checkpoint import ConversionReport, convert_at, convert_checkpoint
 from larosa.conversion.checkpoint import sweep as sweep_checkpoint
 from larosa.errors import LarosaError
 from larosa.evaluation.verdict import verdict
-from larosa.formats import Quantizer, WeightFormat
-
-DEFAULT_SPARSITY = 0.5
+from larosa.utils.options import takes
 
 
+@takes(ConversionOptions, but=("sparsity", "alphas"), for_typer=True)
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face name of a dense model.")],
     output: Annotated[
@@ -54,64 +40,9 @@ def convert(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Show what each sparsity loses, as a table and sweep.png; write no model.")
     ] = False,
-    method: Annotated[
-        Method, typer.Option(help="larosa, or what it is compared with: topk (no rotation), teal, cats.")
-    ] = Method.LAROSA,
-    recipe: Annotated[Recipe, typer.Option(help="Named defaults for the options below.")] = Recipe.BEST,
-    budget: Annotated[Budget | None, typer.Option(help="What the sparsity is a fraction of.")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder."),
-    ] = None,
-    num_sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: options.SequenceLength = None,
-    seed: options.Seed = 0,
-    rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None,
-    layers_per_rotation: Annotated[int, typer.Option(help="Layers that share a rotation of --rotation layer.")] = 1,
-    adapters: Annotated[
-        AdapterFormat | None,
-        typer.Option(help="Store adapters between rotations in full, or by 8-bit numbers."),
-    ] = None,
-    covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None,
-    rotation_objective: Annotated[
-        RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what it does.")
-    ] = None,
-    value_rotation: Annotated[
-        bool | None, typer.Option("--value-rotation/--no-value-rotation", help="Rotate the value heads too.")
-    ] = None,
-    score: Annotated[
-        Score | None, typer.Option(help="Rank entries by magnitude, alone or times weight norm or Fisher information.")
-    ] = None,
-    selection: Annotated[
-        Selection | None,
-        typer.Option(help="Keep so many entries of each token, or those above a threshold (more where they matter)."),
-    ] = None,
-    search: Annotated[
-        Search | None, typer.Option(help="Share out sparsity: grid, sensitivity, fisher (larosa, topk), greedy (teal).")
-    ] = None,
+    *,
     search_log: Annotated[
         Path | None, typer.Option(help="Where the search keeps its points to resume from; default OUT.search.jsonl.")
-    ] = None,
-    compensation: Annotated[
-        Compensation, typer.Option(help="Refit the weights to the entries that are kept.")
-    ] = Compensation.NONE,
-    weights: Annotated[
-        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in 8 or 4 bits.")
-    ] = None,
-    weight_group: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; more take less and lose more.")
-    ] = None,
-    quantizer: Annotated[
-        Quantizer | None,
-        typer.Option(help="Round each weight (rtn), or let others make up for it (gptq, the default)."),
-    ] = None,
-    head: Annotated[
-        WeightFormat | None, typer.Option(help="Store the language-model head likewise; int8 beside such weights.")
-    ] = None,
-    prefill: Annotated[Prefill, typer.Option(help="Sparsify prompts too, or run them dense.")] = Prefill.SPARSE,
-    dense_first_token: Annotated[
-        bool | None,
-        typer.Option("--dense-first-token/--sparse-first-token", help="Leave a text's first token, the sink, dense."),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Compare with the dense model on the bundled text.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
@@ -125,6 +56,7 @@ def convert(
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.JsonFile = None,
+    **conversion: Any,
 ) -> None:
     """Sparsify a model: calibrate, rotate, merge, save. The source is not touched."""
     options.check_json_file(json)
@@ -135,29 +67,7 @@ def convert(
         "offload": offload,
         "streaming": streaming,
         "trust_remote_code": trust_remote_code,
-        "method": method,
-        "recipe": recipe,
-        "budget": budget,
-        "calibration": calibration,
-        "num_sequences": num_sequences,
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "rotation": rotation,
-        "layers_per_rotation": layers_per_rotation,
-        "adapters": adapters,
-        "covariance": covariance,
-        "rotation_objective": rotation_objective,
-        "value_rotation": value_rotation,
-        "score": score,
-        "selection": selection,
-        "search": search,
-        "compensation": compensation,
-        "weights": weights,
-        "weight_group": weight_group,
-        "quantizer": quantizer,
-        "head": head,
-        "prefill": prefill,
-        "dense_first_token": dense_first_token,
+        **conversion,
     }
     if sweep:
         points = sweep_checkpoint(model, sparsities, **shared)
@@ -197,7 +107,7 @@ def _sparsities(sparsity: str | None, max_kl: float | None, sweep: bool, output:
     if max_kl is not None and sparsity is not None:
         raise LarosaError("give either --sparsity or --max-kl, not both")
     if sparsity is None:
-        return SWEEP if sweep else (DEFAULT_SPARSITY,)
+        return SWEEP if sweep else (ConversionOptions.sparsity,)
     found = options.numbers("--sparsity", sparsity, float, "a fraction such as 0.5, or several: 0.25,0.4,0.5")
     if not found or len(set(found)) < len(found):
         raise LarosaError(f"--sparsity '{sparsity}': give one number or several different ones")

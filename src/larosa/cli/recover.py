@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,34 +12,20 @@ from larosa.cli import options
 from larosa.cli.options import console
 from larosa.evaluation.verdict import verdict
 from larosa.training.recovery import RecoveryReport, RecoverySettings, recover_checkpoint
+from larosa.utils.options import takes
 
-_DEFAULTS = RecoverySettings()
 
-
+@takes(RecoverySettings, for_typer=True)
 def recover(
     model: Annotated[str, typer.Argument(help="Folder or Hugging Face name of a converted model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the trained model.")],
     reference: Annotated[str, typer.Option(metavar="DENSE", help="The dense model that it was converted from.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="SOURCE",
-            help="self (sampled from the dense model), wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder.",
-        ),
-    ] = _DEFAULTS.data,
-    num_sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = _DEFAULTS.num_sequences,
-    sequence_length: options.SequenceLength = _DEFAULTS.sequence_length,
-    steps: Annotated[int, typer.Option(help="Steps at most.")] = _DEFAULTS.steps,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = _DEFAULTS.batch,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = _DEFAULTS.learning_rate,
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between looks at held-out text, which end training when it no longer gains.")
-    ] = _DEFAULTS.evaluate_every,
-    seed: options.Seed = _DEFAULTS.seed,
+    *,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.JsonFile = None,
+    **settings: Any,
 ) -> None:
     """Win back quality by training through the selections; an interrupted run goes on with the same command."""
     options.check_json_file(json)
@@ -47,9 +33,7 @@ def recover(
         model,
         output,
         reference=reference,
-        settings=RecoverySettings(
-            data, num_sequences, sequence_length, steps, batch, learning_rate, evaluate_every, seed
-        ),
+        settings=RecoverySettings(**settings),
         device=device,
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,

@@ -266,7 +266,52 @@ class RecoveryRecord(_Block):
     seed: int
 
 
-class LarosaConfig(_Block):
+class Settings(_Block):
+    """How a model is sparsified: what a conversion does, and what its result records of that.
+
+    Of `alphas`, `covariance`, `rotation_objective`, `quantization` and `calibration` None stands where nothing needs
+    the thing.
+    """
+
+    method: Method = Method.LAROSA
+    recipe: Recipe
+    sparsity: float = Field(ge=0, lt=1)
+    budget: Budget
+    alphas: PerSite | None = None
+    rotation: Rotation
+    layers_per_rotation: int = 1
+    covariance: Covariance | None = None
+    rotation_objective: RotationObjective | None = None
+    value_rotation: bool = False
+    score: Score = Score.MAGNITUDE
+    search: Search
+    compensation: Compensation = Compensation.NONE
+    quantization: Quantization | None = None
+    prefill: Prefill = Prefill.SPARSE
+    dense_first_token: bool = False
+    calibration: CalibrationRecord | None = None
+
+    @field_validator("layers_per_rotation")
+    @classmethod
+    def _check_layers_per_rotation(cls, value: int, info: ValidationInfo) -> int:
+        return check_layers_per_rotation(value, info.data.get("rotation", Rotation.LAYER))
+
+    @field_validator("score")
+    @classmethod
+    def _check_score(cls, value: Score, info: ValidationInfo) -> Score:
+        method = info.data.get("method")
+        if method in (Method.TEAL, Method.CATS) and value is not Score.MAGNITUDE:
+            raise ValueError(f"method '{method}' compares magnitudes")
+        return value
+
+    @field_validator("quantization")
+    @classmethod
+    def _check_quantization(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
+        method = info.data.get("method")
+        return value if method is None else check_quantization(value, method)
+
+
+class LarosaConfig(Settings):
     """A sparsified model's settings, as stored under `larosa` in its `config.json`.
 
     `keep` (counts of entries) or `thresholds` is what the model runs by, one of them being null; the
@@ -278,26 +323,9 @@ class LarosaConfig(_Block):
 
     format_version: int = FORMAT_VERSION
     larosa_version: str
-    method: Method = Method.LAROSA
-    recipe: Recipe
-    sparsity: float = Field(ge=0, lt=1)
-    budget: Budget
-    alphas: PerSite | None = None
     keep: KeepCounts | None = Field(default=None, validate_default=True)
     thresholds: Thresholds | None = Field(default=None, validate_default=True)
-    rotation: Rotation
-    layers_per_rotation: int = 1
     adapters: AdapterFormat = AdapterFormat.FULL
-    covariance: Covariance | None = None
-    rotation_objective: RotationObjective | None = None
-    value_rotation: bool = False
-    score: Score = Score.MAGNITUDE
-    search: Search
-    compensation: Compensation = Compensation.NONE
-    quantization: Quantization | None = None
-    prefill: Prefill = Prefill.SPARSE
-    dense_first_token: bool = False
-    calibration: CalibrationRecord | None = None
     recovery: RecoveryRecord | None = None
 
     @field_validator("keep", "thresholds")
@@ -317,29 +345,10 @@ class LarosaConfig(_Block):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
         return value
 
-    @field_validator("layers_per_rotation")
-    @classmethod
-    def _check_layers_per_rotation(cls, value: int, info: ValidationInfo) -> int:
-        return check_layers_per_rotation(value, info.data.get("rotation", Rotation.LAYER))
-
     @field_validator("adapters")
     @classmethod
     def _check_adapters(cls, value: AdapterFormat, info: ValidationInfo) -> AdapterFormat:
         return check_adapters(value, info.data.get("rotation", Rotation.LAYER))
-
-    @field_validator("score")
-    @classmethod
-    def _check_score(cls, value: Score, info: ValidationInfo) -> Score:
-        method = info.data.get("method")
-        if method in (Method.TEAL, Method.CATS) and value is not Score.MAGNITUDE:
-            raise ValueError(f"method '{method}' compares magnitudes")
-        return value
-
-    @field_validator("quantization")
-    @classmethod
-    def _check_quantization(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
-        method = info.data.get("method")
-        return value if method is None else check_quantization(value, method)
 
     @property
     def layers(self) -> int:

@@ -20,8 +20,8 @@ from larosa.checkpoints.card import model_card
 from larosa.checkpoints.gguf import find_gguf
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
-from larosa.conversion import check_reach, sparsify
-from larosa.conversion.options import Settings
+from larosa.conversion.options import ConversionOptions, ConversionSettings
+from larosa.conversion.pipeline import check_reach, sparsify
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
 from larosa.rotation import usual_format
@@ -148,7 +148,7 @@ class Conversion:
             in memory at a time. It writes one model, and cannot sample from it.
         measure: compare with the dense model on the bundled text.
         search_log: where a search keeps its points; `log_named` says whether that is the user's own choice.
-        settings: as for `larosa.convert`.
+        options: as for `larosa.convert`.
 
     Raises:
         LarosaError: anything a user can mend.
@@ -167,18 +167,19 @@ class Conversion:
         measure: bool = True,
         search_log: Path | None = None,
         log_named: bool = False,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         self._started = time.perf_counter()
         # Refuse bad options before a long load.
-        chosen = Settings.complete(**settings)
+        asked = ConversionOptions(**options)
+        chosen = asked.complete()
         if log_named and not chosen.search.keeps_log:
             raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
         if streaming:
             _check_streaming(source, chosen, outputs)
         config = load_config(source, trust_remote_code=trust_remote_code)
         check_reach(chosen, find_architecture(config.model_type), SiteSizes.of(config))
-        chosen = Settings.complete(**settings, context=context_length(config))
+        chosen = asked.complete(context_length(config))
         target = find_device(device)
         self._source, self._trust_remote_code = source, trust_remote_code
         self._layer_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -274,7 +275,7 @@ class Conversion:
         )
 
 
-def _check_streaming(source: str, settings: Settings, outputs: list[Path]) -> None:
+def _check_streaming(source: str, settings: ConversionSettings, outputs: list[Path]) -> None:
     """Refuse what needs the whole model at once, or what layers cannot be read from one by one."""
     if find_gguf(source) is not None or not Path(source).is_dir():
         raise LarosaError(f"{source}: --streaming reads a local folder of safetensors; hf download NAME makes one")
@@ -286,7 +287,9 @@ def _check_streaming(source: str, settings: Settings, outputs: list[Path]) -> No
         raise LarosaError("--streaming writes one model: give one --sparsity")
 
 
-def _check_disk(output: Path, model: torch.nn.Module, settings: Settings, copies: int, streaming: bool) -> None:
+def _check_disk(
+    output: Path, model: torch.nn.Module, settings: ConversionSettings, copies: int, streaming: bool
+) -> None:
     """Find out that the disk is too full before the work rather than after it."""
     config: Any = model.config
     head = find_architecture(config.model_type).head(model).weight

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from enum import StrEnum
+from typing import Annotated, get_args, get_type_hints
+
+import typer
 
 from larosa.config import (
     AdapterFormat,
@@ -20,13 +23,14 @@ from larosa.config import (
     Score,
     Search,
     Selection,
+    Settings,
     check_adapters,
     check_layers_per_rotation,
     check_quantization,
     check_sparsity,
 )
 from larosa.errors import LarosaError, choose
-from larosa.formats import Quantization, Quantizer
+from larosa.formats import Quantization, Quantizer, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -101,30 +105,15 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The complete settings of a conversion; None where nothing needs the thing."""
+class ConversionSettings(Settings):
+    """The complete settings of a conversion.
 
-    sparsity: float
-    method: Method
-    recipe: Recipe
-    budget: Budget
-    rotation: Rotation
-    layers_per_rotation: int
-    adapters: AdapterFormat | None  # None: what suits the model's dtype
-    covariance: Covariance | None
-    rotation_objective: RotationObjective | None
-    value_rotation: bool
-    score: Score
+    `adapters` is None for what suits the model's dtype; `seed` is of random rotations, and the calibration's.
+    """
+
     selection: Selection
-    search: Search
-    compensation: Compensation
-    quantization: Quantization | None
-    prefill: Prefill
-    dense_first_token: bool
-    alphas: PerSite | None
+    adapters: AdapterFormat | None
     seed: int
-    calibration: CalibrationRecord | None
 
     @property
     def needs_fisher(self) -> bool:
@@ -132,153 +121,199 @@ class Settings:
         calibrated = self.rotation.is_calibrated or self.value_rotation
         return self.score is Score.FISHER or (calibrated and self.rotation_objective is RotationObjective.FISHER)
 
-    @classmethod
-    def complete(
-        cls,
-        *,
-        sparsity: float,
-        method: str = Method.LAROSA,
-        recipe: str = Recipe.BEST,
-        budget: str | None = None,
-        calibration: str | None = None,
-        num_sequences: int | None = None,
-        sequence_length: int | None = None,
-        seed: int = 0,
-        rotation: str | None = None,
-        layers_per_rotation: int = 1,
-        adapters: str | None = None,
-        covariance: str | None = None,
-        rotation_objective: str | None = None,
-        value_rotation: bool | None = None,
-        score: str | None = None,
-        selection: str | None = None,
-        search: str | None = None,
-        compensation: str = Compensation.NONE,
-        weights: str | None = None,
-        weight_group: int | None = None,
-        quantizer: str | None = None,
-        head: str | None = None,
-        prefill: str = Prefill.SPARSE,
-        dense_first_token: bool | None = None,
-        alphas: PerSite | None = None,
-        context: int | None = None,
-    ) -> Self:
-        """Check the user's options and take the rest from the recipe.
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What a user asks of a conversion: `larosa.convert` takes these by keyword, `larosa convert` as options.
+
+    None takes the recipe's default. Choices may be given by their values, as strings; their types say what each means.
+
+    - `sparsity` is a fraction of what `budget` says.
+    - `calibration` is `self` (sampled from the model), a named data set, `bundled`, or the path of a file or folder;
+      `seed` is of its sample, and of random rotations.
+    - `adapters` is `int8` for models of 16 bits, `weight_group` 32 for 4 bits and 128 for 8, `head` `int8` where
+      `weights` are of few bits.
+    - `selection` `threshold` needs search `fisher`, and meets the sparsity on average.
+    - `alphas` are coefficients of the sites' sparsities, instead of a search.
+    """
+
+    sparsity: Annotated[float, typer.Option(help="Fraction of weights to skip per token, in [0, 1).")] = 0.5
+    method: Annotated[
+        Method, typer.Option(help="larosa, or what it is compared with: topk (no rotation), teal, cats.")
+    ] = Method.LAROSA
+    recipe: Annotated[Recipe, typer.Option(help="Named defaults for the options below.")] = Recipe.BEST
+    budget: Annotated[Budget | None, typer.Option(help="What the sparsity is a fraction of.")] = None
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="self, wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder."),
+    ] = None
+    num_sequences: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    rotation: Annotated[Rotation | None, typer.Option(help="Which bases to rotate into.")] = None
+    layers_per_rotation: Annotated[int, typer.Option(help="Layers that share a rotation of --rotation layer.")] = 1
+    adapters: Annotated[
+        AdapterFormat | None,
+        typer.Option(help="Store adapters between rotations in full, or by 8-bit numbers."),
+    ] = None
+    covariance: Annotated[Covariance | None, typer.Option(help="Which site's activations the PCA is of.")] = None
+    rotation_objective: Annotated[
+        RotationObjective | None, typer.Option(help="PCA of what the weights read, or also of what it does.")
+    ] = None
+    value_rotation: Annotated[
+        bool | None, typer.Option("--value-rotation/--no-value-rotation", help="Rotate the value heads too.")
+    ] = None
+    score: Annotated[
+        Score | None, typer.Option(help="Rank entries by magnitude, alone or times weight norm or Fisher information.")
+    ] = None
+    selection: Annotated[
+        Selection | None,
+        typer.Option(help="Keep so many entries of each token, or those above a threshold (more where they matter)."),
+    ] = None
+    search: Annotated[
+        Search | None, typer.Option(help="Share out sparsity: grid, sensitivity, fisher (larosa, topk), greedy (teal).")
+    ] = None
+    compensation: Annotated[Compensation, typer.Option(help="Refit the weights to the entries that are kept.")] = (
+        Compensation.NONE
+    )
+    weights: Annotated[
+        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in 8 or 4 bits.")
+    ] = None
+    weight_group: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; more take less and lose more.")
+    ] = None
+    quantizer: Annotated[
+        Quantizer | None,
+        typer.Option(help="Round each weight (rtn), or let others make up for it (gptq, the default)."),
+    ] = None
+    head: Annotated[
+        WeightFormat | None, typer.Option(help="Store the language-model head likewise; int8 beside such weights.")
+    ] = None
+    prefill: Annotated[Prefill, typer.Option(help="Sparsify prompts too, or run them dense.")] = Prefill.SPARSE
+    dense_first_token: Annotated[
+        bool | None,
+        typer.Option("--dense-first-token/--sparse-first-token", help="Leave a text's first token, the sink, dense."),
+    ] = None
+    alphas: PerSite | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, choose(kind, value, _CALLED.get(name, name.replace("_", " "))))
+
+    def complete(self, context: int | None = None) -> ConversionSettings:
+        """Check the options and take from the recipe what was not given.
 
         Args:
             context: tokens that the model has room for, which bounds the recipe's own sequence length; None where
                 that is not known yet.
 
         Raises:
-            LarosaError: an unknown choice, a number out of range, options that exclude each other, or one
-                that does not apply to the method.
+            LarosaError: a number out of range, options that exclude each other, or one that does not apply to the
+                method.
         """
-        chosen_recipe = choose(Recipe, recipe, "recipe")
-        chosen_method = choose(Method, method, "method")
-        applicable = METHODS[chosen_method]
-        defaults = _defaults(chosen_recipe, chosen_method)
-        chosen_rotation = choose(Rotation, rotation or defaults.rotation, "rotation")
-        chosen_budget = choose(Budget, budget or defaults.budget, "budget")
-        chosen_covariance = choose(Covariance, covariance or defaults.covariance, "covariance")
-        chosen_objective = choose(
-            RotationObjective, rotation_objective or defaults.rotation_objective, "rotation objective"
-        )
-        if chosen_rotation is Rotation.RANDOM:  # the control is to be free of calibration, unless a part is asked for
+        method, applicable = self.method, METHODS[self.method]
+        defaults = _defaults(self.recipe, method)
+        rotation = self.rotation or defaults.rotation
+        budget = self.budget or defaults.budget
+        if rotation is Rotation.RANDOM:  # the control is to be free of calibration, unless a part is asked for
             defaults = replace(defaults, value_rotation=False, score=_uncalibrated(defaults.score))
-        if not chosen_rotation.has_adapters:
-            defaults = replace(defaults, adapters=AdapterFormat.FULL)
-        chosen_adapters = defaults.adapters
-        if adapters is not None:
-            chosen_adapters = check_adapters(choose(AdapterFormat, adapters, "adapters"), chosen_rotation)
-        if value_rotation is None:
-            value_rotation = defaults.value_rotation
-        chosen_score = choose(Score, score or defaults.score, "score")
-        if alphas is not None or (
-            defaults.search is Search.FISHER
-            and (chosen_score is not Score.FISHER or chosen_budget is not Budget.WEIGHTS)
-        ):
+        adapters = defaults.adapters if rotation.has_adapters else AdapterFormat.FULL
+        if self.adapters is not None:
+            adapters = check_adapters(self.adapters, rotation)
+        value_rotation = defaults.value_rotation if self.value_rotation is None else self.value_rotation
+        score = self.score or defaults.score
+        fisher_applies = score is Score.FISHER and budget is Budget.WEIGHTS
+        if self.alphas is not None or (defaults.search is Search.FISHER and not fisher_applies):
             defaults = replace(defaults, search=Search.NONE)
-        chosen_search = choose(Search, search or defaults.search, "search")
-        if chosen_search is not Search.FISHER or compensation != Compensation.NONE:  # what finds and refits counts
-            defaults = replace(defaults, selection=chosen_method.selections[0])
-        chosen_selection = choose(Selection, selection or defaults.selection, "selection")
+        search = self.search or defaults.search
+        compensates = self.compensation is not Compensation.NONE
+        if search is not Search.FISHER or compensates:  # what finds and refits counts
+            defaults = replace(defaults, selection=method.selections[0])
+        selection = self.selection or defaults.selection
         _check_applicable(
-            chosen_method,
+            method,
             {
-                f"--rotation {rotation}": applicable.rotation or chosen_rotation is Rotation.NONE,
-                f"--covariance {covariance}": applicable.rotation or covariance is None,
-                f"--rotation-objective {rotation_objective}": applicable.rotation or rotation_objective is None,
+                f"--rotation {rotation}": applicable.rotation or rotation is Rotation.NONE,
+                f"--covariance {self.covariance}": applicable.rotation or self.covariance is None,
+                f"--rotation-objective {self.rotation_objective}": applicable.rotation
+                or self.rotation_objective is None,
                 "--value-rotation": applicable.rotation or not value_rotation,
-                f"--score {score}": applicable.coefficients or chosen_score is Score.MAGNITUDE,
-                f"--selection {selection}": chosen_selection in chosen_method.selections,
-                f"--budget {budget}": applicable.coefficients or chosen_budget is Budget.WEIGHTS,
-                f"--search {search}": chosen_search in applicable.searches,
-                f"--compensation {compensation}": applicable.coefficients or compensation == Compensation.NONE,
-                "alphas": applicable.coefficients or alphas is None,
+                f"--score {score}": applicable.coefficients or score is Score.MAGNITUDE,
+                f"--selection {selection}": selection in method.selections,
+                f"--budget {budget}": applicable.coefficients or budget is Budget.WEIGHTS,
+                f"--search {search}": search in applicable.searches,
+                f"--compensation {self.compensation}": applicable.coefficients or not compensates,
+                "alphas": applicable.coefficients or self.alphas is None,
             },
         )
-        if alphas is not None and chosen_search is not Search.NONE:
+        if self.alphas is not None and search is not Search.NONE:
             raise LarosaError("give either alphas or a search, not both")
-        if chosen_search in (Search.SENSITIVITY, Search.FISHER) and chosen_budget is Budget.PAPER:
-            raise LarosaError(
-                f"--search {chosen_search} shares out weights, not the paper's budget: add --budget weights"
-            )
-        if chosen_search is Search.FISHER and chosen_score is not Score.FISHER:
+        if search in (Search.SENSITIVITY, Search.FISHER) and budget is Budget.PAPER:
+            raise LarosaError(f"--search {search} shares out weights, not the paper's budget: add --budget weights")
+        if search is Search.FISHER and score is not Score.FISHER:
             raise LarosaError("--search fisher goes by the scores' estimates: add --score fisher")
-        if (
-            chosen_method is Method.LAROSA
-            and chosen_selection is Selection.THRESHOLD
-            and chosen_search is not Search.FISHER
-        ):
+        if method is Method.LAROSA and selection is Selection.THRESHOLD and search is not Search.FISHER:
             raise LarosaError("--selection threshold finds its thresholds by --search fisher: add it")
-        chosen_prefill = choose(Prefill, prefill, "prefill")
-        chosen_compensation = choose(Compensation, compensation, "compensation")
-        compensates = chosen_compensation is not Compensation.NONE
-        if compensates and chosen_selection is not Selection.TOP_K:
+        if compensates and selection is not Selection.TOP_K:
             raise LarosaError("--compensation linear refits to counted entries: leave --selection threshold out")
-        if compensates and chosen_prefill is Prefill.DENSE:
+        if compensates and self.prefill is Prefill.DENSE:
             raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
-        quantization = check_quantization(Quantization.complete(weights, head, weight_group, quantizer), chosen_method)
+        quantization = Quantization.complete(self.weights, self.head, self.weight_group, self.quantizer)
         fits = quantization is not None and quantization.quantizer is Quantizer.GPTQ
+        measures = search is not Search.NONE or selection is not Selection.TOP_K
+        calibrated = rotation.is_calibrated or value_rotation or score is Score.FISHER
         record = None
-        calibrated = (
-            fits or chosen_rotation.is_calibrated or value_rotation or chosen_score is Score.FISHER or compensates
-        )
-        if calibrated or chosen_search is not Search.NONE or chosen_selection is not Selection.TOP_K:
-            record = CalibrationRecord(
-                source=calibration or defaults.calibration,
-                num_sequences=_positive(num_sequences, defaults.num_sequences, "num-sequences"),
-                sequence_length=_positive(
-                    sequence_length,
-                    min(defaults.sequence_length, context or defaults.sequence_length),
-                    "sequence-length",
-                ),
-                seed=seed,
-            )
-            if chosen_search in (Search.GRID, Search.SENSITIVITY, Search.FISHER) and record.sequence_length < 2:
+        if fits or measures or calibrated or compensates:
+            record = self._calibration(defaults, context)
+            if search in (Search.GRID, Search.SENSITIVITY, Search.FISHER) and record.sequence_length < 2:
                 raise LarosaError("--sequence-length must be at least 2 for a search: it predicts tokens")
-        return cls(
-            sparsity=check_sparsity(sparsity),
-            method=chosen_method,
-            recipe=chosen_recipe,
-            budget=chosen_budget,
-            rotation=chosen_rotation,
-            layers_per_rotation=check_layers_per_rotation(layers_per_rotation, chosen_rotation),
-            adapters=chosen_adapters,
-            covariance=chosen_covariance if chosen_rotation.chooses_covariance else None,
-            rotation_objective=chosen_objective if applicable.rotation else None,
+        return ConversionSettings(
+            sparsity=check_sparsity(self.sparsity),
+            method=method,
+            recipe=self.recipe,
+            budget=budget,
+            rotation=rotation,
+            layers_per_rotation=check_layers_per_rotation(self.layers_per_rotation, rotation),
+            adapters=adapters,
+            covariance=(self.covariance or defaults.covariance) if rotation.chooses_covariance else None,
+            rotation_objective=(self.rotation_objective or defaults.rotation_objective)
+            if applicable.rotation
+            else None,
             value_rotation=value_rotation,
-            score=chosen_score,
-            selection=chosen_selection,
-            search=chosen_search,
-            compensation=chosen_compensation,
-            quantization=quantization,
-            prefill=chosen_prefill,
-            dense_first_token=defaults.dense_first_token if dense_first_token is None else dense_first_token,
-            alphas=(alphas or PerSite()) if applicable.coefficients else None,
-            seed=seed,
+            score=score,
+            selection=selection,
+            search=search,
+            compensation=self.compensation,
+            quantization=check_quantization(quantization, method),
+            prefill=self.prefill,
+            dense_first_token=defaults.dense_first_token if self.dense_first_token is None else self.dense_first_token,
+            alphas=(self.alphas or PerSite()) if applicable.coefficients else None,
+            seed=self.seed,
             calibration=record,
         )
+
+    def _calibration(self, defaults: Defaults, context: int | None) -> CalibrationRecord:
+        for name in ("num_sequences", "sequence_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise LarosaError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        longest = min(defaults.sequence_length, context or defaults.sequence_length)
+        return CalibrationRecord(
+            source=self.calibration or defaults.calibration,
+            num_sequences=self.num_sequences or defaults.num_sequences,
+            sequence_length=self.sequence_length or longest,
+            seed=self.seed,
+        )
+
+
+#: The options that are one of several choices, and what messages call them where that is not their name.
+_CHOICES = {
+    name: kind
+    for name, hint in get_type_hints(ConversionOptions).items()
+    for kind in (hint, *get_args(hint))
+    if isinstance(kind, type) and issubclass(kind, StrEnum)
+}
+_CALLED = {"weights": "format of weights", "head": "format of the head"}
 
 
 def _defaults(recipe: Recipe, method: Method) -> Defaults:
@@ -313,9 +348,3 @@ _WHAT_APPLIES = {
     Method.TEAL: "it rotates nothing, compares magnitudes, budgets by weights, and its searches are none and greedy",
     Method.CATS: "it rotates nothing, compares magnitudes, budgets by weights, and has no search",
 }
-
-
-def _positive(value: int | None, default: int, name: str) -> int:
-    if value is not None and value < 1:
-        raise LarosaError(f"--{name} must be at least 1, not {value}")
-    return value or default

@@ -21,15 +21,14 @@ from larosa.config import (
     LarosaConfig,
     Method,
     PerSite,
-    Prefill,
-    Recipe,
     Rotation,
     RotationObjective,
     Score,
     Selection,
+    Settings,
 )
 from larosa.config import Search as SearchKind
-from larosa.conversion.options import Settings
+from larosa.conversion.options import ConversionOptions, ConversionSettings
 from larosa.conversion.searches import SEARCHES, Limits, settle
 from larosa.errors import LarosaError
 from larosa.models import Family, family_of, set_adapter, set_scores
@@ -55,88 +54,32 @@ from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.utils.finite import check_converted, check_weights
 from larosa.utils.layer_files import in_memory
+from larosa.utils.options import takes
 from larosa.utils.progress import track
 from larosa.version import __version__
 
 
+@takes(ConversionOptions)
 def convert(
     model: Any,
     tokenizer: Any = None,
     *,
-    sparsity: float = 0.5,
-    method: str = Method.LAROSA,
-    recipe: str = Recipe.BEST,
-    budget: str | None = None,
-    calibration: str | None = None,
-    num_sequences: int | None = None,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    rotation: str | None = None,
-    layers_per_rotation: int = 1,
-    adapters: str | None = None,
-    covariance: str | None = None,
-    rotation_objective: str | None = None,
-    value_rotation: bool | None = None,
-    score: str | None = None,
-    selection: str | None = None,
-    search: str | None = None,
-    compensation: str = Compensation.NONE,
-    weights: str | None = None,
-    weight_group: int | None = None,
-    quantizer: str | None = None,
-    head: str | None = None,
-    alphas: PerSite | None = None,
-    prefill: str = Prefill.SPARSE,
-    dense_first_token: bool | None = None,
     device: torch.device | str | None = None,
     search_log: Path | None = None,
+    **options: Any,
 ) -> Any:
     """Sparsify a dense causal language model in place and return it.
 
-    Options left at None take the recipe's default (`larosa.conversion.options.RECIPES`). The model's weights are
-    rotated, and its class and configuration become the family's sparsified ones; after an error the model
-    must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis. The methods
-    that LaRoSA is compared with rotate nothing and change no weight.
+    The model's weights are rotated, and its class and configuration become the family's sparsified ones; after an
+    error the model must not be used any more. `hidden_states[l]` of the result is in layer l's rotated basis. The
+    methods that LaRoSA is compared with rotate nothing and change no weight.
 
     Args:
         model: a supported dense model (Llama, Mistral, Qwen2, Qwen3, SmolLM3), in any float dtype.
         tokenizer: needed for calibration text; not for `calibration="self"`.
-        sparsity: fraction of weights to skip per token, in [0, 1); see `budget`.
-        method: `larosa`, `topk` (the same without rotation), `teal` (a magnitude threshold at each site) or
-            `cats` (a threshold at the MLP's gate). Options that do not apply to it are refused.
-        recipe: `best`, or `paper` for the paper's own settings.
-        budget: `weights` (the fraction of weight elements skipped is `sparsity`) or `paper`.
-        calibration: `self`, `wikitext2`, `alpaca`, `c4`, `bundled`, or a .txt/.json/.jsonl file or folder.
-        num_sequences: calibration sequences.
-        sequence_length: tokens in each.
-        seed: of the calibration sample and of random rotations.
-        rotation: `layer`, `block`, `model`, `random` or `none`.
-        layers_per_rotation: of rotation `layer`, how many consecutive layers share one.
-        adapters: what takes the residual stream from one basis to the next is stored in the model's dtype (`full`) or
-            by 8-bit numbers (`int8`), whose rounding the weights make up for. None is `int8` for models of 16 bits.
-        covariance: PCA of the second moment at `h1`, at `h3`, or of their mean (`joint`); `block` uses
-            each at its own site.
-        rotation_objective: PCA of what the weights read (`inputs`), or with equal regard to what the weights
-            make of it (`outputs`) or to what it does to the model's predictions (`fisher`).
-        value_rotation: rotate each value head into the principal basis of its queries' outputs, at h2.
-        score: rank entries by `magnitude`, or by magnitude times the norm of the `weights` that read them or
-            times the root of their `fisher` information.
-        selection: keep so many entries of each token (`top-k`) or those above a calibrated threshold (`threshold`), of
-            which there are more where they matter more; the sparsity is then met on average. Needs search `fisher`.
-        search: `none`; `grid` for Algorithm 1 and, for counts of each layer and site by what they cost,
-            `sensitivity` (measured) or `fisher` (estimated from the scores; all three larosa, topk);
-            `greedy` for TEAL's allocation within each layer (teal).
-        compensation: `linear` refits the weights to the entries that are kept; `none` leaves them.
-        weights: store the decoder's linears in the model's dtype (`full`, the default), in 8 bits (`int8`) or in 4
-            (`int4`).
-        weight_group: how many weights of a column share a scale: 32, 64 or 128. None is 32 for 4 bits and 128 for 8.
-        quantizer: round each weight (`rtn`), or let the columns that follow make up for it (`gptq`, the default).
-        head: store the language-model head `full` or in `int8` or `int4`. None is `int8` where weights are of few bits.
-        alphas: per-site sparsity coefficients, instead of a search.
-        prefill: sparsify prompts too (`sparse`) or not (`dense`).
-        dense_first_token: leave the first token of a text dense, the attention sink on which every head leans.
         device: where layers are calibrated and merged, one at a time; None is where the embedding is.
         search_log: file to keep the search's points in, so that it can be resumed.
+        options: by the names of `larosa.conversion.ConversionOptions`, as `sparsity=0.5`.
 
     Returns:
         `model`, now a `Larosa...ForCausalLM`.
@@ -146,34 +89,7 @@ def convert(
             calibration text, NaN or Inf.
     """
     check_plain(model)
-    settings = Settings.complete(
-        sparsity=sparsity,
-        method=method,
-        recipe=recipe,
-        budget=budget,
-        calibration=calibration,
-        num_sequences=num_sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        rotation=rotation,
-        layers_per_rotation=layers_per_rotation,
-        adapters=adapters,
-        covariance=covariance,
-        rotation_objective=rotation_objective,
-        value_rotation=value_rotation,
-        score=score,
-        selection=selection,
-        search=search,
-        compensation=compensation,
-        weights=weights,
-        weight_group=weight_group,
-        quantizer=quantizer,
-        head=head,
-        prefill=prefill,
-        dense_first_token=dense_first_token,
-        alphas=alphas,
-        context=context_length(model.config),
-    )
+    settings = ConversionOptions(**options).complete(context_length(model.config))
     return sparsify(model, tokenizer, settings, device=device, search_log=search_log).model
 
 
@@ -208,7 +124,7 @@ class Sparsified:
 def sparsify(
     model: Any,
     tokenizer: Any,
-    settings: Settings,
+    settings: ConversionSettings,
     *,
     device: torch.device | str | None = None,
     search_log: Path | None = None,
@@ -235,7 +151,14 @@ def sparsify(
     where = torch.device(device) if device else architecture.embedding(model).weight.device
     dtype = architecture.embedding(model).weight.dtype
     selection = _selection(model, architecture, settings, sizes, sequences, where)
-    block = _block(settings, adapters=settings.adapters or usual_format(dtype), **selection)
+    recorded = {name: getattr(settings, name) for name in Settings.model_fields}
+    recorded["quantization"] = None  # until it is done, last of all
+    block = LarosaConfig(
+        **recorded,
+        larosa_version=__version__,
+        adapters=settings.adapters or usual_format(dtype),
+        **selection,
+    )
 
     if settings.rotation.rotates:
         _untie(model, architecture)
@@ -267,7 +190,7 @@ def sparsify(
     return Sparsified(model, architecture, limits)
 
 
-def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes) -> None:
+def check_reach(settings: ConversionSettings, architecture: Architecture, sizes: SiteSizes) -> None:
     """Refuse a method that does not apply to this model, or a sparsity that it cannot give it.
 
     Raises:
@@ -284,7 +207,7 @@ def check_reach(settings: Settings, architecture: Architecture, sizes: SiteSizes
 def _selection(
     model: Any,
     architecture: Architecture,
-    settings: Settings,
+    settings: ConversionSettings,
     sizes: SiteSizes,
     sequences: torch.Tensor | None,
     device: torch.device,
@@ -303,29 +226,6 @@ def _selection(
             architecture, settings.sparsity, {site: sizes.weights(site) for site in sites}, first
         )
     return {"thresholds": calibrate_thresholds(model, architecture, sequences, device, sites, allocate, first)}
-
-
-def _block(settings: Settings, **others: Any) -> LarosaConfig:
-    return LarosaConfig(
-        larosa_version=__version__,
-        method=settings.method,
-        recipe=settings.recipe,
-        sparsity=settings.sparsity,
-        budget=settings.budget,
-        alphas=settings.alphas,
-        rotation=settings.rotation,
-        layers_per_rotation=settings.layers_per_rotation,
-        covariance=settings.covariance,
-        rotation_objective=settings.rotation_objective,
-        value_rotation=settings.value_rotation,
-        score=settings.score,
-        search=settings.search,
-        compensation=settings.compensation,
-        prefill=settings.prefill,
-        dense_first_token=settings.dense_first_token,
-        calibration=settings.calibration,
-        **others,
-    )
 
 
 def _calibration_sequences(model: Any, tokenizer: Any, record: CalibrationRecord) -> torch.Tensor:
@@ -352,7 +252,11 @@ def _untie(model: Any, architecture: Architecture) -> None:
 
 
 def _fisher(
-    model: Any, architecture: Architecture, settings: Settings, sequences: torch.Tensor | None, device: torch.device
+    model: Any,
+    architecture: Architecture,
+    settings: ConversionSettings,
+    sequences: torch.Tensor | None,
+    device: torch.device,
 ) -> list[UnitFisher]:
     """Each layer's Fisher information where the settings need it, else an empty list."""
     if not settings.needs_fisher:
@@ -379,7 +283,7 @@ def _scored(
 def _bases(
     model: Any,
     architecture: Architecture,
-    settings: Settings,
+    settings: ConversionSettings,
     sequences: torch.Tensor | None,
     device: torch.device,
     fisher: list[UnitFisher],
@@ -421,7 +325,7 @@ def _value_basis(moments: torch.Tensor, fisher: UnitFisher | None) -> torch.Tens
 def _concentrated(
     layer: nn.Module,
     architecture: Architecture,
-    settings: Settings,
+    settings: ConversionSettings,
     moments: LayerMoments,
     fisher: UnitFisher | None,
 ) -> list[torch.Tensor]:

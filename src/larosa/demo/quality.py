@@ -9,8 +9,7 @@ from typing import Any
 from larosa.calibration.sources import SELF, calibration_sequences
 from larosa.checkpoints.io import load
 from larosa.config import Rotation, RotationObjective, Score, Search
-from larosa.conversion import sparsify
-from larosa.conversion.options import Settings
+from larosa.conversion import ConversionOptions, sparsify
 from larosa.data.bundled import bundled_model
 from larosa.data.text import BUNDLED
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, evaluation_windows
@@ -76,8 +75,8 @@ def run_demo(*, seed: int, device: str) -> list[DemoRow]:
     sequences = calibration_sequences(SELF, reference, tokenizer, **_SAMPLE, seed=seed)
     for method, parts in METHODS.items():
         model, _ = load(folder, dtype="float32", device=device)
-        settings = Settings.complete(sparsity=SPARSITIES[0], **parts, calibration=SELF, **_SAMPLE, seed=seed)
-        converted = sparsify(model, tokenizer, settings, sequences=sequences)
+        options = ConversionOptions(sparsity=SPARSITIES[0], **parts, calibration=SELF, **_SAMPLE, seed=seed)
+        converted = sparsify(model, tokenizer, options.complete(), sequences=sequences)
         for sparsity in SPARSITIES:
             converted.set_sparsity(sparsity)
             add(method, sparsity, evaluate_windows(model, windows, dense))

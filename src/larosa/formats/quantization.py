@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from larosa.errors import LarosaError, choose
+from larosa.errors import LarosaError
 from larosa.formats.columns import ColumnFormat, Int4, Int8, check_group
 
 
@@ -72,29 +72,27 @@ class Quantization(BaseModel):
 
     @classmethod
     def complete(
-        cls, weights: str | None, head: str | None, group: int | None, quantizer: str | None
+        cls, weights: WeightFormat | None, head: WeightFormat | None, group: int | None, quantizer: Quantizer | None
     ) -> Quantization | None:
         """Check the user's options and take the rest from what suits the format; None where nothing is quantized.
 
         Raises:
-            LarosaError: an unknown choice, or one that means nothing without another.
+            LarosaError: an option that means nothing without another.
         """
-        chosen = choose(WeightFormat, weights or WeightFormat.FULL, "format of weights")
-        full = chosen is WeightFormat.FULL
-        chosen_head = choose(
-            WeightFormat, head or (WeightFormat.FULL if full else WeightFormat.INT8), "format of the head"
-        )
+        weights = weights or WeightFormat.FULL
+        full = weights is WeightFormat.FULL
+        head = head or (WeightFormat.FULL if full else WeightFormat.INT8)
         if full and quantizer is not None:
             raise LarosaError(f"--quantizer {quantizer} is of weights of few bits: add --weights int4 or int8")
-        if full and chosen_head is WeightFormat.FULL:
+        if full and head is WeightFormat.FULL:
             if group is not None:
                 raise LarosaError(f"--weight-group {group} is of weights of few bits: add --weights int4 or int8")
             return None
         return cls(
-            weights=chosen,
-            head=chosen_head,
-            group=_FORMATS[chosen_head if full else chosen].usual_group if group is None else check_group(group),
-            quantizer=None if full else choose(Quantizer, quantizer or Quantizer.GPTQ, "quantizer"),
+            weights=weights,
+            head=head,
+            group=_FORMATS[head if full else weights].usual_group if group is None else check_group(group),
+            quantizer=None if full else quantizer or Quantizer.GPTQ,
         )
 
 

@@ -19,7 +19,7 @@ from larosa.calibration.sources import SELF, calibration_sequences
 from larosa.checkpoints.io import find_device, load, load_config
 from larosa.config import SITES, Budget, LarosaConfig, Method, PerSite, Rotation
 from larosa.conversion import Sparsified, sparsify
-from larosa.conversion.options import RECIPES, Settings
+from larosa.conversion.options import RECIPES, ConversionOptions
 from larosa.data.text import TextSplit, read_text
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import (
@@ -226,7 +226,7 @@ class Context:
 
     def _convert(self, variant: Variant, sparsity: float) -> Sparsified:
         model = self._load()
-        settings = Settings.complete(
+        options = ConversionOptions(
             method=variant.method,
             sparsity=sparsity,
             budget=Budget.WEIGHTS,
@@ -236,9 +236,9 @@ class Context:
             seed=self.settings.seed if variant.seed is None else variant.seed,
             search=variant.search,
             alphas=self.alphas(variant) if variant.searched and variant.of_one_sparsity else None,
-            context=context_length(self.config),
             **variant.options,
         )
+        settings = options.complete(context_length(self.config))
         return sparsify(model, self.tokenizer, settings, device=self.device)
 
     # Measurements that several experiments share.

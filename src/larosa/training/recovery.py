@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import typer
 
 from larosa.architectures import Architecture, find_architecture
 from larosa.architectures.context import context_length
@@ -59,14 +60,22 @@ class RecoverySettings:
     every `evaluate_every` steps.
     """
 
-    data: str = SELF
-    num_sequences: int = 512
-    sequence_length: int | None = None
-    steps: int = 300
-    batch: int = 16
-    learning_rate: float = 1e-4
-    evaluate_every: int = 25
-    seed: int = 0
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="self (sampled from the dense model), wikitext2, alpaca, c4, or a .txt/.json/.jsonl file or folder.",
+        ),
+    ] = SELF
+    num_sequences: Annotated[int, typer.Option(help="Sequences to train on.")] = 512
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in each sequence.")] = None
+    steps: Annotated[int, typer.Option(help="Steps at most.")] = 300
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 16
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between looks at held-out text, which end training when it no longer gains.")
+    ] = 25
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
 
     def checked(self, context: int) -> RecoverySettings:
         """These, if they make sense, with sequences that a model of so large a context takes.
