@@ -57,11 +57,11 @@ class Emulator:
 @cache
 def _library(folder: Path, source: str, kernel: str, macros: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
     defines = [f"-D{name}={text}" for name, text in (*macros, ("SOURCE_FILE", f'"{source}"'), ("ENTRY", kernel))]
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{_SOURCES}", *defines, str(_HERE / "main.cpp")]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *defines]
     path = folder / (hashlib.sha256(repr((command, _ingredients())).encode()).hexdigest() + ".so")
     if not path.exists():
         unfinished = path.with_suffix(f".{os.getpid()}")  # another worker may compile the same
-        subprocess.run([*command, "-o", unfinished], check=True)
+        subprocess.run([*command, f"-I{_SOURCES}", _HERE / "main.cpp", "-o", unfinished], check=True)
         unfinished.replace(path)
         compiler._shrink(folder)
     os.utime(path)  # used now

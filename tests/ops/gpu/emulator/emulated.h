@@ -53,7 +53,7 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    uint64_t slots[32];
+    alignas(8) unsigned char given[32 * 8];  // by each lane, for the others
 };
 
 struct Block {
@@ -67,19 +67,28 @@ struct Thread {
     Index thread, block;
     Block* of = nullptr;
     Warp* warp = nullptr;
-    ucontext_t context;  // to start it
-    jmp_buf place;       // to go on: jumps spare the system calls of ucontext
-    std::unique_ptr<char[]> stack;
+    const Barrier* at = nullptr;  // where it waits, for another generation
+    unsigned generation = 0;
     std::vector<std::vector<std::pair<void*, std::string>>> copies;  // groups of them, the last one not ended yet
-    bool started = false;
     bool waited = false;    // has called wait_for_inputs
     bool released = false;  // has called release_dependents
     bool done = false;
 };
 
+// Where a thread runs. It outlives the thread, for the one with the same number in the next cluster: what stacks take
+// is touched once a launch, and all but the first jump to their places, which spares the system calls of ucontext.
+struct Fiber {
+    jmp_buf place;
+    bool started = false;
+};
+
+// An odd number of cache lines: what threads keep at the same depth of their stacks would share few places otherwise.
+constexpr size_t STACK = 64 * 1024 + 64;
+
 inline std::vector<Block> blocks;  // of the cluster that runs
 inline Barrier cluster;
 inline Thread* current = nullptr;
+inline Fiber* fiber = nullptr;  // of the current thread
 inline jmp_buf scheduler;
 inline bool moved = false;  // some thread got on since the scheduler last looked
 inline std::string failure;
@@ -91,54 +100,66 @@ inline void fail(const std::string& what) {
     if (failure.empty()) failure = what;
 }
 
+inline void start();
+
 inline void give_way() {
-    if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+    if (_setjmp(fiber->place) == 0) _longjmp(scheduler, 1);
 }
 
-inline void resume(Thread& thread) {
+inline void resume(Thread& thread, Fiber& its, char* stack) {
     current = &thread;
+    fiber = &its;
     if (_setjmp(scheduler) != 0) return;
-    if (thread.started) _longjmp(thread.place, 1);
-    thread.started = true;
-    setcontext(&thread.context);
+    if (its.started) _longjmp(its.place, 1);
+    its.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = STACK;
+    makecontext(&context, start, 0);
+    setcontext(&context);
 }
 
 inline void wait_at(Barrier& barrier) {
-    const unsigned generation = barrier.generation;
     moved = true;
     if (++barrier.arrived == barrier.size) {
         barrier.arrived = 0;
         ++barrier.generation;
         return;
     }
-    while (barrier.generation == generation) give_way();
+    current->at = &barrier;
+    current->generation = barrier.generation;
+    give_way();  // until another thread has ended this generation
     moved = true;
 }
 
 // Every lane gives `x`, and gets what `choose` makes of the warp's 32 numbers.
 template <class T, class Choose>
 T exchange(T x, Choose choose) {
+    static_assert(sizeof x <= 8);
     Warp& warp = *current->warp;
-    std::memcpy(&warp.slots[current->thread.x % 32], &x, sizeof x);
+    T* all = reinterpret_cast<T*>(warp.given);
+    all[current->thread.x % 32] = x;
     wait_at(warp.barrier);
-    T all[32];
-    for (int lane = 0; lane < 32; ++lane) std::memcpy(&all[lane], &warp.slots[lane], sizeof x);
+    const T chosen = choose(all);
     wait_at(warp.barrier);
-    return choose(all);
+    return chosen;
 }
 
 inline uint32_t hash(uint32_t x, uint32_t seed) { return (x * 0x9e3779b1u ^ seed) * 0x85ebca6bu; }
 
 inline void start() {
-    body(arguments);
-    if (!current->waited || !current->released) fail("a thread ended without waiting for inputs or releasing others");
-    current->done = true;
-    moved = true;
-    _longjmp(scheduler, 1);
+    for (;;) {
+        body(arguments);
+        if (!current->waited || !current->released) fail("a thread ended without waiting for inputs or releasing others");
+        current->done = true;
+        moved = true;
+        give_way();  // until the next cluster
+    }
 }
 
-inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned threads, unsigned shared, unsigned seed) {
-    constexpr size_t STACK = 64 * 1024;
+inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned threads, unsigned shared, unsigned seed,
+                        Fiber* fibers, char* stacks) {
     blocks = std::vector<Block>(size);
     cluster = {size * threads};
     std::vector<Thread> all(size * threads);
@@ -154,11 +175,6 @@ inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned thre
         thread.thread.x = i % threads;
         thread.warp = &thread.of->warps[thread.thread.x / 32];
         thread.block = {first + i / threads, y, 0};
-        thread.stack = std::make_unique<char[]>(STACK);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK;
-        makecontext(&thread.context, start, 0);
     }
     std::vector<unsigned> order(all.size());
     for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
@@ -167,8 +183,9 @@ inline void run_cluster(unsigned first, unsigned y, unsigned size, unsigned thre
     do {
         moved = false;
         for (unsigned i : order) {
-            if (all[i].done) continue;
-            resume(all[i]);
+            const Thread& thread = all[i];
+            if (thread.done || (thread.at && thread.at->generation == thread.generation)) continue;
+            resume(all[i], fibers[i], stacks + i * STACK);
             if (!failure.empty()) return;
         }
     } while (moved);
@@ -195,8 +212,11 @@ const char* emulate(unsigned x, unsigned y, unsigned cluster, unsigned threads, 
     body = KERNEL_CALL;
     emulator::arguments = arguments;
     if (x % cluster) fail("the grid is no multiple of the cluster");
+    std::vector<Fiber> fibers(cluster * threads);
+    const std::unique_ptr<char[]> stacks(new char[fibers.size() * STACK]);
     for (unsigned j = 0; j < y; ++j)
-        for (unsigned i = 0; i < x && failure.empty(); i += cluster) run_cluster(i, j, cluster, threads, shared, seed);
+        for (unsigned i = 0; i < x && failure.empty(); i += cluster)
+            run_cluster(i, j, cluster, threads, shared, seed, fibers.data(), stacks.get());
     return failure.empty() ? nullptr : failure.c_str();
 }
 
