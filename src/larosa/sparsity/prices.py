@@ -114,7 +114,7 @@ class SteadyShares:
 class Histogram:
     """How the magnitudes of a site's entries times scores are distributed, to within a hundredth of each."""
 
-    def __init__(self, selector: Any, _weights: list[torch.Tensor]) -> None:
+    def __init__(self, selector: Any, _linears: list[Any]) -> None:
         self._selector = selector
         self._counts: torch.Tensor | int = 0
         self._below: torch.Tensor | None = None

@@ -127,14 +127,14 @@ def fisher_costs(model: Any, architecture: Architecture, run: Callable[[], objec
 def observed(
     model: Any, architecture: Architecture, run: Callable[[], object], *kinds: Callable[..., Any]
 ) -> list[dict[Place, Any]]:
-    """Run a model with observers before every selector: for each kind, made of a selector and its weights, those."""
+    """Run a model with observers before every selector: for each kind, made of a selector and its linears, those."""
     observers: list[dict[Place, Any]] = [{} for _ in kinds]
     handles = []
     for site, found in selectors(model, architecture).items():
         for index, (layer, selector) in enumerate(zip(architecture.layers(model), found, strict=True)):
-            weights = [linear.weight for linear in architecture.linears(layer, site)]
+            linears = architecture.linears(layer, site)
             for kind, of_kind in zip(kinds, observers, strict=True):
-                of_kind[index, site] = kind(selector, weights)
+                of_kind[index, site] = kind(selector, linears)
                 handles.append(selector.register_forward_pre_hook(of_kind[index, site]))
     with attached(*handles), torch.inference_mode():
         run()
@@ -144,8 +144,8 @@ def observed(
 class Coherence:
     """The energy of what dropped entries write, as a multiple of what they would write if they were uncorrelated."""
 
-    def __init__(self, selector: Any, weights: list[torch.Tensor]) -> None:
-        self._selector, self._weights = selector, weights
+    def __init__(self, selector: Any, linears: list[Any]) -> None:
+        self._selector, self._weights = selector, [linear.weight for linear in linears]
         self._norms: torch.Tensor | None = None
         self._together = self._apart = 0.0
 
@@ -179,7 +179,7 @@ def sorted_entries(model: Any, architecture: Architecture, run: Callable[[], obj
 class SortedSquares:
     """The squares of a site's entries times scores in ascending order."""
 
-    def __init__(self, selector: Any, _weights: list[torch.Tensor]) -> None:
+    def __init__(self, selector: Any, _linears: list[Any]) -> None:
         self._selector = selector
         self._sum: torch.Tensor | float = 0.0
         self._tokens = 0
