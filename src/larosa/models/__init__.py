@@ -1,6 +1,6 @@
 """Sparsified model classes, one set a family, registered with transformers' Auto classes on import."""
 
-from larosa.models.families import Family, family_of, register_families
+from larosa.models.families import Family, family_of, note_tie, register_families
 from larosa.models.modules import (
     Int8Adapter,
     SparseActivation,
@@ -31,6 +31,7 @@ __all__ = [
     "TopK",
     "column_norms",
     "family_of",
+    "note_tie",
     "quantize_head",
     "quantize_layer",
     "register_families",

@@ -47,16 +47,13 @@ class Family:
         dense, config = model.config, copy.deepcopy(model.config)
         config.__class__ = self.config_class
         config.larosa = block.model_dump(mode="json")
-        head, embedding = self.architecture.head(model), self.architecture.embedding(model)
-        config.tie_word_embeddings = head.weight is embedding.weight
         config.architectures = [self.causal_lm_class.__name__]
         for module in model.modules():
             if getattr(module, "config", None) is dense:
                 module.config = config
         # The base model keeps its dense class, as it has in a loaded checkpoint: only its layers differ.
         model.__class__ = self.causal_lm_class
-        if not config.tie_word_embeddings:
-            model.all_tied_weights_keys = {}
+        note_tie(model, self.architecture)
         sparsify_layers(model, self.architecture, block)
 
     @property
@@ -67,6 +64,15 @@ class Family:
             "AutoModel": self.model_class.__name__,
             "AutoModelForCausalLM": self.causal_lm_class.__name__,
         }
+
+
+def note_tie(model: Any, architecture: Architecture) -> None:
+    """Tell transformers, which goes by it when it loads and saves, whether the head's weight is the embedding's."""
+    weight = getattr(architecture.head(model), "weight", None)  # of few bits it has none
+    tied = weight is architecture.embedding(model).weight
+    model.config.tie_word_embeddings = tied
+    if not tied:
+        model.all_tied_weights_keys = {}
 
 
 class _LoadedByShim:

@@ -12,7 +12,7 @@ from larosa.calibration import attached, visit_layers
 from larosa.calibration.observers import SecondMoment
 from larosa.config import SITES, LarosaConfig
 from larosa.formats import ColumnFormat, Quantization, Quantizer
-from larosa.models import quantize_head, quantize_layer
+from larosa.models import note_tie, quantize_head, quantize_layer
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
 from larosa.utils.layer_files import in_memory
@@ -60,8 +60,7 @@ def quantize(
     if head is not None:
         rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
         quantize_head(model, architecture, head)
-        model.config.tie_word_embeddings = False  # the embedding stays what it is
-        model.all_tied_weights_keys = {}
+        note_tie(model, architecture)  # the embedding stays what it is
         _fill(architecture.head(model), *rounded_head)
     block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
     model.config.larosa = block.model_dump(mode="json")
