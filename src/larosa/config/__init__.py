@@ -1,31 +1,33 @@
 """A sparsified model's settings, and those of older checkpoints brought to the format of now."""
 
 from larosa.config.block import (
-    GATE,
-    SITES,
-    AdapterFormat,
-    Budget,
     CalibrationRecord,
-    Compensation,
-    Covariance,
     KeepCounts,
     LarosaConfig,
-    Method,
     PerSite,
-    Prefill,
-    Recipe,
     RecoveryRecord,
-    Rotation,
-    RotationObjective,
-    Score,
-    Search,
-    Selection,
     Settings,
     Thresholds,
     check_adapters,
     check_layers_per_rotation,
     check_quantization,
     check_sparsity,
+)
+from larosa.config.choices import (
+    GATE,
+    SITES,
+    AdapterFormat,
+    Budget,
+    Compensation,
+    Covariance,
+    Method,
+    Prefill,
+    Recipe,
+    Rotation,
+    RotationObjective,
+    Score,
+    Search,
+    Selection,
 )
 
 __all__ = [
