@@ -70,6 +70,7 @@ def test_256_tokens_of_the_bundled_model(bundled):
     assert found == logits.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_logits_of_the_bundled_model(bundled, bundled_text, step_logits):
     model, sparsity = copy.deepcopy(bundled[0]).float(), bundled[1]
     engine = Engine(model, 32)

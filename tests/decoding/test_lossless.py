@@ -194,8 +194,12 @@ def probabilities(logits, sampling):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1)],
-    ids=["all", "top_k", "top_p", "min_p"],
+    [
+        pytest.param(Sampling(1.0), id="all", marks=pytest.mark.slow),
+        pytest.param(Sampling(0.7, top_k=5), id="top_k"),
+        pytest.param(Sampling(1.3, top_p=0.8), id="top_p", marks=pytest.mark.slow),
+        pytest.param(Sampling(1.0, min_p=0.1), id="min_p", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_have_the_distribution_of_their_logits(sampling):
     """Whatever is proposed; and a proposal from much the same logits is mostly what is drawn."""

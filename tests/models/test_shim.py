@@ -159,6 +159,13 @@ assert "larosa" not in sys.modules
         assert python(code, old).count("True\n") == 3
 
 
+def entry_point_of_vllm():
+    """Its name and what it leads to."""
+    pyproject = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text("utf-8"))
+    ((name, value),) = pyproject["project"]["entry-points"]["vllm.general_plugins"].items()
+    return name, value
+
+
 class TestTools:
     """In processes of their own, given no more than the folder and `trust_remote_code`."""
 
@@ -224,11 +231,12 @@ print("loss", Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss
                 expected = log_p.gather(1, torch.tensor(ids)[:, None]).sum().item()
                 assert float(answer[0]) == pytest.approx(expected, rel=1e-4)
 
-    def test_the_entry_point_of_vllm(self, saved, python):
-        """What vLLM runs in each of its processes makes transformers know the families, twice as well as once."""
-        pyproject = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text("utf-8"))
-        ((name, value),) = pyproject["project"]["entry-points"]["vllm.general_plugins"].items()
-        assert EntryPoint(name, value, "vllm.general_plugins").load() is families.register_families
+    def test_the_entry_point_of_vllm(self):
+        assert EntryPoint(*entry_point_of_vllm(), "vllm.general_plugins").load() is families.register_families
+
+    @pytest.mark.slow
+    def test_the_entry_point_of_vllm_in_its_processes(self, saved, python):
+        """Each runs it, and makes transformers know the families, twice as well as once."""
         code = """
 import sys, transformers
 from importlib.metadata import EntryPoint
@@ -239,7 +247,7 @@ config = transformers.AutoConfig.from_pretrained(sys.argv[1])
 base = transformers.AutoModel.from_config(config)
 print(getattr(transformers, config.architectures[0]).__name__, base._supports_attention_backend)
 """
-        assert python(code, saved / "llama", value).split() == ["LarosaLlamaForCausalLM", "True"]
+        assert python(code, saved / "llama", entry_point_of_vllm()[1]).split() == ["LarosaLlamaForCausalLM", "True"]
 
 
 def test_what_replaces_linears_does_not_drop_the_selection(saved, token_ids):

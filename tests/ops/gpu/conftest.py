@@ -70,6 +70,20 @@ def _triton_kernels() -> Any:
     return kernels
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first case of each test stands for its others in Triton's interpreter, which takes seconds for many."""
+    seen = set()
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is None or given.params.get("target") != "interpreted triton":
+            continue
+        test = item.location[0], item.originalname
+        if test in seen:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
+
+
 @pytest.fixture
 def selects_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has one block select for all from short vectors too, which only takes longer than another kernel would."""
