@@ -1,4 +1,4 @@
-"""The layout that CONTRIBUTING.md describes: every room is there, imports from those above it, and runs anywhere."""
+"""The layout of docs/architecture.md: every room is there, imports from those above it, and runs anywhere."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ SOME_SYSTEMS = {"crypt", "fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "resou
 
 def rooms() -> dict[str, int]:
     """Each room's row in the table."""
-    table = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layout")[2].partition("\n## ")[0]
+    table = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Rooms")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     return {
         name.strip("/").removesuffix(".py"): at for at, row in enumerate(rows) for name in re.findall("`(.*?)`", row)
@@ -41,13 +41,13 @@ def test_every_room_imports_from_those_above_it():
     for path, room, tree in sources():
         if room in ("__init__", "assets"):
             continue
-        assert room in row, f"{path}: the table in CONTRIBUTING.md has no row for {room}"
+        assert room in row, f"{path}: the table in docs/architecture.md has no row for {room}"
         below = {
             name.split(".")[1]
             for name in imports(_without_types(tree))
             if name.startswith("larosa.") and row.get(name.split(".")[1], -1) > row[room]
         }
-        assert not below, f"{path} imports {below}, which stand below {room} in CONTRIBUTING.md"
+        assert not below, f"{path} imports {below}, which stand below {room} in docs/architecture.md"
 
 
 def _without_types(tree: ast.AST) -> ast.AST:
