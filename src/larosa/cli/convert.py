@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +27,23 @@ from larosa.config import (
     Selection,
     check_sparsity,
 )
-from larosa.conversion.checkpoint import ConversionReport, convert_at, convert_checkpoint
+from larosa.conversion.checkpoint import AUTO_WEIGHTS, ConversionReport, convert_at, convert_checkpoint
 from larosa.conversion.checkpoint import sweep as sweep_checkpoint
+from larosa.conversion.within import Trial
 from larosa.errors import LarosaError
 from larosa.evaluation.verdict import verdict
 from larosa.formats import Quantizer, WeightFormat
 
 DEFAULT_SPARSITY = 0.5
+
+
+class Weights(StrEnum):
+    """The formats of weights, and the choice between them."""
+
+    FULL = WeightFormat.FULL
+    INT8 = WeightFormat.INT8
+    INT4 = WeightFormat.INT4
+    AUTO = AUTO_WEIGHTS
 
 
 def convert(
@@ -49,7 +60,10 @@ def convert(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Instead: the highest sparsity whose divergence from the dense model is not above this."),
+        typer.Option(
+            help="Instead: the highest sparsity whose divergence from the dense model is not above this; with "
+            "--weights auto the bits too."
+        ),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Show what each sparsity loses, as a table and sweep.png; write no model.")
@@ -96,7 +110,11 @@ def convert(
         Compensation, typer.Option(help="Refit the weights to the entries that are kept.")
     ] = Compensation.NONE,
     weights: Annotated[
-        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in 8 or 4 bits.")
+        Weights | None,
+        typer.Option(
+            help="Store the decoder's linears in the model's dtype, in 8 or in 4 bits; auto: what reads the fewest "
+            "bytes within --max-kl."
+        ),
     ] = None,
     weight_group: Annotated[
         int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; more take less and lose more.")
@@ -204,7 +222,24 @@ def _sparsities(sparsity: str | None, max_kl: float | None, sweep: bool, output:
     return tuple(check_sparsity(each) for each in found)
 
 
+def _print_tried(tried: list[Trial]) -> None:
+    table = Table(title="tried", title_justify="left")
+    for column in ("weights", "sparsity", "KL to dense", "top-1", "MB per token, with head"):
+        table.add_column(column, justify="right")
+    for trial in tried:
+        table.add_row(
+            trial.weights,
+            f"{trial.sparsity:.0%}",
+            f"{trial.kl_divergence:.4f}",
+            f"{trial.top1_agreement:.1%}",
+            f"{trial.bytes_per_token / 1e6:.1f}",
+        )
+    console.print(table)
+
+
 def _print(report: ConversionReport) -> None:
+    if report.tried:
+        _print_tried(report.tried)
     table = Table(title=f"{report.output}", title_justify="left", show_header=False)
     options.add_sparsity(table, report.sparsity)
     if report.dense is not None and report.sparse is not None:
