@@ -1,4 +1,4 @@
-"""The frontier's numbers against conversions made one by one."""
+"""Methods at equal bytes: the numbers against conversions made one by one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 
 import larosa
 from larosa.evaluation.perplexity import Protocol
-from larosa.reproduce import EXPERIMENTS, frontier
+from larosa.reproduce import EXPERIMENTS, equal_bytes
 from larosa.reproduce import context as context_module
 from larosa.reproduce.context import Context
-from larosa.reproduce.frontier import SPARSITIES, at_bytes
+from larosa.reproduce.equal_bytes import SPARSITIES, at_bytes
 
-NAMES = ("best", "best, int8", "best, int4", "paper", "TEAL", "TopK")
+NAMES = ("best", "paper", "TEAL", "TopK")
 BYTES, KL = "bytes per token, of dense", "KL to dense (nats/token)"
 
 
@@ -20,7 +20,7 @@ BYTES, KL = "bytes per token, of dense", "KL to dense (nats/token)"
 def results(shared_context):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(context_module, "GRID", (0.9, 1.0))
-        return EXPERIMENTS["frontier"].run(shared_context)
+        return EXPERIMENTS["equal-bytes"].run(shared_context)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +59,8 @@ def test_adapters_and_scores_count(rows, shared_context):
     weights = sizes.linear_weights
     for row in rows[1:]:
         extra = 2 * 32 * 32 if row["method"] == "paper" else 0  # three layers, two adapters
-        extra += sizes.score_entries if "best" in row["method"] else 0
-        read = (1 - row["weights skipped, measured"]) * row["bits of a weight"] / 32
-        assert row[BYTES] == pytest.approx(read + extra / weights, abs=1e-9)
-
-
-def test_few_bits_read_less_and_lose_more(rows):
-    bits = {name: {row["bits of a weight"] for row in rows if row["method"] == name} for name in NAMES}
-    assert all(bits[name] == {32} for name in ("best", "paper", "TEAL", "TopK"))
-    # A scale of 16 bits for up to 64 outputs, of which these matrices have fewer.
-    assert all(low < found <= low + 1 for name, low in (("best, int8", 8), ("best, int4", 4)) for found in bits[name])
-    for sparsity in SPARSITIES:
-        full, int8, int4 = (next(r for r in rows if (r["method"], r["sparsity"]) == (n, sparsity)) for n in NAMES[:3])
-        assert full[BYTES] > int8[BYTES] > int4[BYTES]
-        assert int8["weights skipped, measured"] == pytest.approx(full["weights skipped, measured"])
-        assert int8[KL] == pytest.approx(full[KL], rel=0.3, abs=1e-3)
-        assert int4[KL] > int8[KL]
+        extra += sizes.score_entries if row["method"] == "best" else 0
+        assert row[BYTES] == pytest.approx(1 - row["weights skipped, measured"] + extra / weights, abs=1e-9)
 
 
 def test_the_baseline_at_equal_bytes(rows):
@@ -100,7 +86,7 @@ def test_no_interpolation_through_what_has_no_logarithm():
 
 def test_the_other_protocol(dense, settings, tmp_path):
     context = Context(str(dense), settings(protocol=Protocol.CONTINUATION), tmp_path / "cache")
-    found = context.evaluate(frontier.TOPK, 0.5)
+    found = context.evaluate(equal_bytes.TOPK, 0.5)
     (model, tokenizer), (reference, _) = (larosa.load(str(dense), device="cpu") for _ in range(2))
     larosa.convert(model, tokenizer, method="topk", sparsity=0.5)
     expected = larosa.evaluate(

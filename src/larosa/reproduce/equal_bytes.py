@@ -1,4 +1,4 @@
-"""The frontier: divergence over the bytes that a token reads, which is what a user trades. Not in the paper."""
+"""Methods at equal bytes: divergence over what a token reads, adapters and scores included. Not in the paper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 from larosa.evaluation.verdict import Q4_K_M, Q6_K
-from larosa.formats import Quantizer, WeightFormat
 from larosa.reproduce import figures
 from larosa.reproduce.context import Context
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
@@ -20,8 +19,6 @@ SPARSITIES = (0.10, 0.25, 0.40, 0.50, 0.60)
 
 VARIANTS = (
     BEST,
-    replace(BEST, label="best, int8", weights=WeightFormat.INT8, quantizer=Quantizer.GPTQ),
-    replace(BEST, label="best, int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ),
     replace(LAROSA, label="paper"),
     TEAL,
     TOPK,
@@ -37,18 +34,16 @@ def run(context: Context) -> Results:
     found = {variant.label: [context.evaluate(variant, sparsity) for sparsity in SPARSITIES] for variant in VARIANTS}
     curves: Curves = {label: [(each["bytes"], each["kl"]) for each in points] for label, points in found.items()}
     dense = context.evaluate_dense()
-    rows: list[list[Cell]] = [["dense", 0.0, 1.0, 0.0, dense["weight_bits"], *_cells(dense), None]]
+    rows: list[list[Cell]] = [["dense", 0.0, 1.0, 0.0, *_cells(dense), None]]
     for label, points in found.items():
         for sparsity, each in zip(SPARSITIES, points, strict=True):
             skipped = each["skipped"]["mean"]
-            read = [each["bytes"], skipped, each["weight_bits"]]
-            rows.append([label, sparsity, *read, *_cells(each), _share(curves, each)])
+            rows.append([label, sparsity, each["bytes"], skipped, *_cells(each), _share(curves, each)])
     columns = [
         Column("method"),
         Column("sparsity", ".0%"),
         Column("bytes per token, of dense", ".1%"),
         Column("weights skipped, measured", ".1%"),
-        Column("bits of a weight", ".3g"),
         QUALITY[0],
         Column("± KL", ".4f"),
         *QUALITY[1:],
@@ -62,9 +57,9 @@ def run(context: Context) -> Results:
         "The baselines at equal bytes are interpolated between their points, the logarithm of the divergence linearly; "
         "outside their points there is none. ± is a standard error over tokens taken as independent.",
         "TEAL and TopK leave the first token dense like the others. paper is LaRoSA with a rotation a layer and its "
-        "grid of coefficients, best is recipe best, with weights in the model's dtype or in 8 or 4 bits and scales.",
+        "grid of coefficients, best is recipe best.",
     ]
-    return Results([Table("frontier", title, columns, rows)], [_draw(curves)], notes)
+    return Results([Table("equal-bytes", title, columns, rows)], [_draw(curves)], notes)
 
 
 def _cells(found: dict[str, Any]) -> list[Cell]:
@@ -105,12 +100,12 @@ def _draw(curves: Curves) -> Picture:
         "Distance from the dense model over what a token reads; lower and further left is better. Dotted: what "
         "llama.cpp's quantisations of Llama-3-8B lose."
     )
-    return Picture("frontier", caption, figures.to_png(figure))
+    return Picture("equal-bytes", caption, figures.to_png(figure))
 
 
 EXPERIMENT = Experiment(
-    "frontier",
-    "Divergence over bytes per token, with weights of 16, 8 and 4 bits",
+    "equal-bytes",
+    "Divergence over bytes per token, by method",
     "nothing of the kind: it compares at equal sparsity, which leaves the adapters' bytes out.",
     run,
 )

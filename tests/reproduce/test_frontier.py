@@ -1,0 +1,97 @@
+"""The frontier's numbers against conversions made one by one, and llama.cpp's rows beside them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import larosa
+from larosa.errors import LarosaError
+from larosa.reproduce import EXPERIMENTS
+from larosa.reproduce.context import Context, token_digest
+from larosa.reproduce.frontier import BOUNDS, SPARSITIES, read_points
+
+KL, TOKEN = "KL to dense (nats/token)", "MB, per token"
+THEIRS = {
+    "type": "Q4_0",
+    "weight_bits": 4.5,
+    "decoder_bytes": 9000,
+    "head_bytes": 1000,
+    "file_bytes": 12000,
+    "kl": 0.15,
+    "kl_stderr": 0.01,
+    "top1": 0.8,
+    "perplexity": 50.0,
+}
+
+
+def beside(context, path, **changes):
+    """A file like that of benchmarks/llamacpp/quality.py, of the context's model and windows."""
+    content = {"fingerprint": context.fingerprint, "windows": token_digest(context.windows), "rows": [THEIRS]}
+    path.write_text(json.dumps({**content, **changes}), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(shared_context, dense, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    path = beside(shared_context, folder / "llamacpp.json")
+    return EXPERIMENTS["frontier"].run(Context(str(dense), settings(llama_cpp=path), folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def rows(results):
+    table = results.tables[0]
+    return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
+
+
+def test_every_format_at_every_sparsity(results, rows):
+    points = [(row["weights"], row["sparsity"]) for row in rows]
+    ours = [(weights, sparsity) for weights in ("full", "int8", "int4") for sparsity in SPARSITIES]
+    assert points == [("dense", None), *ours, ("llama.cpp Q4_0", None)]
+    assert rows[-1][TOKEN] == 0.01
+    (picture,) = results.pictures
+    assert picture.png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("weights", "sparsity"), [("full", 0.25), ("int8", 0.5), ("int4", 0.0), ("int4", 0.4)])
+def test_a_row_is_what_a_conversion_of_its_own_loses_and_reads(rows, dense, settings, weights, sparsity):
+    row = next(row for row in rows if (row["weights"], row["sparsity"]) == (weights, sparsity))
+    (model, tokenizer), (reference, _) = (larosa.load(str(dense), device="cpu") for _ in range(2))
+    sample = {"calibration": settings().calibration, "num_sequences": 4, "sequence_length": 16}
+    larosa.convert(model, tokenizer, sparsity=sparsity, weights=weights, **sample)
+    expected = larosa.evaluate(
+        model, tokenizer, settings().data, sequence_length=16, max_sequences=2, reference=reference
+    )
+    assert row[KL] == pytest.approx(expected.kl_divergence, rel=1e-4, abs=1e-9)
+    costs = larosa.inspect(model)
+    # Of the weights that were skipped their share is known, and weights of a short last group take more bytes each.
+    assert 1e6 * row["MB, decoder"] == pytest.approx(costs.bytes_sparse_total, rel=2e-3)
+    assert 1e6 * row["MB, head"] == costs.head_bytes
+    assert 1e6 * row["MB, file"] == costs.parameter_bytes
+    assert row["bits of a weight"] == costs.weight_bits
+    assert row[TOKEN] == pytest.approx(row["MB, decoder"] + row["MB, head"])
+
+
+def test_what_reads_least_within_a_bound(results, rows):
+    for bound, name, read, theirs, their_read in results.tables[1].rows:
+        assert bound in BOUNDS
+        within = [row for row in rows[1:-1] if row[KL] <= bound]
+        best = min(within, key=lambda row: row[TOKEN])
+        assert (name, read) == (f"{best['weights']}, {best['sparsity']:.0%}", best[TOKEN])
+        assert (theirs, their_read) == (("llama.cpp Q4_0", 0.01) if bound >= 0.15 else (None, None))
+
+
+def test_rows_of_something_else_are_refused(shared_context, tmp_path):
+    path = tmp_path / "llamacpp.json"
+    with pytest.raises(LarosaError, match="of another model"):
+        read_points(beside(shared_context, path, fingerprint="0"), shared_context)
+    with pytest.raises(LarosaError, match="of other windows"):
+        read_points(beside(shared_context, path, windows="0"), shared_context)
+    for rows in ([{"type": "Q4_0"}], None):
+        with pytest.raises(LarosaError, match="not what"):
+            read_points(beside(shared_context, path, rows=rows), shared_context)
+    path.write_text("{", "utf-8")
+    with pytest.raises(LarosaError, match="not what"):
+        read_points(path, shared_context)
