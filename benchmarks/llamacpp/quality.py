@@ -58,7 +58,7 @@ def main() -> None:
     if given.shuffle:
         gguf_files.shuffle(model)
     content: dict[str, Any] = {
-        "model": given.model,
+        "model": Path(given.model).resolve().name,
         "fingerprint": fingerprint(given.model, load_config(given.model)),
         "windows": token_digest(windows),
         "data": Path(given.data).name,
