@@ -24,6 +24,8 @@ VARIANTS = (
     replace(BEST, label="int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8),
 )
 _FULL, LLAMA_CPP = "full", "llama.cpp"
+#: How the names of its rows end that had one.
+_IMPORTANCE = ", importance matrix"
 
 #: Divergences for which the second table says what reads least.
 BOUNDS = (0.01, 0.03, 0.05, 0.1, 0.2)
@@ -133,7 +135,7 @@ def _within(ours: list[Point], theirs: list[Point]) -> tuple[list[Column], list[
 
 
 def _draw(ours: list[Point], theirs: list[Point]) -> Picture:
-    figure, axes = figures.subplots(size=(7.5, 4.6))
+    figure, axes = figures.subplots(size=(9.0, 4.6))
     labels = list(dict.fromkeys(point.weights for point in ours))
     for label, colour, marker in zip(labels, figures.COLOURS, figures.MARKERS, strict=False):
         drawn = _visible(point for point in ours if point.weights == label)
@@ -141,18 +143,20 @@ def _draw(ours: list[Point], theirs: list[Point]) -> Picture:
         axes.plot(x, y, marker=marker, color=colour, label=label)
         for point in drawn:
             _annotate(axes, point, f"{point.sparsity:.0%}", colour)
-    drawn = _visible(theirs)
-    if drawn:
-        x, y = ([point.read / 1e6 for point in drawn], [point.found["kl"] for point in drawn])
-        axes.plot(x, y, "k*", label=LLAMA_CPP, linestyle="none")
-        for point in drawn:
-            _annotate(axes, point, point.weights.removeprefix(f"{LLAMA_CPP} "), "black")
+    helped = [point for point in theirs if point.weights.endswith(_IMPORTANCE)]
+    plain = [point for point in theirs if point not in helped]
+    for points, label, filling in ((plain, LLAMA_CPP, "black"), (helped, LLAMA_CPP + _IMPORTANCE, "white")):
+        if drawn := _visible(points):
+            x, y = ([point.read / 1e6 for point in drawn], [point.found["kl"] for point in drawn])
+            axes.plot(x, y, "k*", markerfacecolor=filling, label=label, linestyle="none")
+    for point in _visible(plain):
+        _annotate(axes, point, point.weights.removeprefix(f"{LLAMA_CPP} "), "black")
     axes.set(
         xlabel="MB that a token reads of decoder and head",
         ylabel="KL divergence to dense (nats per token)",
         yscale="log",
     )
-    axes.legend()
+    figures.add_legend(figure, axes)
     caption = (
         "Distance from the dense model over what a token reads, by bits of a weight and by sparsity; lower and further "
         "left is better."
