@@ -71,7 +71,7 @@ def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp
         (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
         (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
         (("--weights", "auto"), "--weights auto takes what reads the fewest bytes within a bound: add --max-kl"),
-        (("--weights", "auto", "--max-kl", 0.1, "--selection", "threshold"), "leave --selection threshold out"),
+        (("--weights", "auto", "--max-kl", 0.1, "--streaming"), "--weights auto holds the model several times"),
         (("--weights", "auto", "--max-kl", 1e-30), "--max-kl 1e-30: even at 0% sparsity the divergence is"),
     ],
 )

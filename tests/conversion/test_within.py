@@ -22,7 +22,7 @@ PERCENTS = range(91)
 @pytest.fixture(scope="module")
 def formats(make_model):
     """A model in each format, and what a token reads in it at each percentage."""
-    settings = Settings.complete(sparsity=0.5, score="weights", value_rotation=False)
+    settings = Settings.complete(sparsity=0.5, score="weights", value_rotation=False, selection="top-k")
     converted = sparsify(make_model("llama"), None, settings)
     made = {
         weights: converted if stored is None else converted.stored(stored)

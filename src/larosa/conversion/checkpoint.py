@@ -18,7 +18,7 @@ from larosa.calibration.sources import SELF
 from larosa.checkpoints.card import model_card
 from larosa.checkpoints.gguf import find_gguf
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
-from larosa.config import LarosaConfig, Selection
+from larosa.config import LarosaConfig
 from larosa.conversion import Sparsified, check_reach, sparsify
 from larosa.conversion.options import Settings
 from larosa.conversion.within import Trial, fewest_bytes
@@ -175,11 +175,9 @@ class Conversion:
             formats = _formats(max_kl, settings)
             settings["weights"] = WeightFormat.INT4  # which needs what any of them does
         chosen = Settings.complete(**settings)
-        if formats is not None and chosen.selection is Selection.THRESHOLD:
-            raise LarosaError("--weights auto is of counts: leave --selection threshold out, or name the weights")
         if formats is not None and streaming:
             raise LarosaError(
-                "--weights auto holds several copies of the model: leave --streaming out, or name the weights"
+                "--weights auto holds the model several times: leave --streaming out, or name the weights"
             )
         if log_named and not chosen.search.keeps_log:
             raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")

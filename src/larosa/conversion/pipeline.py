@@ -210,7 +210,10 @@ class Sparsified:
         settle(self.model, self.architecture, changed, block.alphas, self.limits(sparsity))
 
     def stored(self, quantization: Quantization) -> Sparsified:
-        """A copy of a model that is stored in full, stored by few bits; counts are those of any other format."""
+        """A copy of a model that is stored in full, stored by few bits.
+
+        Its counts or thresholds are those of the model in full, for every sparsity, which has to stay as it is.
+        """
         copied = copy.deepcopy(self.model)
         quantize(copied, self.architecture, quantization, self.sequences, self.device)
         check_converted(copied, self.sequences)

@@ -89,6 +89,8 @@ def _try(weights: WeightFormat, converted: Sparsified, percent: int, evaluate: C
 
 def _lowest_below(converted: Sparsified, fewest: float) -> int:
     """The lowest percentage at which a token reads fewer bytes, which fall as sparsity rises."""
+    if fewest == math.inf:
+        return 0  # without a look at others: where thresholds are calibrated each takes a while
     percents = range(_HIGHEST_PERCENT + 1)
     return bisect_left(percents, True, key=lambda percent: _bytes_per_token(converted, percent) < fewest)
 
