@@ -70,8 +70,31 @@ def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp
         (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int4 or int8"),
         (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
         (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
+        (("--weights", "auto"), "--weights auto takes what reads the fewest bytes within a bound: add --max-kl"),
+        (("--weights", "auto", "--max-kl", 0.1, "--streaming"), "--weights auto holds the model several times"),
+        (("--weights", "auto", "--max-kl", 1e-30), "--max-kl 1e-30: even at 0% sparsity the divergence is"),
     ],
 )
 def test_options_that_mean_nothing(refused, checkpoint, tmp_path, options, message):
     assert message in refused("convert", checkpoint, tmp_path / "out", *QUICK, *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_bits_and_sparsity_are_chosen_together(cli, checkpoint, tmp_path):
+    out, bound = tmp_path / "out", 2e-3
+    options = ("--weights", "auto", "--max-kl", bound, "--json", tmp_path / "c.json")
+    outcome = cli("convert", checkpoint, out, *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    report = read(tmp_path / "c.json")
+    tried = report["tried"]
+    assert {trial["weights"] for trial in tried} >= {"int4", "int8"}
+    within = [trial for trial in tried if trial["kl_divergence"] <= bound]
+    best = min(within, key=lambda trial: trial["bytes_per_token"])
+    stored = report["larosa"]["quantization"]
+    assert (stored["weights"] if stored else "full") == best["weights"]
+    assert report["larosa"]["sparsity"] == best["sparsity"]
+    assert report["sparse"]["kl_divergence"] == best["kl_divergence"]
+    assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0
+    found = read(tmp_path / "i.json")
+    assert found["bytes_sparse_total"] + found["head_bytes"] == best["bytes_per_token"]
+    assert f"{best['sparsity']:.0%}" in outcome.out

@@ -1,113 +1,97 @@
-"""The frontier's numbers against conversions made one by one."""
+"""The frontier's numbers against conversions made one by one, and llama.cpp's rows beside them."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+
 import pytest
 
 import larosa
-from larosa.evaluation.perplexity import Protocol
-from larosa.reproduce import EXPERIMENTS, frontier
-from larosa.reproduce import context as context_module
-from larosa.reproduce.context import Context
-from larosa.reproduce.frontier import SPARSITIES, at_bytes
+from larosa.errors import LarosaError
+from larosa.reproduce import EXPERIMENTS
+from larosa.reproduce.context import Context, token_digest
+from larosa.reproduce.frontier import BOUNDS, SPARSITIES, read_points
 
-NAMES = ("best", "best, int8", "best, int4", "paper", "TEAL", "TopK")
-BYTES, KL = "bytes per token, of dense", "KL to dense (nats/token)"
+KL, TOKEN = "KL to dense (nats/token)", "MB, per token"
+THEIRS = {
+    "type": "Q4_0",
+    "weight_bits": 4.5,
+    "decoder_bytes": 9000,
+    "head_bytes": 1000,
+    "file_bytes": 12000,
+    "kl": 0.15,
+    "kl_stderr": 0.01,
+    "top1": 0.8,
+    "perplexity": 50.0,
+}
+
+
+def beside(context, path, **changes):
+    """A file like that of benchmarks/llamacpp/quality.py, of the context's model and windows."""
+    content = {"fingerprint": context.fingerprint, "windows": token_digest(context.windows), "rows": [THEIRS]}
+    path.write_text(json.dumps({**content, **changes}), "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
-def results(shared_context):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context_module, "GRID", (0.9, 1.0))
-        return EXPERIMENTS["frontier"].run(shared_context)
+def results(shared_context, dense, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frontier")
+    path = beside(shared_context, folder / "llamacpp.json")
+    return EXPERIMENTS["frontier"].run(Context(str(dense), settings(llama_cpp=path), folder / "cache"))
 
 
 @pytest.fixture(scope="module")
 def rows(results):
-    (table,) = results.tables
+    table = results.tables[0]
     return [dict(zip([column.name for column in table.columns], row, strict=True)) for row in table.rows]
 
 
-def test_every_method_at_every_sparsity(results, rows):
-    points = [(row["method"], row["sparsity"]) for row in rows]
-    assert points[0] == ("dense", 0.0)
-    assert points[1:] == [(name, each) for name in NAMES for each in SPARSITIES]
-    assert rows[0][BYTES] == 1
+def test_every_format_at_every_sparsity(results, rows):
+    points = [(row["weights"], row["sparsity"]) for row in rows]
+    ours = [(weights, sparsity) for weights in ("full", "int8", "int4") for sparsity in SPARSITIES]
+    assert points == [("dense", None), *ours, ("llama.cpp Q4_0", None)]
+    assert rows[-1][TOKEN] == 0.01
     (picture,) = results.pictures
     assert picture.png.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("name", "options"), [("best", {"recipe": "best"}), ("TopK", {"method": "topk"})])
-@pytest.mark.parametrize("sparsity", [0.25, 0.6])
-def test_a_row_is_what_a_conversion_of_its_own_loses_and_reads(rows, dense, settings, name, options, sparsity):
-    row = next(row for row in rows if (row["method"], row["sparsity"]) == (name, sparsity))
+@pytest.mark.parametrize(("weights", "sparsity"), [("full", 0.25), ("int8", 0.5), ("int4", 0.0), ("int4", 0.4)])
+def test_a_row_is_what_a_conversion_of_its_own_loses_and_reads(rows, dense, settings, weights, sparsity):
+    row = next(row for row in rows if (row["weights"], row["sparsity"]) == (weights, sparsity))
     (model, tokenizer), (reference, _) = (larosa.load(str(dense), device="cpu") for _ in range(2))
     sample = {"calibration": settings().calibration, "num_sequences": 4, "sequence_length": 16}
-    larosa.convert(model, tokenizer, sparsity=sparsity, **options, **(sample if name == "best" else {}))
+    larosa.convert(model, tokenizer, sparsity=sparsity, weights=weights, **sample)
     expected = larosa.evaluate(
         model, tokenizer, settings().data, sequence_length=16, max_sequences=2, reference=reference
     )
-    assert row[KL] == pytest.approx(expected.kl_divergence, rel=1e-4)
-    assert row["± KL"] == pytest.approx(expected.comparison.kl_divergence.mean.stderr, rel=1e-4)
+    assert row[KL] == pytest.approx(expected.kl_divergence, rel=1e-4, abs=1e-9)
     costs = larosa.inspect(model)
-    assert row[BYTES] == pytest.approx(costs.bytes_sparse_total / costs.bytes_dense_total, rel=1e-9)
+    read = (1 - expected.actual_sparsity.mean) * costs.bytes_dense_total + costs.adapter_bytes + costs.score_bytes
+    assert 1e6 * row["MB, decoder"] == pytest.approx(read, rel=1e-3)
+    assert 1e6 * row["MB, head"] == costs.head_bytes
+    assert 1e6 * row["MB, file"] == costs.parameter_bytes
+    assert row["bits of a weight"] == costs.weight_bits
+    assert row[TOKEN] == pytest.approx(row["MB, decoder"] + row["MB, head"])
 
 
-def test_adapters_and_scores_count(rows, shared_context):
-    sizes = shared_context.sizes
-    weights = sizes.linear_weights
-    for row in rows[1:]:
-        extra = 2 * 32 * 32 if row["method"] == "paper" else 0  # three layers, two adapters
-        extra += sizes.score_entries if "best" in row["method"] else 0
-        read = (1 - row["weights skipped, measured"]) * row["bits of a weight"] / 32
-        assert row[BYTES] == pytest.approx(read + extra / weights, abs=1e-9)
+def test_what_reads_least_within_a_bound(results, rows):
+    for bound, name, read, theirs, their_read in results.tables[1].rows:
+        assert bound in BOUNDS
+        within = [row for row in rows[1:-1] if row[KL] <= bound]
+        best = min(within, key=lambda row: row[TOKEN])
+        assert (name, read) == (f"{best['weights']}, {best['sparsity']:.0%}", best[TOKEN])
+        assert (theirs, their_read) == (("llama.cpp Q4_0", 0.01) if bound >= 0.15 else (None, None))
 
 
-def test_few_bits_read_less_and_lose_more(rows):
-    bits = {name: {row["bits of a weight"] for row in rows if row["method"] == name} for name in NAMES}
-    assert all(bits[name] == {32} for name in ("best", "paper", "TEAL", "TopK"))
-    # A scale of 16 bits for up to 64 outputs, of which these matrices have fewer.
-    assert all(low < found <= low + 1 for name, low in (("best, int8", 8), ("best, int4", 4)) for found in bits[name])
-    for sparsity in SPARSITIES:
-        full, int8, int4 = (next(r for r in rows if (r["method"], r["sparsity"]) == (n, sparsity)) for n in NAMES[:3])
-        assert full[BYTES] > int8[BYTES] > int4[BYTES]
-        assert int8["weights skipped, measured"] == pytest.approx(full["weights skipped, measured"])
-        assert int8[KL] == pytest.approx(full[KL], rel=0.3, abs=1e-3)
-        assert int4[KL] > int8[KL]
-
-
-def test_the_baseline_at_equal_bytes(rows):
-    baselines = [sorted((r[BYTES], r[KL]) for r in rows if r["method"] == name) for name in ("TEAL", "TopK")]
-    inside = 0
-    for row in rows[1:]:
-        found = row["KL, of the better of TEAL and TopK at these bytes"]
-        reached = [curve for curve in baselines if curve[0][0] <= row[BYTES] <= curve[-1][0]]
-        if not reached:
-            assert found is None
-            continue
-        inside += 1
-        at = [np.exp(np.interp(row[BYTES], [x for x, _ in c], [np.log(y) for _, y in c])) for c in reached]
-        assert found == pytest.approx(row[KL] / min(at))
-    assert inside > 10
-
-
-def test_no_interpolation_through_what_has_no_logarithm():
-    assert at_bytes([(0.5, 0.2), (1.0, 0.0)], 0.7) is None
-    assert at_bytes([(0.5, 0.2), (0.5, 0.2)], 0.5) == pytest.approx(0.2)
-    assert at_bytes([], 0.5) is None
-
-
-def test_the_other_protocol(dense, settings, tmp_path):
-    context = Context(str(dense), settings(protocol=Protocol.CONTINUATION), tmp_path / "cache")
-    found = context.evaluate(frontier.TOPK, 0.5)
-    (model, tokenizer), (reference, _) = (larosa.load(str(dense), device="cpu") for _ in range(2))
-    larosa.convert(model, tokenizer, method="topk", sparsity=0.5)
-    expected = larosa.evaluate(
-        *(model, tokenizer, settings().data),
-        **{"sequence_length": 16, "max_sequences": 2, "reference": reference, "protocol": "continuation"},
-    )
-    assert found["tokens"] == expected.tokens == 2 * 7
-    assert found["kl"] == pytest.approx(expected.kl_divergence)
-    assert context.evaluate_dense()["tokens"] == 2 * 7
-    assert "the first 8 of each a dense prompt" in context.evaluated
+def test_rows_of_something_else_are_refused(shared_context, tmp_path):
+    path = tmp_path / "llamacpp.json"
+    with pytest.raises(LarosaError, match="of another model"):
+        read_points(beside(shared_context, path, fingerprint="0"), shared_context)
+    with pytest.raises(LarosaError, match="of other windows"):
+        read_points(beside(shared_context, path, windows="0"), shared_context)
+    for rows in ([{"type": "Q4_0"}], None):
+        with pytest.raises(LarosaError, match="not what"):
+            read_points(beside(shared_context, path, rows=rows), shared_context)
+    path.write_text("{", "utf-8")
+    with pytest.raises(LarosaError, match="not what"):
+        read_points(path, shared_context)

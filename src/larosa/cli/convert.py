@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,25 @@ from larosa.cli.options import console
 from larosa.cli.sweep import SWEEP, SWEEP_PICTURE, plot_sweep, print_sweep
 from larosa.config import check_sparsity
 from larosa.conversion import ConversionOptions
-from larosa.conversion.checkpoint import ConversionReport, convert_at, convert_checkpoint
+from larosa.conversion.checkpoint import AUTO_WEIGHTS, ConversionReport, convert_at, convert_checkpoint
 from larosa.conversion.checkpoint import sweep as sweep_checkpoint
+from larosa.conversion.within import Trial
 from larosa.errors import LarosaError
 from larosa.evaluation.verdict import verdict
+from larosa.formats import WeightFormat
 from larosa.utils.options import takes
 
 
-@takes(ConversionOptions, but=("sparsity", "alphas"), for_typer=True)
+class Weights(StrEnum):
+    """The formats of weights, and the choice between them."""
+
+    FULL = WeightFormat.FULL
+    INT8 = WeightFormat.INT8
+    INT4 = WeightFormat.INT4
+    AUTO = AUTO_WEIGHTS
+
+
+@takes(ConversionOptions, but=("sparsity", "alphas", "weights"), for_typer=True)
 def convert(
     model: Annotated[str, typer.Argument(help="Folder, GGUF file or Hugging Face name of a dense model.")],
     output: Annotated[
@@ -35,7 +47,10 @@ def convert(
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Instead: the highest sparsity whose divergence from the dense model is not above this."),
+        typer.Option(
+            help="Instead: the highest sparsity whose divergence from the dense model is not above this; with "
+            "--weights auto the bits too."
+        ),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Show what each sparsity loses, as a table and sweep.png; write no model.")
@@ -43,6 +58,13 @@ def convert(
     *,
     search_log: Annotated[
         Path | None, typer.Option(help="Where the search keeps its points to resume from; default OUT.search.jsonl.")
+    ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="Store the decoder's linears in the model's dtype, in 8 or in 4 bits; auto: what reads the fewest "
+            "bytes within --max-kl."
+        ),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Compare with the dense model on the bundled text.")] = True,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file to write.")] = "5GB",
@@ -67,6 +89,7 @@ def convert(
         "offload": offload,
         "streaming": streaming,
         "trust_remote_code": trust_remote_code,
+        "weights": weights,
         **conversion,
     }
     if sweep:
@@ -114,7 +137,24 @@ def _sparsities(sparsity: str | None, max_kl: float | None, sweep: bool, output:
     return tuple(check_sparsity(each) for each in found)
 
 
+def _print_tried(tried: list[Trial]) -> None:
+    table = Table(title="tried", title_justify="left")
+    for column in ("weights", "sparsity", "KL to dense", "top-1", "MB per token, with head"):
+        table.add_column(column, justify="right")
+    for trial in tried:
+        table.add_row(
+            trial.weights,
+            f"{trial.sparsity:.0%}",
+            f"{trial.kl_divergence:.4f}",
+            f"{trial.top1_agreement:.1%}",
+            f"{trial.bytes_per_token / 1e6:.1f}",
+        )
+    console.print(table)
+
+
 def _print(report: ConversionReport) -> None:
+    if report.tried:
+        _print_tried(report.tried)
     table = Table(title=f"{report.output}", title_justify="left", show_header=False)
     options.add_sparsity(table, report.sparsity)
     if report.dense is not None and report.sparse is not None:

@@ -60,6 +60,10 @@ def reproduce(
         str, typer.Option(metavar="LIST", help="Tokens to decode for figure4; table3 takes the first.")
     ] = ",".join(map(str, LENGTHS)),
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What benchmarks/llamacpp/quality.py measured, to stand beside frontier."),
+    ] = None,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
@@ -92,6 +96,7 @@ def reproduce(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        llama_cpp=llama_cpp,
     )
     result = run_reproduction(name, model, out, settings)
     for file in result.files:

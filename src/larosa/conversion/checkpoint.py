@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
@@ -21,26 +20,30 @@ from larosa.checkpoints.gguf import find_gguf
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
 from larosa.config import LarosaConfig
 from larosa.conversion.options import ConversionOptions, ConversionSettings
-from larosa.conversion.pipeline import check_reach, sparsify
+from larosa.conversion.pipeline import Sparsified, check_reach, sparsify
+from larosa.conversion.within import Trial, fewest_bytes
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
+from larosa.formats import Quantization, WeightFormat
 from larosa.rotation import usual_format
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
 from larosa.sparsity.sites import column_bytes
 from larosa.utils.finite import check_weights
 from larosa.utils.memory import peak_memory
-from larosa.utils.progress import advance, stage_seconds
+from larosa.utils.progress import stage_seconds
 
-#: Beyond this there is nothing left of a model, and at every site an entry has to stay.
-_HIGHEST_PERCENT = 90
+#: `weights` that are chosen together with the sparsity.
+AUTO_WEIGHTS = "auto"
+
+_Formats = dict[WeightFormat, Quantization | None]
 
 
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did and what it cost; `dense` and `sparse` are None where nothing was measured.
 
-    `stages` are seconds by what the progress bars say.
+    `tried` is what a search for `max_kl` measured. `stages` are seconds by what the progress bars say.
     """
 
     output: str
@@ -48,6 +51,7 @@ class ConversionReport:
     sparsity: Sparsity
     dense: Evaluation | None
     sparse: Evaluation | None
+    tried: list[Trial]
     source_bytes: int
     peak_memory_bytes: dict[str, int]
     seconds: float
@@ -76,10 +80,8 @@ def convert_checkpoint(
     source: str,
     output: Path,
     *,
-    max_kl: float | None = None,
     max_shard_size: str = "5GB",
     search_log: Path | None = None,
-    measure: bool = True,
     **options: Any,
 ) -> ConversionReport:
     """Convert a checkpoint into a new folder, which appears only when it is complete.
@@ -87,25 +89,16 @@ def convert_checkpoint(
     Args:
         source: folder or hub name of a dense model, or a GGUF file.
         output: a folder that does not exist yet.
-        max_kl: instead of a sparsity: take the highest whose divergence from the dense model, measured on the bundled
-            text, is not above this (nats per token).
         search_log: where a search keeps its points, so that it can be resumed; by default beside
             `output`. It ends up in `output` as search.jsonl.
-        measure: compare with the dense model on the bundled text, for the report and the card.
         options: as for `Conversion`.
 
     Raises:
         LarosaError: anything a user can mend; nothing has been written then but the search log.
     """
     check_output(output, max_shard_size)
-    if max_kl is not None and not (max_kl > 0 and measure):
-        raise LarosaError("--max-kl needs a number above 0, and the measurement: leave --no-measure out")
     log = search_log or output.with_name(output.name + LOG_SUFFIX)
-    conversion = Conversion(
-        source, [output], measure=measure, search_log=log, log_named=search_log is not None, **options
-    )
-    if max_kl is not None:
-        conversion.sparsity_within(max_kl)
+    conversion = Conversion(source, [output], search_log=log, log_named=search_log is not None, **options)
     return conversion.save(output, max_shard_size)
 
 
@@ -147,8 +140,11 @@ class Conversion:
         streaming: the same with the layers on disk, for models that do not fit into the CPU's memory either: one is
             in memory at a time. It writes one model, and cannot sample from it.
         measure: compare with the dense model on the bundled text.
+        max_kl: instead of a sparsity: take the highest whose divergence from the dense model, measured on the bundled
+            text, is not above this (nats per token).
         search_log: where a search keeps its points; `log_named` says whether that is the user's own choice.
-        options: as for `larosa.convert`.
+        options: as for `larosa.convert`; with `max_kl` the `weights` may be `AUTO_WEIGHTS`, for the format that then
+            reads the fewest bytes a token. The model is held up to three times over meanwhile.
 
     Raises:
         LarosaError: anything a user can mend.
@@ -165,14 +161,25 @@ class Conversion:
         streaming: bool = False,
         trust_remote_code: bool = False,
         measure: bool = True,
+        max_kl: float | None = None,
         search_log: Path | None = None,
         log_named: bool = False,
         **options: Any,
     ) -> None:
         self._started = time.perf_counter()
         # Refuse bad options before a long load.
+        if max_kl is not None and not (max_kl > 0 and measure):
+            raise LarosaError("--max-kl needs a number above 0, and the measurement: leave --no-measure out")
+        auto = options.get("weights") == AUTO_WEIGHTS
+        if auto:
+            options["weights"] = WeightFormat.INT4  # which needs what any of them does
         asked = ConversionOptions(**options)
+        formats = _formats(max_kl, asked) if auto else None
         chosen = asked.complete()
+        if formats is not None and streaming:
+            raise LarosaError(
+                "--weights auto holds the model several times: leave --streaming out, or name the weights"
+            )
         if log_named and not chosen.search.keeps_log:
             raise LarosaError("--search-log is of a search: give --search grid or --search sensitivity with it")
         if streaming:
@@ -180,6 +187,8 @@ class Conversion:
         config = load_config(source, trust_remote_code=trust_remote_code)
         check_reach(chosen, find_architecture(config.model_type), SiteSizes.of(config))
         chosen = asked.complete(context_length(config))
+        if formats is not None:
+            chosen = chosen.model_copy(update={"quantization": None})
         target = find_device(device)
         self._source, self._trust_remote_code = source, trust_remote_code
         self._layer_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -199,12 +208,15 @@ class Conversion:
             _check_disk(outputs[0], model, chosen, len(outputs), streaming)
         self._log = search_log if chosen.search.keeps_log else None
         self._windows = self._recorded = self._dense = None
+        self._tried: list[Trial] = []
         with stage_seconds() as self._stages:
             if measure:
                 self._windows = report_windows(model, self._tokenizer)
                 self._recorded = RecordedLogits(model, self._windows)
                 self._dense = evaluate_windows(model, self._windows, None)
             self._converted = sparsify(model, self._tokenizer, chosen, device=target, search_log=self._log)
+            if max_kl is not None:
+                self._converted, self._tried = fewest_bytes(self._in(formats), self._measure, max_kl)
 
     def set_sparsity(self, sparsity: float) -> None:
         """See `Sparsified.set_sparsity`."""
@@ -213,9 +225,19 @@ class Conversion:
 
     def measured(self) -> Evaluation | None:
         """The model as it is now against the dense one; None where nothing is to be measured."""
-        if self._windows is None:
-            return None
-        return evaluate_windows(self._converted.model, self._windows, self._recorded)
+        return None if self._windows is None else self._measure(self._converted.model)
+
+    def _measure(self, model: Any) -> Evaluation:
+        assert self._windows is not None, "something is to be measured"
+        return evaluate_windows(model, self._windows, self._recorded)
+
+    def _in(self, formats: _Formats | None) -> Iterator[tuple[WeightFormat, Sparsified]]:
+        """The model as it was converted or, where there are formats to try, in one after the other."""
+        for weights, quantization in (formats or {}).items():
+            yield weights, self._converted if quantization is None else self._converted.stored(quantization)
+        if formats is None:
+            quantization = LarosaConfig.parse(self._converted.model.config.larosa).quantization
+            yield WeightFormat.FULL if quantization is None else quantization.weights, self._converted
 
     def sweep_point(self, sparsity: float) -> SweepPoint:
         """What the model loses and reads at a sparsity."""
@@ -224,28 +246,6 @@ class Conversion:
         assert evaluation is not None, "a sweep measures"
         found = inspect_config(self._converted.model.config)
         return SweepPoint(sparsity, evaluation, found.bytes_sparse_total, found.bytes_dense_total)
-
-    def sparsity_within(self, max_kl: float) -> None:
-        """Set the highest whole percentage whose measured divergence is not above `max_kl`.
-
-        Raises:
-            LarosaError: none is; the message says the least there is.
-        """
-        least = self.sweep_point(0.0).evaluation.kl_divergence
-        assert least is not None
-        if least > max_kl:
-            raise LarosaError(
-                f"--max-kl {max_kl:g}: even at 0% sparsity the divergence is {least:.4f}, by rounding alone"
-            )
-        low, high = 0, _HIGHEST_PERCENT + 1  # what meets the bar, what does not
-        with advance("Finding the sparsity", total=math.ceil(math.log2(high))) as tick:
-            while high - low > 1:
-                middle = (low + high) // 2
-                found = self.sweep_point(middle / 100).evaluation.kl_divergence
-                assert found is not None
-                low, high = (middle, high) if found <= max_kl else (low, middle)
-                tick()
-        self.set_sparsity(low / 100)
 
     def save(self, output: Path, max_shard_size: str) -> ConversionReport:
         """Write the model as it is now, and report on it."""
@@ -268,6 +268,7 @@ class Conversion:
             sparsity=inspection.sparsity,
             dense=self._dense,
             sparse=sparse,
+            tried=self._tried,
             source_bytes=self._source_bytes,
             peak_memory_bytes=peak_memory(),
             seconds=time.perf_counter() - self._started,
@@ -285,6 +286,13 @@ def _check_streaming(source: str, settings: ConversionSettings, outputs: list[Pa
         )
     if len(outputs) > 1:
         raise LarosaError("--streaming writes one model: give one --sparsity")
+
+
+def _formats(max_kl: float | None, options: ConversionOptions) -> _Formats:
+    """The formats of weights that `AUTO_WEIGHTS` stands for, that of fewest bits first."""
+    if max_kl is None:
+        raise LarosaError("--weights auto takes what reads the fewest bytes within a bound: add --max-kl")
+    return Quantization.choices(options.head, options.weight_group, options.quantizer)
 
 
 def _check_disk(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from larosa.config import Search as SearchKind
 from larosa.conversion.options import ConversionOptions, ConversionSettings
 from larosa.conversion.searches import SEARCHES, Limits, settle
 from larosa.errors import LarosaError
+from larosa.formats import Quantization
 from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.models.plain import check_changeable, check_plain
 from larosa.quantizers import quantize
@@ -98,12 +100,15 @@ class Sparsified:
     """A converted model, and how its sparsity can still be changed.
 
     `limits` gives the counts or thresholds of any sparsity; None where those, the weights or coefficients are of one
-    alone.
+    alone. `sequences` are the calibration tokens [number, length], None where nothing was calibrated; layers were
+    worked on at `device`.
     """
 
     model: Any
     architecture: Architecture
     limits: Limits | None
+    sequences: torch.Tensor | None
+    device: torch.device
 
     def set_sparsity(self, sparsity: float) -> None:
         """Let the model skip another fraction of its weights: its counts or thresholds change, nothing else.
@@ -119,6 +124,16 @@ class Sparsified:
             )
         changed = block.model_copy(update={"sparsity": sparsity})
         settle(self.model, self.architecture, changed, block.alphas, self.limits(sparsity))
+
+    def stored(self, quantization: Quantization) -> Sparsified:
+        """A copy of a model that is stored in full, stored by few bits.
+
+        Its counts or thresholds are those of the model in full, for every sparsity, which has to stay as it is.
+        """
+        copied = copy.deepcopy(self.model)
+        quantize(copied, self.architecture, quantization, self.sequences, self.device)
+        check_converted(copied, self.sequences)
+        return replace(self, model=copied)
 
 
 def sparsify(
@@ -187,7 +202,7 @@ def sparsify(
     if settings.quantization is not None:  # last: what it rounds are the weights that the model runs by
         quantize(model, architecture, settings.quantization, sequences, where)
     check_converted(model, sequences)
-    return Sparsified(model, architecture, limits)
+    return Sparsified(model, architecture, limits, sequences, where)
 
 
 def check_reach(settings: ConversionSettings, architecture: Architecture, sizes: SiteSizes) -> None:

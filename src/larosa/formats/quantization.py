@@ -95,6 +95,20 @@ class Quantization(BaseModel):
             quantizer=None if full else quantizer or Quantizer.GPTQ,
         )
 
+    @classmethod
+    def choices(
+        cls, head: WeightFormat | None, group: int | None, quantizer: Quantizer | None
+    ) -> dict[WeightFormat, Quantization | None]:
+        """What `complete` makes of the other options for each format of weights, the one of fewest bits first.
+
+        Group and quantizer are of weights of few bits: `full` ones go without.
+        """
+        chosen: dict[WeightFormat, Quantization | None] = {
+            weights: cls.complete(weights, head, group, quantizer) for weights in (WeightFormat.INT4, WeightFormat.INT8)
+        }
+        of_head = None if head in (None, WeightFormat.FULL) else group
+        return {**chosen, WeightFormat.FULL: cls.complete(WeightFormat.FULL, head, of_head, None)}
+
 
 def _format(name: WeightFormat, group: int) -> ColumnFormat | None:
     return _FORMATS[name](group) if name in _FORMATS else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from larosa.architectures.context import context_length
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, calibration_sequences
 from larosa.checkpoints.io import find_device, load, load_config
-from larosa.config import SITES, Budget, LarosaConfig, Method, PerSite, Rotation
+from larosa.config import SITES, Budget, Method, PerSite, Rotation
 from larosa.conversion import Sparsified, sparsify
 from larosa.conversion.options import RECIPES, ConversionOptions
 from larosa.data.text import TextSplit, read_text
@@ -29,6 +30,7 @@ from larosa.evaluation.perplexity import (
     evaluation_windows,
     prompt_tokens,
 )
+from larosa.formats import Quantization
 from larosa.models import set_keep_counts
 from larosa.reproduce import paper
 from larosa.reproduce.cache import Cache, fingerprint
@@ -49,7 +51,7 @@ class Context:
     """A model and settings to measure under.
 
     Models are loaded when something has to be measured, so that a run whose measurements are all on disk
-    loads none; at most one sparsified model is held at a time.
+    loads none; at most one sparsified model is held at a time, and a copy of it by few bits.
     """
 
     def __init__(self, path: str, settings: ReproduceSettings, cache: Path) -> None:
@@ -77,6 +79,7 @@ class Context:
         self._references: dict[str, Logits] = {}
         self._sequences: dict[tuple[str, int], torch.Tensor] = {}
         self._held: tuple[Any, Any] | None = None
+        self._few_bits: tuple[Variant, Sparsified] | None = None
         self._loaded_tokenizer: Any = None
         for source in (settings.calibration, *settings.other_calibration):
             self.digest(source, TextSplit.TRAIN)
@@ -196,22 +199,35 @@ class Context:
         if variant.of_one_sparsity:
             return self._hold((variant, sparsity), lambda: self._convert(variant, sparsity)).model
         alphas = alphas or self.alphas(variant)
-        bare = (variant.method, *variant.options.values(), variant.search, variant.calibration, variant.seed)
-        converted = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
+        converted = self._converted(variant)
         if variant.shares_out_counts:
             converted.set_sparsity(sparsity)
         else:
             set_keep_counts(converted.model, self.architecture, keep_counts(sparsity, alphas, self.sizes))
         return converted.model
 
+    def _converted(self, variant: Variant) -> Sparsified:
+        """A variant whose sparsity can be set; those that differ in how weights are stored are converted once."""
+        if variant.stored and variant.in_full.is_calibrated:
+            in_full = self._converted(variant.in_full)
+            if self._few_bits is None or self._few_bits[0] != variant:
+                self._few_bits = None  # free the other one first
+                quantization = Quantization.complete(variant.weights, variant.head, None, variant.quantizer)
+                assert quantization is not None, "stored by few bits"
+                self._few_bits = (variant, in_full.stored(quantization))
+            return self._few_bits[1]
+        bare = (variant.method, *variant.options.values(), variant.search, variant.calibration, variant.seed)
+        converted: Sparsified = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
+        return converted
+
     def release(self) -> None:
         """Let go of the models in memory: something else needs the room."""
-        self._held = None
+        self._held = self._few_bits = None
         self.__dict__.pop("_resident", None)
 
     def _hold(self, key: Any, make: Callable[[], Any]) -> Any:
         if self._held is None or self._held[0] != key:
-            self._held = None  # free the other one first
+            self._held = self._few_bits = None  # free the others first
             self._held = (key, make())
         return self._held[1]
 
@@ -322,7 +338,7 @@ class Context:
 
     def reference(self, windows: torch.Tensor) -> Logits:
         """The dense model's logits of each of `windows`, recorded where they fit."""
-        key = _digest(windows)
+        key = token_digest(windows)
         if key not in self._references:
             item = (self.config.dtype or torch.float32).itemsize
             if windows.numel() * self.config.vocab_size * item > _RECORDED_BYTES:
@@ -332,17 +348,16 @@ class Context:
         return self._references[key]
 
     def _summary(self, model: Any, found: Evaluation) -> dict[str, Any]:
-        """What is kept of an evaluation; `bytes` is what a token reads of the decoder, as a share of dense.
+        """What is kept of an evaluation, with all bytes as they are in the checkpoint's own number format.
 
-        The dense decoder is the checkpoint's own, whatever it is computed in here.
+        `decoder_bytes` are what a token reads of the decoder, `bytes` the same as a share of dense, `file_bytes` what
+        all weights take.
         """
-        costs, comparison = inspect_config(model.config), found.comparison
+        config, comparison = copy.deepcopy(model.config), found.comparison
+        config.dtype = self.config.dtype
+        costs = inspect_config(config)
         skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
-        computed, stored = (element_size(config) for config in (model.config, self.config))
-        block = getattr(model.config, "larosa", None)
-        few_bits = block is not None and LarosaConfig.parse(block).linear_format is not None
-        bits = costs.weight_bits if few_bits else 8 * stored
-        others = (costs.adapter_bytes + costs.score_bytes) / (self.sizes.linear_weights * computed)
+        read = (1 - skipped) * costs.bytes_dense_total + costs.adapter_bytes + costs.score_bytes
         return {
             "perplexity": found.perplexity,
             "kl": found.kl_divergence,
@@ -350,8 +365,11 @@ class Context:
             "top1": found.top1_agreement,
             "tokens": found.tokens,
             "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
-            "weight_bits": bits,
-            "bytes": (1 - skipped) * bits / (8 * stored) + others,
+            "weight_bits": costs.weight_bits,
+            "decoder_bytes": read,
+            "head_bytes": costs.head_bytes,
+            "file_bytes": costs.parameter_bytes,
+            "bytes": read / self.sizes.linear_bytes(None, element_size(self.config)),
             "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},
         }
 
@@ -377,13 +395,14 @@ class _Recorded:
 
     def __init__(self, model: Any, windows: torch.Tensor) -> None:
         rows = track(windows, "Dense logits")
-        self._logits = {_digest(window[None]): _logits(model, window[None]).cpu() for window in rows}
+        self._logits = {token_digest(window[None]): _logits(model, window[None]).cpu() for window in rows}
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._logits[_digest(ids)]
+        return self._logits[token_digest(ids)]
 
 
-def _digest(ids: torch.Tensor) -> str:
+def token_digest(ids: torch.Tensor) -> str:
+    """A hash of token ids, int64."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
 
 

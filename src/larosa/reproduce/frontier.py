@@ -1,116 +1,182 @@
-"""The frontier: divergence over the bytes that a token reads, which is what a user trades. Not in the paper."""
+"""The frontier: divergence over the bytes that a token reads, by bits and by sparsity. Not in the paper."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from larosa.evaluation.verdict import Q4_K_M, Q6_K
+from larosa.errors import LarosaError
 from larosa.formats import Quantizer, WeightFormat
 from larosa.reproduce import figures
-from larosa.reproduce.context import Context
+from larosa.reproduce.context import Context, token_digest
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
 from larosa.reproduce.results import Cell, Column, Picture, Results, Table
-from larosa.reproduce.variants import BEST, LAROSA, TEAL, TOPK
+from larosa.reproduce.variants import BEST
 
-SPARSITIES = (0.10, 0.25, 0.40, 0.50, 0.60)
+SPARSITIES = (0.0, 0.25, 0.40, 0.50)
 
 VARIANTS = (
     BEST,
-    replace(BEST, label="best, int8", weights=WeightFormat.INT8, quantizer=Quantizer.GPTQ),
-    replace(BEST, label="best, int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ),
-    replace(LAROSA, label="paper"),
-    TEAL,
-    TOPK,
+    replace(BEST, label="int8", weights=WeightFormat.INT8, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8),
+    replace(BEST, label="int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8),
 )
-_BASELINES = (TEAL.label, TOPK.label)
+_FULL, LLAMA_CPP = "full", "llama.cpp"
+#: How the names of its rows end that had one.
+_IMPORTANCE = ", importance matrix"
 
-#: A method's points: the share of dense bytes and the divergence, in the order of `SPARSITIES`.
-Curves = dict[str, list[tuple[float, float]]]
+#: Divergences for which the second table says what reads least.
+BOUNDS = (0.01, 0.03, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model that was measured; sparsity is None where that is no notion of what made it."""
+
+    weights: str
+    sparsity: float | None
+    found: dict[str, Any]
+
+    @property
+    def read(self) -> float:
+        """Bytes a token reads of the decoder and of the head."""
+        return float(self.found["decoder_bytes"] + self.found["head_bytes"])
+
+    @property
+    def name(self) -> str:
+        """What it is called in a cell."""
+        return self.weights if self.sparsity is None else f"{self.weights}, {self.sparsity:.0%}"
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Its row."""
+        found, (kl, *others) = self.found, quality(self.found)
+        sizes = (found["decoder_bytes"], found["head_bytes"], self.read, found["file_bytes"])
+        measured = [kl, found["kl_stderr"], *others]
+        return [self.weights, self.sparsity, found["weight_bits"], *(size / 1e6 for size in sizes), *measured]
 
 
 def run(context: Context) -> Results:
-    """Every method at every sparsity, each beside the better of TEAL and TopK at the same bytes."""
-    found = {variant.label: [context.evaluate(variant, sparsity) for sparsity in SPARSITIES] for variant in VARIANTS}
-    curves: Curves = {label: [(each["bytes"], each["kl"]) for each in points] for label, points in found.items()}
+    """Recipe best in each format at each sparsity, and llama.cpp's quantisations of the same model."""
+    ours = [
+        Point(variant.label if variant.stored else _FULL, sparsity, context.evaluate(variant, sparsity))
+        for variant in VARIANTS
+        for sparsity in SPARSITIES
+    ]
+    theirs = [] if context.settings.llama_cpp is None else read_points(context.settings.llama_cpp, context)
     dense = context.evaluate_dense()
-    rows: list[list[Cell]] = [["dense", 0.0, 1.0, 0.0, dense["weight_bits"], *_cells(dense), None]]
-    for label, points in found.items():
-        for sparsity, each in zip(SPARSITIES, points, strict=True):
-            skipped = each["skipped"]["mean"]
-            read = [each["bytes"], skipped, each["weight_bits"]]
-            rows.append([label, sparsity, *read, *_cells(each), _share(curves, each)])
+    points = [Point("dense", None, {**dense, "kl": 0.0, "kl_stderr": None, "top1": 1.0}), *ours, *theirs]
     columns = [
-        Column("method"),
+        Column("weights"),
         Column("sparsity", ".0%"),
-        Column("bytes per token, of dense", ".1%"),
-        Column("weights skipped, measured", ".1%"),
         Column("bits of a weight", ".3g"),
+        *(Column(f"MB, {what}", ".1f") for what in ("decoder", "head", "per token", "file")),
         QUALITY[0],
         Column("± KL", ".4f"),
         *QUALITY[1:],
-        Column("KL, of the better of TEAL and TopK at these bytes", ".2f"),
     ]
     title = f"Divergence over bytes per token, {context.evaluated}"
-    notes = [
-        "Bytes are those of the decoder that a token reads: weights, adapters and score vectors, not embedding, head, "
-        "keys and values, as a share of the checkpoint's own. Weights are those that the evaluated tokens did read, "
-        "dense ones not counted.",
-        "The baselines at equal bytes are interpolated between their points, the logarithm of the divergence linearly; "
-        "outside their points there is none. ± is a standard error over tokens taken as independent.",
-        "TEAL and TopK leave the first token dense like the others. paper is LaRoSA with a rotation a layer and its "
-        "grid of coefficients, best is recipe best, with weights in the model's dtype or in 8 or 4 bits and scales.",
+    tables = [
+        Table("frontier", title, columns, [point.cells for point in points]),
+        Table("within", "What reads least within a divergence", *_within(ours, theirs)),
     ]
-    return Results([Table("frontier", title, columns, rows)], [_draw(curves)], notes)
+    notes = [
+        "A token reads weights, scales, adapters and score vectors of the decoder, less the columns that the evaluated "
+        "tokens did skip, and the whole head; not keys, values and norms. A file has the embedding too, "
+        "which llama.cpp keeps as one with a tied head, by few bits.",
+        "full is the checkpoint's own number format; int8 and int4 are fitted by GPTQ with the head in 8 bits. "
+        "All are by recipe best, converted once; ± is a standard error over tokens taken as independent.",
+    ]
+    if theirs:
+        notes.append("llama.cpp's rows are by its own logits, so that what it rounds of activations counts.")
+    return Results(tables, [_draw(ours, theirs)], notes)
 
 
-def _cells(found: dict[str, Any]) -> list[Cell]:
-    kl, *others = quality(found)
-    return [kl, found["kl_stderr"], *others]
+def read_points(path: Path, context: Context) -> list[Point]:
+    """The rows of a file of benchmarks/llamacpp/quality.py.
+
+    Raises:
+        LarosaError: it is no such file, or of another model or other windows.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        model, windows, rows = content["fingerprint"], content["windows"], content["rows"]
+        points = [Point(f"{LLAMA_CPP} {row['type']}", None, row) for row in rows]
+        for point in points:
+            _ = point.cells
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LarosaError(f"{path}: not what benchmarks/llamacpp/quality.py writes (--llama-cpp)") from None
+    if model != context.fingerprint:
+        raise LarosaError(f"{path}: of another model than {context.path}; measure this one (--llama-cpp)")
+    if windows != token_digest(context.windows):
+        raise LarosaError(
+            f"{path}: of other windows; give benchmarks/llamacpp/quality.py the same --data, --sequence-length and "
+            "--max-sequences (--llama-cpp)"
+        )
+    return points
 
 
-def _share(curves: Curves, found: dict[str, Any]) -> float | None:
-    """A divergence as a share of the better baseline's at the same bytes."""
-    baselines = [value for label in _BASELINES if (value := at_bytes(curves[label], found["bytes"])) is not None]
-    return found["kl"] / min(baselines) if baselines and min(baselines) > 0 else None
+def _within(ours: list[Point], theirs: list[Point]) -> tuple[list[Column], list[list[Cell]]]:
+    """Columns and rows: for each bound the point that reads least, of ours and of theirs."""
+    columns = [Column("KL, at most", ".2f")]
+    rows: list[list[Cell]] = [[bound] for bound in BOUNDS]
+    for points, who in ((ours, "larosa"), (theirs, LLAMA_CPP)):
+        if not points:
+            continue
+        columns += [Column(who), Column(f"MB per token, {who}", ".1f")]
+        for row, bound in zip(rows, BOUNDS, strict=True):
+            least = min(
+                (each for each in points if each.found["kl"] <= bound), key=lambda each: each.read, default=None
+            )
+            row += [None, None] if least is None else [least.name, least.read / 1e6]
+    return columns, rows
 
 
-def at_bytes(curve: Sequence[tuple[float, float]], share: float) -> float | None:
-    """A curve's divergence at a share of bytes, its logarithm interpolated; None outside its points."""
-    points = sorted(curve)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= share <= x1 and y0 > 0 and y1 > 0:
-            part = (share - x0) / (x1 - x0) if x1 > x0 else 0.0
-            return math.exp((1 - part) * math.log(y0) + part * math.log(y1))
-    return None
-
-
-def _draw(curves: Curves) -> Picture:
-    figure, axes = figures.subplots(size=(7.5, 4.6))
-    for (label, points), colour, marker in zip(curves.items(), figures.COLOURS, figures.MARKERS, strict=False):
-        axes.plot([100 * x for x, _ in points], [y for _, y in points], marker=marker, color=colour, label=label)
-    for name, divergence in (("Q6_K", Q6_K), ("Q4_K_M", Q4_K_M)):
-        axes.axhline(divergence, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate(name, (1, divergence), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+def _draw(ours: list[Point], theirs: list[Point]) -> Picture:
+    figure, axes = figures.subplots(size=(9.0, 4.6))
+    labels = list(dict.fromkeys(point.weights for point in ours))
+    for label, colour, marker in zip(labels, figures.COLOURS, figures.MARKERS, strict=False):
+        drawn = _visible(point for point in ours if point.weights == label)
+        x, y = ([point.read / 1e6 for point in drawn], [point.found["kl"] for point in drawn])
+        axes.plot(x, y, marker=marker, color=colour, label=label)
+        for point in drawn:
+            _annotate(axes, point, f"{point.sparsity:.0%}", colour)
+    helped = [point for point in theirs if point.weights.endswith(_IMPORTANCE)]
+    plain = [point for point in theirs if point not in helped]
+    for points, label, filling in ((plain, LLAMA_CPP, "black"), (helped, LLAMA_CPP + _IMPORTANCE, "white")):
+        if drawn := _visible(points):
+            x, y = ([point.read / 1e6 for point in drawn], [point.found["kl"] for point in drawn])
+            axes.plot(x, y, "k*", markerfacecolor=filling, label=label, linestyle="none")
+    for point in _visible(plain):
+        _annotate(axes, point, point.weights.removeprefix(f"{LLAMA_CPP} "), "black")
     axes.set(
-        xlabel="bytes per token (% of the dense decoder's)",
+        xlabel="MB that a token reads of decoder and head",
         ylabel="KL divergence to dense (nats per token)",
         yscale="log",
     )
-    axes.legend()
+    figures.add_legend(figure, axes)
     caption = (
-        "Distance from the dense model over what a token reads; lower and further left is better. Dotted: what "
-        "llama.cpp's quantisations of Llama-3-8B lose."
+        "Distance from the dense model over what a token reads, by bits of a weight and by sparsity; lower and further "
+        "left is better."
     )
     return Picture("frontier", caption, figures.to_png(figure))
+
+
+def _visible(points: Iterable[Point]) -> list[Point]:
+    """Those that have a place on a logarithmic axis: what is exact but for the last bit would stretch it."""
+    return [point for point in points if point.found["kl"] > 1e-4]
+
+
+def _annotate(axes: Any, point: Point, text: str, colour: str) -> None:
+    place = (point.read / 1e6, point.found["kl"])
+    axes.annotate(text, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
 
 
 EXPERIMENT = Experiment(
     "frontier",
     "Divergence over bytes per token, with weights of 16, 8 and 4 bits",
-    "nothing of the kind: it compares at equal sparsity, which leaves the adapters' bytes out.",
+    "nothing of the kind: it has weights of 4 bits at equal sparsity, in Table 9.",
     run,
 )

@@ -11,6 +11,7 @@ from larosa.errors import LarosaError
 from larosa.reproduce import (
     accuracy,
     calibration_sets,
+    equal_bytes,
     figure1,
     figure3,
     figure4,
@@ -62,6 +63,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         gaussianity.EXPERIMENT,
         recipe.EXPERIMENT,
         frontier.EXPERIMENT,
+        equal_bytes.EXPERIMENT,
         accuracy.EXPERIMENT,
     )
 }

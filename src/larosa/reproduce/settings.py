@@ -32,7 +32,8 @@ class ReproduceSettings:
     the other half alone. `search_sequences` of the calibration sequences score a grid search's points. `task_data` is a
     folder of task files, without which tasks are downloaded; `limit` is the number of items of each task, `samples` of
     answers to each problem of Table 4, each of at most `max_new_tokens`. `lengths` are the numbers of tokens that are
-    decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and values there.
+    decoded where speed is measured, `kv_cache_dtype` is how the engine keeps keys and values there. `llama_cpp` is a
+    file of benchmarks/llamacpp/quality.py, whose rows stand beside those of `frontier`.
     """
 
     data: str = BUNDLED
@@ -53,6 +54,7 @@ class ReproduceSettings:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    llama_cpp: Path | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,8 +74,10 @@ class ReproduceSettings:
             raise LarosaError("--lengths must be at least 2 each, and at least one of them")
         if self.task_data is not None and not self.task_data.is_dir():
             raise LarosaError(f"{self.task_data}: no such folder (--task-data)")
+        if self.llama_cpp is not None and not self.llama_cpp.is_file():
+            raise LarosaError(f"{self.llama_cpp}: no such file (--llama-cpp)")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**fields, "task_data": self.task_data and str(self.task_data)}
+        return {**fields, **{name: fields[name] and str(fields[name]) for name in ("task_data", "llama_cpp")}}

@@ -42,9 +42,10 @@ class Variant:
     #: A search for counts of each layer and site, run anew at each sparsity.
     allocation: Search = Search.NONE
     compensation: Compensation = Compensation.NONE
-    #: What the decoder's linears are stored in, and how they are rounded to it; the head stays as it is.
+    #: What the decoder's linears are stored in, how they are rounded to it, and what the head is stored in beside them.
     weights: WeightFormat = WeightFormat.FULL
     quantizer: Quantizer | None = None
+    head: WeightFormat = WeightFormat.FULL
     #: All options from a recipe, whatever it consists of; those above are then without meaning.
     recipe: Recipe | None = None
 
@@ -65,7 +66,6 @@ class Variant:
             Selection.TOP_K not in self.method.selections
             or self.allocation not in (Search.NONE, Search.FISHER)
             or self.compensation is not Compensation.NONE
-            or self.quantizer is Quantizer.GPTQ  # which sees what is kept
         )
 
     @property
@@ -99,7 +99,12 @@ class Variant:
         """The options among them that say what weights are stored in."""
         if self.weights is WeightFormat.FULL:
             return {}
-        return {"weights": self.weights, "quantizer": self.quantizer, "head": WeightFormat.FULL}
+        return {"weights": self.weights, "quantizer": self.quantizer, "head": self.head}
+
+    @property
+    def in_full(self) -> Self:
+        """The same with weights as they are."""
+        return replace(self, weights=WeightFormat.FULL, quantizer=None, head=WeightFormat.FULL)
 
     def using(self, calibration: str, seed: int) -> Self:
         """The same on another calibration sample."""

@@ -59,8 +59,8 @@ class Inspection:
     adapters, plus attention over a context of 2048, averaged over those 2048 tokens. `flops_converted`
     counts every weight as that table does, `flops_sparse` leaves the skipped ones out.
     `bytes_sparse_total` includes adapters and the sites' score vectors; embedding and head are in neither
-    total. `parameter_bytes` is what all parameters take in files and in memory (None for a shape alone), `weight_bits`
-    what a weight of the decoder linears does, scales included.
+    total. `parameter_bytes` is what all parameters take in files and in memory (None for a shape alone, or where it was
+    not asked for), `weight_bits` what a weight of the decoder linears does, scales included.
     """
 
     model_type: str
@@ -130,8 +130,12 @@ def _parameter_bytes(config: Any, element_size: int) -> int | None:
     return sum(p.numel() * (element_size if p.dtype is own else p.element_size()) for p in model.parameters())
 
 
-def inspect_config(config: Any) -> Inspection:
-    """Everything that follows from a dense or converted model's configuration."""
+def inspect_config(config: Any, *, parameters: bool = True) -> Inspection:
+    """Everything that follows from a dense or converted model's configuration.
+
+    Args:
+        parameters: whether to say what all of them take, which needs a model without weights.
+    """
     block = _block(config)
     sizes = SiteSizes.of(config)
     item = element_size(config)
@@ -178,7 +182,7 @@ def inspect_config(config: Any) -> Inspection:
         adapter_bytes=adapter_bytes,
         score_bytes=scores * item,
         head_bytes=sizes.hidden * head_column,
-        parameter_bytes=_parameter_bytes(config, item),
+        parameter_bytes=_parameter_bytes(config, item) if parameters else None,
         weight_bits=8 * bytes_dense / sizes.linear_weights,
         flops_dense=dense,
         flops_converted=dense + 2 * adapters,
