@@ -270,7 +270,11 @@ def test_missing_larosa_block(refused, converted):
 
 
 def test_counts_that_do_not_fit_the_model(refused, converted):
-    edit_json(converted / "config.json", lambda config: config["larosa"]["keep"].update(h4=[57, 1, 1]))
+    def change(config):
+        keep = {"h1": [1, 1, 1], "h2": [1, 1, 1], "h3": [1, 1, 1], "h4": [57, 1, 1]}
+        config["larosa"] |= {"keep": keep, "thresholds": None}
+
+    edit_json(converted / "config.json", change)
     assert "layer 0 keeps 57 of 56" in refused("eval", converted)
 
 
