@@ -119,3 +119,5 @@ def test_histograms_are_right_to_within_a_bin(values, magnitude):
     assert float((x < magnitude - near).double().mean()) <= share + 1e-9
     assert share - 1e-9 <= float((x <= magnitude + near).double().mean())
     assert histogram.quantile(1.0) <= float(x.max()) * (1 + 2**-7) + 1e-37
+    if 0 < share < 1:
+        assert histogram.below(histogram.reaching(share)) == pytest.approx(share, abs=1e-4)

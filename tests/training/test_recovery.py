@@ -112,6 +112,12 @@ def test_the_state_of_other_settings_is_refused(pair, token_ids, tmp_path):
     other = RecoverySettings(**{**vars(SETTINGS), "seed": 1})
     with pytest.raises(LarosaError, match=r"other settings \(seed\)"):
         Training(pair()[1], dense, token_ids(40, 24), other, tmp_path / "state").run()
+    other_counts = pair(alphas=larosa.config.PerSite(h1=0.9))[1]
+    with pytest.raises(LarosaError, match=r"other settings \(conversion\)"):
+        Training(other_counts, dense, token_ids(40, 24), SETTINGS, tmp_path / "state").run()
+    torch.save({"settings": {}}, tmp_path / "state")  # of before thresholds were kept in it
+    with pytest.raises(LarosaError, match="not the state of a recovery; delete it"):
+        Training(pair()[1], dense, token_ids(40, 24), SETTINGS, tmp_path / "state").run()
     (tmp_path / "state").write_bytes(b"no state")
     with pytest.raises(LarosaError, match="not the state of a recovery; delete it"):
         Training(pair()[1], dense, token_ids(40, 24), SETTINGS, tmp_path / "state").run()

@@ -136,17 +136,18 @@ class Histogram:
 
     def quantile(self, share: float) -> float:
         """The magnitude up to which this share of the entries goes, rounded down to where its bin begins."""
-        at = max(int(torch.searchsorted(self._shares(), torch.tensor(share, dtype=torch.float64))) - 1, 0)
-        return float(torch.tensor(at << _SHIFT, dtype=torch.int32).view(torch.float32))
+        return _magnitude(self._bin(share) << _SHIFT)
 
     def reaching(self, share: float) -> float:
         """The magnitude up to which this share of the entries goes: what `below` gives it back for."""
-        shares = self._shares()
-        at = max(int(torch.searchsorted(shares, torch.tensor(share, dtype=torch.float64))) - 1, 0)
+        shares, at = self._shares(), self._bin(share)
         in_bin = float(shares[at + 1] - shares[at])
         within = (share - float(shares[at])) / in_bin if in_bin else 0.0
-        word = (at << _SHIFT) + min(round(within * (1 << _SHIFT)), (1 << _SHIFT) - 1)
-        return float(torch.tensor(word, dtype=torch.int32).view(torch.float32))
+        return _magnitude((at << _SHIFT) + min(round(within * (1 << _SHIFT)), (1 << _SHIFT) - 1))
+
+    def _bin(self, share: float) -> int:
+        """The bin in which this share of the entries is reached."""
+        return max(int(torch.searchsorted(self._shares(), torch.tensor(share, dtype=torch.float64))) - 1, 0)
 
     def _shares(self) -> torch.Tensor:
         """The share of the entries below each bin, and at last that of all."""
@@ -155,3 +156,8 @@ class Histogram:
             below = torch.cat([torch.zeros(1, dtype=torch.int64), self._counts]).cumsum(0)
             self._below = below.double() / below[-1]
         return self._below
+
+
+def _magnitude(word: int) -> float:
+    """The float32 of these bits."""
+    return float(torch.tensor(word, dtype=torch.int32).view(torch.float32))

@@ -7,6 +7,7 @@ where entries are kept.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -246,6 +247,8 @@ class Training:
         self._device = self._architecture.embedding(model).weight.device
         self._held_out, self._trained = sequences[:_HELD_OUT], sequences[_HELD_OUT:]
         self._weights = dict(_trainable(model, self._architecture))
+        #: The settings of the model before it is trained: a state of other counts or thresholds does not fit it.
+        self._conversion = json.dumps(model.config.larosa, sort_keys=True)
         self._shares: SteadyShares | None = None
         #: For each site one a layer, of the best weights; None where the model counts.
         self.thresholds: dict[str, list[float]] | None = None
@@ -365,6 +368,7 @@ class Training:
         first = next(iter(self._weights.values()))
         return {
             **asdict(self._settings),
+            "conversion": self._conversion,
             "tokens": int(self._trained.sum()),
             "weights": len(self._weights),
             "shape": list(first.shape),
@@ -394,7 +398,7 @@ class Training:
             return
         try:
             content = torch.load(self._state, map_location=self._device, weights_only=True)
-            settings = content["settings"]
+            settings, (now, of_best) = content["settings"], content["thresholds"]
         except Exception:  # of many types: a damaged file
             raise LarosaError(f"{self._state}: not the state of a recovery; delete it") from None
         if settings != self._identity():
@@ -406,7 +410,7 @@ class Training:
         self.best, self.best_step = content["best"]
         self._best_weights = content["best_weights"]
         self._optimizer.load_state_dict(content["optimizer"])
-        now, self.thresholds = content["thresholds"]
+        self.thresholds = of_best
         if now is not None:
             set_thresholds(self._model, self._architecture, now)
         with torch.no_grad():
