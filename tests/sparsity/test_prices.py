@@ -55,6 +55,21 @@ def test_the_budget_is_met_on_the_sparse_path(sparsified, token_ids, family, rot
         assert larosa.inspect(converted.model).sparsity.weights == pytest.approx(sparsity, abs=1e-3)
 
 
+def test_a_sparsity_that_a_search_comes_back_to_is_calibrated_once(sparsified):
+    converted = sparsified("llama", 0.5)
+    passes = []
+    converted.model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    converted.set_sparsity(0.25)
+    once, first = len(passes), converted.model.config.larosa
+    converted.set_sparsity(0.7)
+    assert len(passes) == 2 * once > 0
+    converted.set_sparsity(0.25)
+    assert len(passes) == 2 * once
+    assert converted.model.config.larosa == first
+    selector = selectors(converted.model, find_architecture("llama"))["h1"][0]
+    assert selector.threshold == first["thresholds"]["values"]["h1"][0]
+
+
 def test_all_sites_pay_one_price(sparsified, token_ids):
     converted = sparsified("llama", 0.4, torch.float64)
     model, architecture = converted.model, find_architecture("llama")

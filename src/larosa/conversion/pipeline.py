@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from larosa.config import (
     CalibrationRecord,
     Compensation,
     Covariance,
+    KeepCounts,
     LarosaConfig,
     Method,
     PerSite,
@@ -27,6 +28,7 @@ from larosa.config import (
     Score,
     Selection,
     Settings,
+    Thresholds,
 )
 from larosa.config import Search as SearchKind
 from larosa.conversion.options import ConversionOptions, ConversionSettings
@@ -109,6 +111,8 @@ class Sparsified:
     limits: Limits | None
     sequences: torch.Tensor | None
     device: torch.device
+    #: What `limits` has given: thresholds are calibrated anew for each sparsity, and searches come back to some.
+    _found: dict[float, KeepCounts | Thresholds] = field(default_factory=dict, repr=False, compare=False)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Let the model skip another fraction of its weights: its counts or thresholds change, nothing else.
@@ -122,8 +126,10 @@ class Sparsified:
                 f"method {block.method}, search {block.search} and compensation {block.compensation} are of one "
                 "sparsity: convert for each anew, or choose --search fisher or none"
             )
+        if sparsity not in self._found:
+            self._found[sparsity] = self.limits(sparsity)
         changed = block.model_copy(update={"sparsity": sparsity})
-        settle(self.model, self.architecture, changed, block.alphas, self.limits(sparsity))
+        settle(self.model, self.architecture, changed, block.alphas, self._found[sparsity])
 
     def stored(self, quantization: Quantization) -> Sparsified:
         """A copy of a model that is stored in full, stored by few bits.
