@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from larosa.evaluation.tasks import PAPER_TASKS, ZERO_SHOT_TASKS, evaluate_tasks
+from larosa.evaluation.tasks import DEFAULT_BATCH_SIZE, PAPER_TASKS, ZERO_SHOT_TASKS, evaluate_tasks
 from larosa.evaluation.tasks.local import read_task
 from larosa.reproduce.context import Context
 from larosa.reproduce.settings import ReproduceSettings
@@ -16,6 +16,8 @@ from larosa.reproduce.settings import ReproduceSettings
 #: A model's results by task: `TaskResult.to_dict`, with `scores`.
 Accuracies = dict[str, dict[str, Any]]
 
+#: Prompts at a time on a GPU, which few leave idle.
+_GPU_BATCH = 64
 #: MMLU's limit counts items of each of its 57 subjects, the others' items of the task.
 _MMLU_SHARE = 20
 
@@ -52,9 +54,15 @@ class TaskMeasure:
 
         def measure() -> dict[str, Any]:
             loaded, tokenizer = model(), self._context.tokenizer.plain
-            found = evaluate_tasks(loaded, tokenizer, [task], data=settings.task_data, limit=limit, seed=settings.seed)[
-                task
-            ]
+            found = evaluate_tasks(
+                loaded,
+                tokenizer,
+                [task],
+                data=settings.task_data,
+                limit=limit,
+                seed=settings.seed,
+                batch_size=DEFAULT_BATCH_SIZE if self._context.device == "cpu" else _GPU_BATCH,
+            )[task]
             return {**found.to_dict(), "scores": found.scores}
 
         depends = {"task": task, "limit": limit, "data": self._data, "seed": settings.seed}

@@ -254,7 +254,9 @@ class Training:
         self.thresholds: dict[str, list[float]] | None = None
         for weight in self._weights.values():
             weight.requires_grad_(True)
-        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self._optimizer = torch.optim.AdamW(
+            self._weights.values(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=self._device.type == "cuda"
+        )
         self._optimizer.param_groups[0]["weight_decay"] = 0.0
         #: The held-out divergence before the first step and at each evaluation since.
         self.history: list[float] = []
@@ -313,8 +315,8 @@ class Training:
 
     def _evaluate(self) -> None:
         with torch.no_grad():
-            found = sum(self._divergence(some) * len(some) for some in self._together(self._held_out))
-            found /= len(self._held_out)
+            parts = [self._divergence(some) * len(some) for some in self._together(self._held_out)]
+            found = float(sum(parts)) / len(self._held_out)
         if not math.isfinite(found):
             raise not_finite("the divergence while recovering is", torch.float32)
         self.history.append(found)
@@ -339,7 +341,7 @@ class Training:
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda")
 
-    def _divergence(self, ids: torch.Tensor, backwards: Callable[[torch.Tensor], None] | None = None) -> float:
+    def _divergence(self, ids: torch.Tensor, backwards: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
         """KL divergence from the dense model on sequences [number, length], nats per token.
 
         `backwards` gets it piece by piece.
@@ -350,7 +352,7 @@ class Training:
             with torch.no_grad():
                 expected = dense(ids, use_cache=False).last_hidden_state.flatten(0, 1)
             hidden = sparse(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-            total, leaf = 0.0, hidden.detach().requires_grad_(backwards is not None)
+            total, leaf = torch.zeros((), device=self._device), hidden.detach().requires_grad_(backwards is not None)
             for rows in torch.arange(len(hidden)).split(_POSITIONS):
                 log_p = self._architecture.head(self._model)(leaf[rows]).float().log_softmax(-1)
                 with torch.no_grad():
@@ -359,7 +361,7 @@ class Training:
                 loss = F.kl_div(log_p, target, log_target=True, reduction="sum") / len(hidden)
                 if backwards is not None:
                     backwards(loss)
-                total += float(loss.detach())
+                total += loss.detach()  # read by nobody while training, so that a GPU need not be waited for
         if backwards is not None:
             hidden.backward(leaf.grad)
         return total
@@ -429,8 +431,8 @@ def _trainable(model: Any, architecture: Architecture) -> Iterator[tuple[str, to
 
 
 def _schedule(step: int, steps: int) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine down to a tenth."""
+    """The learning rate's factor: a linear warm-up, then half a cosine down to next to nothing."""
     warm = max(steps // 20, 1)
     if step < warm:
         return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(steps - warm, 1))
