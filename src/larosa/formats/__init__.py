@@ -1,9 +1,22 @@
-"""How the weights of linears are stored: as they are, or by few bits. Nothing outside this room tells formats apart.
+"""How weights and adapters are stored: as they are, or by few bits.
 
-A new format is a class in `columns.py`, and a name in `quantization.py`.
+Nothing outside this room packs or unpacks them, or counts their bytes. A new format of weights is a class in
+`columns.py`, and a name in `quantization.py`.
 """
 
+from larosa.formats.adapters import Adapter, AdapterFormat
 from larosa.formats.columns import GROUPS, SCALE_DTYPE, ColumnFormat, Int4, Int8
 from larosa.formats.quantization import Quantization, Quantizer, WeightFormat
 
-__all__ = ["GROUPS", "SCALE_DTYPE", "ColumnFormat", "Int4", "Int8", "Quantization", "Quantizer", "WeightFormat"]
+__all__ = [
+    "GROUPS",
+    "SCALE_DTYPE",
+    "Adapter",
+    "AdapterFormat",
+    "ColumnFormat",
+    "Int4",
+    "Int8",
+    "Quantization",
+    "Quantizer",
+    "WeightFormat",
+]
