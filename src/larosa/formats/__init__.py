@@ -1,4 +1,4 @@
-"""How weights and adapters are stored: as they are, or by few bits.
+"""How weights, adapters, and keys and values are stored: as they are, or by few bits.
 
 Nothing outside this room packs or unpacks them, or counts their bytes. A new format of weights is a class in
 `columns.py`, and a name in `quantization.py`.
@@ -6,6 +6,7 @@ Nothing outside this room packs or unpacks them, or counts their bytes. A new fo
 
 from larosa.formats.adapters import Adapter, AdapterFormat
 from larosa.formats.columns import GROUPS, SCALE_DTYPE, ColumnFormat, Int4, Int8
+from larosa.formats.keys_values import CacheDtype, CacheFormat
 from larosa.formats.quantization import Quantization, Quantizer, WeightFormat
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "SCALE_DTYPE",
     "Adapter",
     "AdapterFormat",
+    "CacheDtype",
+    "CacheFormat",
     "ColumnFormat",
     "Int4",
     "Int8",
