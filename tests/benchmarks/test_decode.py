@@ -23,9 +23,9 @@ from larosa.benchmarks.shapes import (
     sparse_models,
     weight_bytes,
 )
-from larosa.config import AdapterFormat, Selection
+from larosa.config import Selection
 from larosa.decoding import Engine
-from larosa.formats import WeightFormat
+from larosa.formats import AdapterFormat, WeightFormat
 from larosa.models import Threshold
 from larosa.sparsity import SiteSizes
 

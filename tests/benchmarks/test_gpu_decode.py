@@ -25,7 +25,7 @@ from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import SHAPES, Layout, random_quantization
 from larosa.cli.bench_gpu import show_decode
 from larosa.config import Selection
-from larosa.formats import WeightFormat
+from larosa.formats import CacheFormat, WeightFormat
 
 CPU = torch.device("cpu")
 SECONDS = {
@@ -52,7 +52,7 @@ def measured(family_config):
     """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
     rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
     for (name, sparsity), seconds in SECONDS.items():
-        rows.add(name, sparsity, "float16", torch.float16, 1000, lambda: None)
+        rows.add(name, sparsity, "float16", CacheFormat(torch.float16), 1000, lambda: None)
         rows._rows[-1].seconds += seconds
     return Benchmark(MACHINE, 1e6, list(rows.results(1e6)))
 

@@ -11,7 +11,7 @@ import larosa
 from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
-from larosa.decoding import Engine, ForwardEngine
+from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
 from larosa.models import set_keep_counts
 from larosa.ops import backend
@@ -264,8 +264,8 @@ def test_an_unknown_cache_is_refused(make_model):
 def test_a_cache_of_8_bits_takes_half_of_16(make_model):
     config = make_model("llama", head_dim=64).config
     heads = config.num_hidden_layers * config.num_key_value_heads
-    assert cache_bytes(config, torch.bfloat16, 100) == 2 * heads * 100 * 128
-    assert cache_bytes(config, torch.int8, 100) == 2 * heads * 100 * (64 + 2)
+    assert cache_bytes(config, CacheDtype.AUTO.beside(torch.bfloat16), 100) == 2 * heads * 100 * 128
+    assert cache_bytes(config, CacheDtype.INT8.beside(torch.bfloat16), 100) == 2 * heads * 100 * (64 + 2)
 
 
 def test_the_number_of_threads_may_change(make, clear_ids, step_logits):

@@ -35,9 +35,9 @@ def test_every_weight_by_the_papers_figure_2(make_model):
         for key, Q in ((f"{layer}self_attn.o_proj", M), (f"{layer}mlp.down_proj", behind)):
             torch.testing.assert_close(new[f"{key}.weight"], Q.T @ old[f"{key}.weight"])
             torch.testing.assert_close(new[f"{key}.bias"], old[f"{key}.bias"] @ Q)
-        torch.testing.assert_close(adapters[i].attention.matrix(), A.T @ M)
+        torch.testing.assert_close(adapters[i].attention.weight.T, A.T @ M)
         if i < 2:
-            torch.testing.assert_close(adapters[i].residual.matrix(), M.T @ behind)
+            torch.testing.assert_close(adapters[i].residual.weight.T, M.T @ behind)
     assert adapters[2].residual is None
     key = "model.embed_tokens.weight"
     torch.testing.assert_close(new[key], old[key] @ bases[0].attention)

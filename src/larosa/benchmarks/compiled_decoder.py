@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Heads
 from larosa.decoding.cache import cache_bytes
+from larosa.formats import CacheFormat
 from larosa.sparsity import SiteSizes
 
 #: Makes the module that multiplies [1, D] by matrices [N_i, D], one for q/k/v together and two for gate and up, which
@@ -207,7 +208,7 @@ def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
     """What the weights and the cache of a `CompiledDecoder` take; it never shares the embedding with the head."""
     sizes = SiteSizes.of(config)
     weights = (sizes.linear_weights + 2 * sizes.vocabulary * sizes.hidden) * dtype.itemsize
-    return weights + cache_bytes(config, dtype, length)
+    return weights + cache_bytes(config, CacheFormat(dtype), length)
 
 
 def compiled_step(

@@ -37,6 +37,7 @@ from larosa.decoding.loop import StepEngine, checked
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
+from larosa.formats import CacheFormat
 from larosa.parallel import Ranks, shard_of, whole_config
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance
@@ -217,12 +218,12 @@ class _Subject:
     """One row as it is measured: an engine in the middle of a text, or of several."""
 
     def __init__(
-        self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, prompt: torch.Tensor, tokens: int
+        self, name: str, model: Any, engine: StepEngine, cache: CacheFormat, prompt: torch.Tensor, tokens: int
     ) -> None:
         report, shard = inspect_config(whole_config(model)), shard_of(model)
         ranks = 1 if shard is None else shard.ranks.size
         self.name = name
-        self.dtype, self.kv_cache_dtype = weights_name(model), str(cache).removeprefix("torch.")
+        self.dtype, self.kv_cache_dtype = weights_name(model), str(cache.dtype).removeprefix("torch.")
         self.sparsity = report.sparsity.nominal
         self.batch = len(prompt)
         kept = self.batch * cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
@@ -268,7 +269,7 @@ class _Subjects:
 
     def add_dense(self, model: Any) -> None:
         """Two rows of one dense model: transformers' forward, and the engine on the same weights."""
-        self._add(TRANSFORMERS, model, ForwardEngine(model), model.dtype, 1)
+        self._add(TRANSFORMERS, model, ForwardEngine(model), CacheFormat(model.dtype), 1)
         self.add(DENSE, model)
 
     def add(self, name: str, model: Any) -> None:
@@ -281,7 +282,7 @@ class _Subjects:
             together = engine if batch == 1 else _Together(engine, batch)
             self._add(name, model, together, self._kv_cache_dtype.beside(model.dtype), batch)
 
-    def _add(self, name: str, model: Any, engine: StepEngine, cache: torch.dtype, batch: int) -> None:
+    def _add(self, name: str, model: Any, engine: StepEngine, cache: CacheFormat, batch: int) -> None:
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(model.config.vocab_size, (batch, self._prompt_tokens), generator=generator)
         self._subjects.append(_Subject(name, model, engine, cache, prompt, self._tokens))

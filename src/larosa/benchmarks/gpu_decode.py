@@ -43,11 +43,11 @@ from larosa.benchmarks.shapes import (
     weight_bytes,
 )
 from larosa.config import Selection, check_sparsity
-from larosa.decoding.cache import CacheDtype, cache_bytes
+from larosa.decoding.cache import cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
-from larosa.formats import WeightFormat
+from larosa.formats import CacheDtype, CacheFormat, WeightFormat
 from larosa.parallel import Ranks, whole_config
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance, track
@@ -230,7 +230,7 @@ class _Row:
     name: str
     sparsity: float
     dtype: str  # of the linears
-    cache: torch.dtype
+    cache: CacheFormat
     bytes: int
     advance: Callable[[], object]
     seconds: list[float]
@@ -322,16 +322,16 @@ class _Rows:
         weights = dense.bytes_dense_total + dense.head_bytes
         # Half a byte a weight, and for each group a scale and what is added.
         read = weights // self._dtype.itemsize * (GROUP // 2 + 2 * torch.bfloat16.itemsize) // GROUP
-        self._add_compiled(TINYGEMM, decoder, 0.0, read, "int4", torch.bfloat16)
+        self._add_compiled(TINYGEMM, decoder, 0.0, read, "int4", CacheFormat(torch.bfloat16))
 
     def _add_decoder(self, name: str, decoder: CompiledDecoder, sparsity: float) -> None:
         dense = inspect_config(self._config)
         skipped = round(sparsity * dense.bytes_dense_total)
         read = dense.bytes_dense_total - skipped + dense.head_bytes
-        self._add_compiled(name, decoder, sparsity, read, _dtype_name(self._dtype), self._dtype)
+        self._add_compiled(name, decoder, sparsity, read, _dtype_name(self._dtype), CacheFormat(self._dtype))
 
     def _add_compiled(
-        self, name: str, decoder: CompiledDecoder, sparsity: float, read: int, dtype: str, cache: torch.dtype
+        self, name: str, decoder: CompiledDecoder, sparsity: float, read: int, dtype: str, cache: CacheFormat
     ) -> None:
         _fill_cache(decoder)
         ways = track(decoder.attentions, f"Compiling: {name}")
@@ -352,7 +352,7 @@ class _Rows:
         with compilation():
             for _ in range(3):  # compiles, warms up and captures
                 run()
-        trial = _Row("", 0.0, "", self._dtype, 0, run, [])
+        trial = _Row("", 0.0, "", CacheFormat(self._dtype), 0, run, [])
         position.fill_(self._prompt_tokens)
         trial.run(min(_TRIAL, self._tokens))
         position.fill_(self._prompt_tokens)
@@ -368,7 +368,7 @@ class _Rows:
         self.add(name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights, loop.advance)
 
     def add(
-        self, name: str, sparsity: float, dtype: str, cache: torch.dtype, weights: int, run: Callable[[], object]
+        self, name: str, sparsity: float, dtype: str, cache: CacheFormat, weights: int, run: Callable[[], object]
     ) -> None:
         """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
         kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2) // self._ranks
@@ -398,7 +398,7 @@ class _Rows:
             yield GpuDecodeRow(
                 shape=self._shape,
                 dtype=row.dtype,
-                kv_cache_dtype=_dtype_name(row.cache),
+                kv_cache_dtype=_dtype_name(row.cache.dtype),
                 row=row.name,
                 sparsity=row.sparsity,
                 prompt_tokens=self._prompt_tokens,

@@ -14,8 +14,7 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
-from larosa.config import AdapterFormat
-from larosa.formats import ColumnFormat, Int4, Int8, WeightFormat
+from larosa.formats import AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
 from larosa.ops import column_major
 from larosa.ops.low_bit import LowBitWeights
 

@@ -22,7 +22,6 @@ from transformers.initialization import no_init_weights
 from larosa.architectures import find_architecture
 from larosa.calibration import SortedMagnitudes
 from larosa.config import (
-    AdapterFormat,
     Budget,
     LarosaConfig,
     PerSite,
@@ -36,11 +35,10 @@ from larosa.config import (
 )
 from larosa.data.bundled import bundled_model
 from larosa.errors import LarosaError
-from larosa.formats import Quantization, Quantizer, WeightFormat
+from larosa.formats import Adapter, AdapterFormat, Quantization, Quantizer, WeightFormat
 from larosa.models import Int8Adapter, QuantizedLinear, family_of, selectors, set_adapter, set_keep_counts
 from larosa.parallel import Over, Ranks, empty_shard, shard_of, whole_config
 from larosa.parallel.shard import cut_adapters, share_selection, tie_head
-from larosa.rotation import Adapter, make_adapter, usual_format
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.prices import no_thresholds
 from larosa.sparsity.sites import column_bytes
@@ -137,7 +135,7 @@ class Layout:
 
     def stored(self, dtype: torch.dtype) -> AdapterFormat:
         """How a model of this dtype stores them."""
-        return self.adapters or usual_format(dtype)
+        return self.adapters or AdapterFormat.usual(dtype)
 
 
 DEFAULT_LAYOUT = Layout()
@@ -440,4 +438,4 @@ def random_adapter(width: int, dtype: torch.dtype, adapters: AdapterFormat, seed
     """What takes vectors of so many entries to others of their length, for a model of this dtype."""
     generator = torch.Generator().manual_seed(seed)
     R = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
-    return make_adapter(adapters, R, dtype)
+    return adapters.storage.pack(R, dtype)

@@ -17,11 +17,11 @@ from larosa.checkpoints.io import find_device, load
 from larosa.cli import bench_gpu, bench_lossless, options
 from larosa.cli.options import console
 from larosa.cli.together import check_alone, ranks_of
-from larosa.config import AdapterFormat, Selection
+from larosa.config import Selection
 from larosa.decoding import CacheDtype
 from larosa.decoding.lossless import DRAFT_ALONE
 from larosa.errors import LarosaError
-from larosa.formats import WeightFormat
+from larosa.formats import AdapterFormat, WeightFormat
 
 
 def decode(

@@ -16,7 +16,6 @@ from larosa.config.block import (
 from larosa.config.choices import (
     GATE,
     SITES,
-    AdapterFormat,
     Budget,
     Compensation,
     Covariance,
@@ -33,7 +32,6 @@ from larosa.config.choices import (
 __all__ = [
     "GATE",
     "SITES",
-    "AdapterFormat",
     "Budget",
     "CalibrationRecord",
     "Compensation",

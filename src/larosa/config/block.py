@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from larosa.config.choices import (
     GATE,
     SITES,
-    AdapterFormat,
     Budget,
     Compensation,
     Covariance,
@@ -24,7 +23,7 @@ from larosa.config.choices import (
 )
 from larosa.config.migrations import FORMAT_VERSION, migrate_settings
 from larosa.errors import LarosaError
-from larosa.formats import ColumnFormat, Quantization
+from larosa.formats import AdapterFormat, ColumnFormat, Quantization
 
 
 class _Block(BaseModel):

@@ -82,13 +82,6 @@ class Rotation(StrEnum):
         return [range(layers)[max(end - size, 0) : end] for end in range(layers, 0, -size)][::-1]
 
 
-class AdapterFormat(StrEnum):
-    """What adapters are stored as: the model's own dtype (`full`), or 8 bits and a scale an output (`int8`)."""
-
-    FULL = "full"
-    INT8 = "int8"
-
-
 class Covariance(StrEnum):
     """Which site's second moment the PCA of a layer is taken of."""
 

@@ -24,8 +24,7 @@ from larosa.conversion.pipeline import Sparsified, check_reach, sparsify
 from larosa.conversion.within import Trial, fewest_bytes
 from larosa.errors import LarosaError
 from larosa.evaluation.perplexity import Evaluation, RecordedLogits, evaluate_windows, report_windows
-from larosa.formats import Quantization, WeightFormat
-from larosa.rotation import usual_format
+from larosa.formats import AdapterFormat, Quantization, WeightFormat
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.report import Sparsity, inspect_config
 from larosa.sparsity.sites import column_bytes
@@ -307,7 +306,7 @@ def _check_disk(
     if config.tie_word_embeddings and (settings.rotation.rotates or of_head is not None):
         needed += head.numel() * head.element_size()
     sizes, item = SiteSizes.of(config), head.element_size()
-    adapters = settings.adapters or usual_format(head.dtype)
+    adapters = settings.adapters or AdapterFormat.usual(head.dtype)
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
         needed += sizes.score_entries * item

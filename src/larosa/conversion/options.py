@@ -9,7 +9,6 @@ from typing import Annotated, get_args, get_type_hints
 import typer
 
 from larosa.config import (
-    AdapterFormat,
     Budget,
     CalibrationRecord,
     Compensation,
@@ -30,7 +29,7 @@ from larosa.config import (
     check_sparsity,
 )
 from larosa.errors import LarosaError, choose
-from larosa.formats import Quantization, Quantizer, WeightFormat
+from larosa.formats import AdapterFormat, Quantization, Quantizer, WeightFormat
 
 
 @dataclass(frozen=True)

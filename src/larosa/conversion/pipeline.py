@@ -34,7 +34,7 @@ from larosa.config import Search as SearchKind
 from larosa.conversion.options import ConversionOptions, ConversionSettings
 from larosa.conversion.searches import SEARCHES, Limits, settle
 from larosa.errors import LarosaError
-from larosa.formats import Quantization
+from larosa.formats import AdapterFormat, Quantization
 from larosa.models import Family, family_of, set_adapter, set_scores
 from larosa.models.plain import check_changeable, check_plain
 from larosa.quantizers import quantize
@@ -49,7 +49,6 @@ from larosa.rotation import (
     principal_basis,
     random_basis,
     reader_gram,
-    usual_format,
 )
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
@@ -177,7 +176,7 @@ def sparsify(
     block = LarosaConfig(
         **recorded,
         larosa_version=__version__,
-        adapters=settings.adapters or usual_format(dtype),
+        adapters=settings.adapters or AdapterFormat.usual(dtype),
         **selection,
     )
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from larosa.decoding.cache import CacheDtype, Entries, KeyValueCache
+from larosa.decoding.cache import Entries, KeyValueCache
 from larosa.decoding.layers import MAX_ROWS, Past
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
+from larosa.formats import CacheDtype
 from larosa.ops.cpu.graph import Graph
 
 
@@ -38,8 +39,8 @@ class Engine:
         self.weights = weights = model if isinstance(model, DecoderWeights) else DecoderWeights(model)
         self.max_length = max_length
         self.device = weights.device
-        cache_dtype = CacheDtype.parse(kv_cache_dtype).beside(weights.dtype)
-        self._cache = KeyValueCache(weights.config, max_length, cache_dtype, weights.device, texts)
+        form = CacheDtype.parse(kv_cache_dtype).beside(weights.dtype)
+        self._cache = KeyValueCache(weights.config, max_length, form, weights.device, texts)
         self._tables = weights.tables(max_length)
         self._past_of = [self._past(self._cache.of(text), None) for text in range(texts)]
         # What a step starts from, at places that a CPU's graph can read again.

@@ -12,7 +12,6 @@ import torch
 
 from larosa.architectures.context import context_length
 from larosa.data.text import tokenize
-from larosa.decoding.cache import CacheDtype
 from larosa.decoding.chat import Messages, render, special_tokens, turn_ends
 from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.engine import Engine
@@ -22,6 +21,7 @@ from larosa.decoding.lossless import DRAFT_ALONE, LosslessDecoder
 from larosa.decoding.sampling import Sampler, Sampling
 from larosa.decoding.text import TextStream
 from larosa.errors import LarosaError, choose
+from larosa.formats import CacheDtype
 from larosa.ops.schema import has_kernels
 
 

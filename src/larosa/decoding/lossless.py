@@ -15,7 +15,6 @@ import torch
 
 from larosa.architectures import Heads
 from larosa.config import Compensation, LarosaConfig
-from larosa.decoding.cache import CacheDtype
 from larosa.decoding.drafting import Draft, Drafter, Lookup, ModelDrafter
 from larosa.decoding.engine import Engine
 from larosa.decoding.layers import MAX_ROWS
@@ -23,7 +22,7 @@ from larosa.decoding.pace import Acceptance, Pace
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError, choose
-from larosa.formats import Int4, Int8
+from larosa.formats import CacheDtype, Int4, Int8
 
 #: After so many steps without a model's draft one token is drafted again: the text may have become easier.
 _AGAIN = 64

@@ -17,10 +17,11 @@ from larosa.architectures.context import context_length
 from larosa.calibration.layers import decoder_outputs
 from larosa.calibration.precision import float32_arithmetic
 from larosa.data.text import BUNDLED, TextSplit, read_text, tokenize
-from larosa.decoding.cache import CacheDtype, RoundedCache
+from larosa.decoding.cache import RoundedCache
 from larosa.errors import LarosaError, choose
 from larosa.evaluation.divergence import Comparison, TokenScores
 from larosa.evaluation.zeros import Spread, ZeroCounter, sparse_prompts
+from larosa.formats import CacheDtype
 from larosa.parallel import whole_config
 from larosa.sparsity.report import Sparsity, sparsity_of
 from larosa.utils.finite import not_finite
@@ -232,7 +233,8 @@ class _Logits:
 
     def __init__(self, model: Any, kv_cache_dtype: CacheDtype = CacheDtype.AUTO) -> None:
         self._model = model
-        self._rounds = kv_cache_dtype is CacheDtype.INT8
+        self._rounds = kv_cache_dtype is not CacheDtype.AUTO
+        self._cache_format = kv_cache_dtype.beside(model.dtype)
         self._device = model.get_input_embeddings().weight.device
 
     def __call__(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -240,7 +242,7 @@ class _Logits:
             yield from self._layer_by_layer(windows)
             return
         for window in windows:
-            cache = RoundedCache() if self._rounds else None
+            cache = RoundedCache(self._cache_format) if self._rounds else None
             with _device_arithmetic(self._model):
                 kept = cache_argument(self._model, cache)
                 ids = window[None].to(self._device)

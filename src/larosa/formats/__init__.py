@@ -1,9 +1,25 @@
-"""How the weights of linears are stored: as they are, or by few bits. Nothing outside this room tells formats apart.
+"""How weights, adapters, and keys and values are stored: as they are, or by few bits.
 
-A new format is a class in `columns.py`, and a name in `quantization.py`.
+Nothing outside this room packs or unpacks them, or counts their bytes. A new format of weights is a class in
+`columns.py`, and a name in `quantization.py`.
 """
 
+from larosa.formats.adapters import Adapter, AdapterFormat
 from larosa.formats.columns import GROUPS, SCALE_DTYPE, ColumnFormat, Int4, Int8
+from larosa.formats.keys_values import CacheDtype, CacheFormat
 from larosa.formats.quantization import Quantization, Quantizer, WeightFormat
 
-__all__ = ["GROUPS", "SCALE_DTYPE", "ColumnFormat", "Int4", "Int8", "Quantization", "Quantizer", "WeightFormat"]
+__all__ = [
+    "GROUPS",
+    "SCALE_DTYPE",
+    "Adapter",
+    "AdapterFormat",
+    "CacheDtype",
+    "CacheFormat",
+    "ColumnFormat",
+    "Int4",
+    "Int8",
+    "Quantization",
+    "Quantizer",
+    "WeightFormat",
+]

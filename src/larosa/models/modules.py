@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.architectures import Architecture
-from larosa.config import GATE, SITES, AdapterFormat, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
+from larosa.config import GATE, SITES, KeepCounts, LarosaConfig, Prefill, Rotation, Thresholds
 from larosa.errors import LarosaError
-from larosa.formats import ColumnFormat
+from larosa.formats import Adapter, AdapterFormat, ColumnFormat
+from larosa.formats.adapters import INT8_ADAPTERS, AdapterStorage
 from larosa.models.quantized import QuantizedLinear, quantized_like
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
-from larosa.ops.adapter import adapt_reference, leading_entries
-from larosa.rotation.adapters import Adapter
+from larosa.ops.adapter import adapt_reference
 from larosa.utils.layer_files import in_memory
 
 
@@ -63,9 +63,9 @@ class Int8Adapter(nn.Module):
 
     def __init__(self, width: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        digits = torch.empty(width, width + leading_entries(width), dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(digits, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(width, dtype=dtype, device=device), requires_grad=False)
+        weight, scale = INT8_ADAPTERS.empty(width, dtype, device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] in the next coordinates."""
@@ -235,6 +235,11 @@ def _adapter(layer: nn.Module, architecture: Architecture, adapters: AdapterForm
     # Without the usual random numbers, which would take all adapters' memory before there are any.
     size = len(like)
     return nn.utils.skip_init(nn.Linear, size, size, bias=False, device=like.device, dtype=like.dtype)
+
+
+def adapter_storage(adapter: nn.Linear | Int8Adapter) -> AdapterStorage:
+    """How an adapter of a sparsified model is stored."""
+    return (AdapterFormat.INT8 if isinstance(adapter, Int8Adapter) else AdapterFormat.FULL).storage
 
 
 @torch.no_grad()

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from larosa.formats.adapters import INT8_ADAPTERS
 from larosa.ops.schema import define
-
-#: How much more an entry's high digit counts than its low one.
-HIGH = 128.0
-
-_LEADING_STEP = 16
-
-
-def leading_entries(width: int) -> int:
-    """How many of a stream's first entries, which hold most of its length, have two digits: about a sixteenth."""
-    return min(width, _LEADING_STEP * -(-width // (16 * _LEADING_STEP)))
 
 
 @define("adapt(Tensor x, Tensor weight, Tensor scale) -> Tensor")
@@ -36,6 +27,5 @@ def adapt_reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) 
     """
     width = x.shape[-1]
     # The matrix is scaled, not its result, nor are entries of x multiplied: either could overflow in float16.
-    matrix = weight.to(x.dtype) * scale.to(x.dtype)[:, None]
-    matrix[:, width:] *= HIGH
+    matrix = INT8_ADAPTERS.factors(weight, scale, width, x.dtype)
     return torch.cat([x, x[..., : weight.shape[1] - width]], dim=-1) @ matrix.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from larosa.formats.keys_values import round_vectors
 from larosa.ops.norm import rms_norm_reference
 from larosa.ops.schema import define
 
@@ -66,7 +67,7 @@ def attend_reference(
         scale: multiplies the scores q k.
         window: positions attended to, this one included; 0 for all.
         scales: [K, T, 2] bfloat16, by which int8 keys (first) and values (second) are multiplied; place `position` is
-            written, as `digits` has it. None for a cache of floats. With `cache` [C, K, T, 2].
+            written, as `round_vectors` has it. None for a cache of floats. With `cache` [C, K, T, 2].
         cache: [B] int64 in [0, C), which of several caches each row is of; None where there is one. A GPU's kernels
             take one row and one cache.
 
@@ -90,7 +91,7 @@ def attend_reference(
             if factors is None:
                 stored[which][:, at] = x.to(keys.dtype)
             else:
-                stored[which][:, at], factors[:, at, which] = digits(x)
+                stored[which][:, at], factors[:, at, which] = round_vectors(x)
         of_row.append((*stored, factors))
         queries.append(q)
     outputs = [qkv.new_empty(0, qkv.shape[1] - 2 * heads * size)]
@@ -103,23 +104,6 @@ def attend_reference(
         weights = torch.softmax(scale * torch.einsum("hd,htd->ht", q, seen_keys), dim=-1)
         outputs.append(torch.einsum("ht,htd->hd", weights, seen_values).reshape(1, -1))
     return torch.cat(outputs)
-
-
-def digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values rounded to 8 bits for the cache.
-
-    Args:
-        x: [..., d] of any float dtype.
-
-    Returns:
-        [..., d] int8, and [...] bfloat16 by which to multiply them: a 127th of the largest magnitude. A vector with an
-        entry that is not finite has digits of 0 and a scale that is not finite; one next to nothing has digits of 0.
-    """
-    scale = (x.abs().amax(dim=-1) / 127).to(torch.bfloat16)
-    wide = scale.to(x.dtype)
-    inverse = torch.where(wide > 1e-37, wide.reciprocal(), 0.0)
-    rounded = (x * inverse[..., None]).nan_to_num(0.0).round().clamp(-127, 127)
-    return rounded.to(torch.int8), scale
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 from larosa.architectures import Architecture, Heads, find_architecture
 from larosa.config import KeepCounts, LarosaConfig
 from larosa.errors import LarosaError
-from larosa.models import Int8Adapter, QuantizedLinear, TopK, family_of, set_keep_counts
+from larosa.models import Int8Adapter, QuantizedLinear, TopK, adapter_storage, family_of, set_keep_counts
 from larosa.ops import keep_top_k
-from larosa.ops.adapter import leading_entries
 from larosa.parallel.ranks import Over, Ranks
 from larosa.sparsity import SiteSizes
 
@@ -218,14 +217,10 @@ def adapters_of(layer: Any) -> dict[str, Any]:
 
 
 def adapter_parts(adapter: nn.Linear | Int8Adapter, ranks: Ranks) -> list[tuple[slice, slice]]:
-    """Where in the whole adapter's weight a rank's inputs stand; the second part are high digits of 8-bit numbers."""
+    """Where in the whole adapter's weight a rank's inputs stand."""
     whole = len(adapter.weight)
     inputs = adapter_inputs(whole, ranks)
-    parts = [(slice(None), inputs)]
-    if isinstance(adapter, Int8Adapter):
-        leading = leading_entries(whole)
-        parts.append((slice(None), slice(whole + min(inputs.start, leading), whole + min(inputs.stop, leading))))
-    return parts
+    return [(slice(None), columns) for columns in adapter_storage(adapter).parts(inputs, whole)]
 
 
 def adapter_inputs(width: int, ranks: Ranks) -> slice:

@@ -10,16 +10,12 @@ those that were looked for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from larosa.config import AdapterFormat
-from larosa.ops.adapter import HIGH, leading_entries
+from larosa.formats import Adapter, AdapterFormat
 from larosa.rotation.bases import LayerBases
-
-_LARGEST = 127  # of a digit
 
 
 class Frame(NamedTuple):
@@ -31,23 +27,6 @@ class Frame(NamedTuple):
 
     vectors: torch.Tensor
     dual: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """x <- x R: its R^T [D, D] in the model's dtype, or, with a scale, as `adapt_reference` has it."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor | None = None
-
-    def matrix(self) -> torch.Tensor:
-        """R as it is stored, [D, D] float64."""
-        if self.scale is None:
-            return self.weight.T.double()
-        width = len(self.weight)
-        digits, high = self.weight[:, :width].double(), self.weight[:, width:]
-        digits[:, : high.shape[1]] += HIGH * high
-        return (digits * self.scale.double()[:, None]).T
 
 
 class LayerFrames(NamedTuple):
@@ -92,37 +71,10 @@ def _next(
     basis, frame = reached
     if frame is None or wanted is None or wanted is basis:
         return reached, None
-    adapter = make_adapter(adapters, frame.dual.T @ wanted, dtype)
-    vectors = frame.vectors @ adapter.matrix()
+    adapter = adapters.storage.pack(frame.dual.T @ wanted, dtype)
+    vectors = frame.vectors @ adapters.storage.unpack(adapter)
     return (wanted, Frame(vectors, torch.linalg.inv(vectors).T)), adapter
 
 
 def _orthogonal(Q: torch.Tensor | None) -> Frame | None:
     return None if Q is None else Frame(Q, Q)
-
-
-def usual_format(dtype: torch.dtype) -> AdapterFormat:
-    """How adapters of a model are stored where nobody says: by 8 bits where weights are rounded to 16 themselves."""
-    return AdapterFormat.INT8 if dtype.itemsize == 2 else AdapterFormat.FULL
-
-
-def make_adapter(adapters: AdapterFormat, R: torch.Tensor, dtype: torch.dtype) -> Adapter:
-    """R [D, D] float64, rounded once, for a model of this dtype."""
-    return int8_adapter(R, dtype) if adapters is AdapterFormat.INT8 else Adapter(R.T.to(dtype))
-
-
-def int8_adapter(R: torch.Tensor, dtype: torch.dtype) -> Adapter:
-    """R [D, D] float64 by a digit an entry, and two for those that multiply the stream's leading entries.
-
-    A digit is of 8 bits. Scales are powers of two, one for each output, and so the same in every dtype.
-    """
-    wanted, leading = R.T, leading_entries(len(R))
-    reach = torch.full((len(R),), float(_LARGEST)).to(R)
-    reach[:leading] *= HIGH
-    needed = (wanted.abs() / reach).amax(1).clamp_min(torch.finfo(torch.float16).smallest_normal)
-    scale = needed.log2().ceil().exp2()
-    steps = wanted / scale[:, None]
-    high = (steps[:, :leading] / HIGH).round()
-    steps[:, :leading] -= HIGH * high
-    digits = torch.cat([steps.round(), high], dim=1).clamp(-_LARGEST, _LARGEST)
-    return Adapter(digits.to(torch.int8), scale.to(dtype))

@@ -14,7 +14,8 @@ from torch import nn
 from larosa.architectures import Architecture, Heads
 from larosa.calibration.shelf import Shelf
 from larosa.errors import LarosaError
-from larosa.rotation.adapters import Adapter, Frame, LayerFrames
+from larosa.formats import Adapter
+from larosa.rotation.adapters import Frame, LayerFrames
 from larosa.utils.layer_files import in_memory
 
 

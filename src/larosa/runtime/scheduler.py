@@ -315,8 +315,8 @@ def _tell(ticket: Ticket, event: Event | Exception) -> None:
 
 
 def _check_memory(llm: LLM, sessions: int) -> None:
-    dtype = llm.kv_cache_dtype.beside(llm.weights.dtype)
-    needed, free = sessions * cache_bytes(llm.config, dtype, llm.max_length), available_memory(llm.weights.device)
+    form = llm.kv_cache_dtype.beside(llm.weights.dtype)
+    needed, free = sessions * cache_bytes(llm.config, form, llm.max_length), available_memory(llm.weights.device)
     if needed > free:
         raise LarosaError(
             f"{sessions} sequences of {llm.max_length} tokens need {needed / 1e9:.2f} GB for their keys and values and "

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from larosa.config import GATE, SITES, AdapterFormat, Method, Rotation
-from larosa.formats import ColumnFormat
-from larosa.ops.adapter import leading_entries
+from larosa.config import GATE, SITES, Method, Rotation
+from larosa.formats import AdapterFormat, ColumnFormat
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,15 @@ class SiteSizes:
         self, rotation: Rotation, layers_per_rotation: int = 1, adapters: AdapterFormat = AdapterFormat.FULL
     ) -> int:
         """Weight elements that the residual adapters add, over all layers."""
-        width = self.hidden + (leading_entries(self.hidden) if adapters is AdapterFormat.INT8 else 0)
-        return self.num_adapters(rotation, layers_per_rotation) * self.hidden * width
+        one = self.hidden * adapters.storage.columns(self.hidden)
+        return self.num_adapters(rotation, layers_per_rotation) * one
 
     def adapter_bytes(
         self, rotation: Rotation, layers_per_rotation: int, adapters: AdapterFormat, element_size: int
     ) -> int:
         """What they take in a model whose weights have elements of so many bytes."""
-        elements = self.adapter_weights(rotation, layers_per_rotation, adapters)
-        if adapters is AdapterFormat.FULL:
-            return elements * element_size
-        return elements + self.num_adapters(rotation, layers_per_rotation) * self.hidden * element_size
+        one = adapters.storage.stored_bytes(self.hidden, element_size)
+        return self.num_adapters(rotation, layers_per_rotation) * one
 
 
 def column_bytes(matrices: Sequence[int], form: ColumnFormat | None, element_size: int) -> int:

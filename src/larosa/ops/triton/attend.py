@@ -110,7 +110,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _digits(x, scale_ptr, inside):
-    """Rounded to 8 bits, as `larosa.ops.attend.digits` does it; the scale is stored."""
+    """Rounded to 8 bits, as `larosa.formats.keys_values.round_vectors` does it; the scale is stored."""
     largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True))  # NaN's bits are above infinity's
     scale = (largest.to(tl.float32, bitcast=True) / 127.0).to(tl.bfloat16)
     tl.store(scale_ptr, scale, mask=inside)

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from larosa.formats.adapters import HIGH
 from larosa.ops import checks
-from larosa.ops.adapter import HIGH
 from larosa.ops.linear import Biases, Weights
 
 _ROWS, _STEP = 8, 512  # of a dense tile: outputs, inputs at a time
