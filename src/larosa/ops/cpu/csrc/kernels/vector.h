@@ -1,15 +1,18 @@
 // Vectors of LAROSA_LANES floats, and how weights of each dtype become such vectors.
 //
-// These are the compiler's own vector types (g++ and clang), so one source serves every instruction set. Everything
-// is in a namespace of the instruction set's name, and nothing of the standard library's is called: an inline function
-// that two copies share would be kept once, perhaps with instructions that the processor lacks.
+// These are the compiler's own vector types (g++ and clang), so one source serves every instruction set. Where a way of
+// its own is faster, LAROSA_LANES of 16 stands for AVX-512, of 8 for AVX2, and LAROSA_NEON for NEON. Everything is in a
+// namespace of the instruction set's name, and nothing of the standard library's is called: an inline function that two
+// copies share would be kept once, perhaps with instructions that the processor lacks.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __F16C__
+#if LAROSA_LANES > 4
 #include <immintrin.h>
+#elif defined(LAROSA_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "../larosa_cpu.h"
@@ -56,10 +59,12 @@ struct Float16 {
     using Element = uint16_t;
     using Stored = Halves;
     static constexpr bool mixed = false;
-#if defined(__AVX512F__)
+#if LAROSA_LANES == 16
     static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(x))); }
-#elif defined(__F16C__)
+#elif LAROSA_LANES == 8
     static Floats widen(Stored x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+#elif defined(LAROSA_NEON)
+    static Floats widen(Stored x) { return bits<Floats>(vcvt_f32_f16(bits<float16x4_t>(x))); }
 #else
     // Moved to where a float has them, exponent and mantissa are too small by 2^112, subnormals included.
     static Floats widen(Stored x) {
@@ -76,11 +81,16 @@ struct Int8 {
     using Stored = Bytes;
     static constexpr bool mixed = false;
     // The compilers make a slow way through memory of __builtin_convertvector here.
-#if defined(__AVX512F__)
+#if LAROSA_LANES == 16
     static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits<__m128i>(x)))); }
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
     static Floats widen(Stored x) {
         return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits<long long>(x)))));
+    }
+#elif defined(LAROSA_NEON)
+    static Floats widen(Stored x) {
+        const int16x8_t pairs = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bits<int32_t>(x))));
+        return bits<Floats>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(pairs))));
     }
 #else
     // Each byte becomes the highest of four, by two interleavings with zeros.
