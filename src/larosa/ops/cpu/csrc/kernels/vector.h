@@ -17,6 +17,10 @@
 
 #include "../larosa_cpu.h"
 
+// Before each loop over sums that are to be in registers: where instructions are called by name, compilers unroll too late
+// for an array to leave memory.
+#define LAROSA_UNROLLED _Pragma("GCC unroll 16")
+
 namespace larosa {
 namespace LAROSA_ISA {
 
@@ -37,7 +41,26 @@ inline To bits(From from) {
     return to;
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }
+
+// a * b + c, rounded once where the instruction set can. It is the only way to that: the compiler is not to fuse operators,
+// for each compiler does so in other places, and then bits differ between them.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if LAROSA_LANES == 16
+    return _mm512_fmadd_ps(a, b, c);
+#elif LAROSA_LANES == 8
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(LAROSA_NEON)
+    return vfmaq_f32(c, a, b);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats multiply_add(float a, Floats b, Floats c) { return multiply_add(splat(a), b, c); }
 
 // How an element is stored, and a vector of them as floats. Two vectors of a "mixed" type are cheaper to have as the
 // even and the odd elements than in order.
@@ -214,17 +237,12 @@ inline Floats exp(Floats x) {
     x = x > 89.0f ? splat(89.0f) : x;     // overflows
     x = x < -104.0f ? splat(-104.0f) : x; // vanishes
     // x = n ln 2 + r, n rounded by adding a number so large that no fraction has room.
-    const Floats large = x * 1.44269504088896341f + 12582912.0f;
+    const Floats large = multiply_add(1.44269504088896341f, x, splat(12582912.0f));
     const Floats n = large - 12582912.0f;
-    const Floats r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    const Floats r = multiply_add(-1.42860682030941723e-6f, n, multiply_add(-0.693145751953125f, n, x));
+    constexpr float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
     Floats power = splat(1.0f / 5040);
-    power = power * r + 1.0f / 720;
-    power = power * r + 1.0f / 120;
-    power = power * r + 1.0f / 24;
-    power = power * r + 1.0f / 6;
-    power = power * r + 0.5f;
-    power = power * r + 1.0f;
-    power = power * r + 1.0f;
+    for (const float term : terms) power = multiply_add(power, r, splat(term));
     // 2^n in two factors, for one alone can be too small or too large for a float. n + 256 > 0.
     const Words biased = bits<Words>(large) - 0x4b400000u + 256u;
     const Words first = biased >> 1;
