@@ -38,9 +38,7 @@ def test_the_environment_chooses_the_instruction_set(unloaded, monkeypatch, isa)
 
 def test_an_unknown_instruction_set_is_an_error(unloaded, monkeypatch):
     monkeypatch.setenv(library.ISA_VARIABLE, "sse9")
-    with pytest.raises(
-        LarosaError, match="LAROSA_CPU_ISA 'sse9' is not known: use one of portable, avx2, avx512, avx512vnni"
-    ):
+    with pytest.raises(LarosaError, match="LAROSA_CPU_ISA 'sse9' is not known: use one of portable, avx2, avxvnni, "):
         torch.ops.larosa.silu_mul(torch.zeros(1, 4))
 
 

@@ -16,7 +16,7 @@ from larosa.ops import cpu
 
 #: Forces an instruction set, one of `ISAS`. Without it the widest that the processor has.
 ISA_VARIABLE = "LAROSA_CPU_ISA"
-ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondotprod")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
 INTERFACE = 4

@@ -58,7 +58,8 @@ struct larosa_low_bit {
 enum { LAROSA_INTERFACE = 4 };
 int64_t larosa_interface(void);
 
-/* The instruction set in use: "portable", "avx2", "avx512" or "avx512vnni"; at first the widest that the processor has. */
+/* The instruction set in use, at first the widest that the processor has: "portable"; "avx2", "avxvnni", "avx512" or
+ * "avx512vnni" on x86-64; "neon" or "neondotprod" on 64-bit Arm. */
 const char *larosa_isa(void);
 /* Use another one. 0, or 1: not known, or 2: known, but not to this processor or this build. */
 int larosa_set_isa(const char *name);

@@ -17,11 +17,13 @@ inline void prepare_head(const float *head, int64_t size, const larosa_vector &g
     }
     if (!cos) return;
     const int64_t half = size / 2;
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = out[i], second = out[half + i];
-        out[i] = first * cos[i] - second * sin[i];
-        out[half + i] = second * cos[half + i] + first * sin[half + i];
-    }
+    for_vectors(half, [&](int64_t at, int64_t some) {
+        const Floats first = load_at(out, at, some), second = load_at(out + half, at, some);
+        const Floats cos_first = load_at(cos, at, some), cos_second = load_at(cos + half, at, some);
+        const Floats sin_first = load_at(sin, at, some), sin_second = load_at(sin + half, at, some);
+        store_at(out, at, multiply_add(first, cos_first, -(second * sin_first)), some);
+        store_at(out + half, at, multiply_add(second, cos_second, first * sin_second), some);
+    });
 }
 
 inline float bfloat16_at(const uint16_t *x) { return bits<float>(uint32_t(*x) << 16); }
@@ -34,8 +36,8 @@ inline uint16_t round_to_bfloat16(float x) {
 }
 
 inline uint16_t round_to_float16(float x) {
+    if (x != x) return 0x7e00;
     const uint32_t word = bits<uint32_t>(x), sign = word >> 16 & 0x8000u, magnitude = word & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
     if (magnitude < 0x38800000u) {  // subnormal: a multiple of 2^-24, the last place of a half
         return uint16_t(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u));
@@ -89,12 +91,13 @@ inline void mix_values(const float *weights, const typename Type::Element *value
         Floats mixed[together] = {};
         for (int64_t t = 0; t < count; ++t)
             for (int64_t v = 0; v < together; ++v)
-                mixed[v] += weights[t] * load<Type>(values + t * size + at + v * kLanes);
+                mixed[v] = multiply_add(weights[t], load<Type>(values + t * size + at + v * kLanes), mixed[v]);
         for (int64_t v = 0; v < together; ++v) store(out + at + v * kLanes, mixed[v]);
     }
     for_vectors(size - at, [&](int64_t past, int64_t some) {
         Floats mixed = {};
-        for (int64_t t = 0; t < count; ++t) mixed += weights[t] * load_at<Type>(values + t * size + at, past, some);
+        for (int64_t t = 0; t < count; ++t)
+            mixed = multiply_add(weights[t], load_at<Type>(values + t * size + at, past, some), mixed);
         store_at(out + at, past, mixed, some);
     });
 }
@@ -107,7 +110,7 @@ inline void attend_typed(const float *query, const typename Type::Element *keys,
     for (int64_t t = 0; t < count; ++t) {
         Floats products = {};
         for_vectors(size, [&](int64_t at, int64_t some) {
-            products += load_at(query, at, some) * load_at<Type>(keys + t * size, at, some);
+            products = multiply_add(load_at(query, at, some), load_at<Type>(keys + t * size, at, some), products);
         });
         weights[t] = scale * sum(products) * (scales ? bfloat16_at(scales + 2 * t) : 1);
         largest = weights[t] > largest ? weights[t] : largest;
@@ -143,17 +146,19 @@ inline void merge_chunks(const float *parts, int64_t count, int64_t size, float 
     float largest = -__builtin_inff();
     for (int64_t i = 0; i < count; ++i) largest = parts[i * stride] > largest ? parts[i * stride] : largest;
     const float base = largest == -__builtin_inff() ? 0 : largest;
-    float total = 0;
+    Floats total = {};
     for (int64_t at = 0; at < size; ++at) out[at] = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float *part = parts + i * stride;
         // A chunk's weights are relative to its largest score, or to 0 where that is minus infinity.
         const float own = part[0] == -__builtin_inff() ? 0 : part[0];
         const float factor = own == base ? 1 : exp(own - base);
-        total += factor * part[1];
-        for (int64_t at = 0; at < size; ++at) out[at] += factor * part[2 + at];
+        total = multiply_add(factor, splat(part[1]), total);
+        for_vectors(size, [&](int64_t at, int64_t some) {
+            store_at(out, at, multiply_add(factor, load_at(part + 2, at, some), load_at(out, at, some)), some);
+        });
     }
-    for (int64_t at = 0; at < size; ++at) out[at] /= total;
+    for (int64_t at = 0; at < size; ++at) out[at] /= total[0];
 }
 
 }  // namespace LAROSA_ISA

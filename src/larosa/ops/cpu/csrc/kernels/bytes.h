@@ -15,13 +15,13 @@ inline Integers load_bytes(const uint8_t *from) {
 }
 
 // Bytes, or pairs of bytes, of a and b by turns: of the low or the high half of each 16 bytes.
-#if defined(__AVX512BW__)
+#if LAROSA_LANES == 16
 inline __m512i raw(Integers x) { return bits<__m512i>(x); }
 inline Integers low_bytes(Integers a, Integers b) { return bits<Integers>(_mm512_unpacklo_epi8(raw(a), raw(b))); }
 inline Integers high_bytes(Integers a, Integers b) { return bits<Integers>(_mm512_unpackhi_epi8(raw(a), raw(b))); }
 inline Integers low_pairs(Integers a, Integers b) { return bits<Integers>(_mm512_unpacklo_epi16(raw(a), raw(b))); }
 inline Integers high_pairs(Integers a, Integers b) { return bits<Integers>(_mm512_unpackhi_epi16(raw(a), raw(b))); }
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
 inline __m256i raw(Integers x) { return bits<__m256i>(x); }
 inline Integers low_bytes(Integers a, Integers b) { return bits<Integers>(_mm256_unpacklo_epi8(raw(a), raw(b))); }
 inline Integers high_bytes(Integers a, Integers b) { return bits<Integers>(_mm256_unpackhi_epi8(raw(a), raw(b))); }
@@ -54,9 +54,9 @@ inline Integers repeat(uint8_t byte) { return Integers{} + int32_t(0x01010101u *
 
 // Products of 16-bit numbers, and sums of two of them.
 inline Integers add_pairs(Shorts a, Shorts b) {
-#if defined(__AVX512BW__)
+#if LAROSA_LANES == 16
     return bits<Integers>(_mm512_madd_epi16(bits<__m512i>(a), bits<__m512i>(b)));
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
     return bits<Integers>(_mm256_madd_epi16(bits<__m256i>(a), bits<__m256i>(b)));
 #else
     const auto even = [](Shorts x) { return bits<Integers>(bits<Words>(x) << 16) >> 16; };
@@ -72,34 +72,73 @@ inline Shorts even_bytes(Integers x) {
 }
 inline Shorts odd_bytes(Integers x) { return bits<Shorts>(x) >> 8; }
 
+// Where there are dot products of four bytes with four signed ones, added to sums: whether codes are signed bytes too.
+#if defined(LAROSA_NEON)
+#define LAROSA_DOTS
+constexpr bool kSignedCodes = true;
+inline Integers dots(Integers sums, Integers codes, Integers numbers) {
+    const int8x16_t a = bits<int8x16_t>(codes), b = bits<int8x16_t>(numbers);
+#ifdef __ARM_FEATURE_DOTPROD
+    return bits<Integers>(vdotq_s32(bits<int32x4_t>(sums), a, b));
+#else
+    // Two products are within 16 bits: 2 * 128 * 127.
+    const int16x8_t twos = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+    return bits<Integers>(vpadalq_s16(bits<int32x4_t>(sums), twos));
+#endif
+}
+#elif LAROSA_LANES == 16 && defined(__AVX512VNNI__)
+#define LAROSA_DOTS
+constexpr bool kSignedCodes = false;
+inline Integers dots(Integers sums, Integers codes, Integers numbers) {
+    return bits<Integers>(_mm512_dpbusd_epi32(raw(sums), raw(codes), raw(numbers)));
+}
+#elif LAROSA_LANES == 8 && (defined(__AVXVNNI__) || defined(__AVX512VNNI__))
+#define LAROSA_DOTS
+constexpr bool kSignedCodes = false;
+inline Integers dots(Integers sums, Integers codes, Integers numbers) {
+#ifdef __AVXVNNI__
+    return bits<Integers>(_mm256_dpbusd_avx_epi32(raw(sums), raw(codes), raw(numbers)));
+#else
+    return bits<Integers>(_mm256_dpbusd_epi32(raw(sums), raw(codes), raw(numbers)));
+#endif
+}
+#endif
+
 // Dot products of codes of four columns, a byte each, and whole numbers up to kLargest, which come packed in kWords
 // words: added up over up to 16 columns, for 4 kLanes bytes. Both classes have the same members but for their totals.
 //
 // Codes 0 to 15 in the low and in the high half of each byte, and numbers of 8 bits.
-#if defined(__AVX512VNNI__)
 class NibbleDots {
   public:
     static constexpr int kWords = 1, kLargest = 127, kOffset = 8;
     static void pack(const Integers *numbers, Integers *words) { words[0] = pack_bytes(numbers); }
+#if defined(LAROSA_NEON)
+    void begin(Integers start) { low_ = high_ = start; }
+    void add(Integers codes, const Integers *words) {
+        typedef uint8_t Unsigned __attribute__((vector_size(16)));
+        low_ = dots(low_, codes & repeat(15), words[0]);
+        high_ = dots(high_, bits<Integers>(bits<Unsigned>(codes) >> 4), words[0]);
+    }
+    Integers low() const { return low_; }
+    Integers high() const { return high_; }
+
+  private:
+    Integers low_, high_;
+#elif defined(LAROSA_DOTS)
     void begin(Integers start) {
         high_ = start << 4;
         all_ = high_ + start;
     }
     void add(Integers codes, const Integers *words) {
-        all_ = bits<Integers>(_mm512_dpbusd_epi32(raw(all_), raw(codes), raw(words[0])));
-        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes & repeat(0xf0)), raw(words[0])));
+        all_ = dots(all_, codes, words[0]);
+        high_ = dots(high_, codes & repeat(0xf0), words[0]);
     }
     Integers low() const { return all_ - high_; }
     Integers high() const { return high_ >> 4; }
 
   private:
     Integers all_, high_;  // high halves count 16 times
-};
 #else
-class NibbleDots {
-  public:
-    static constexpr int kWords = 1, kLargest = 127, kOffset = 8;
-    static void pack(const Integers *numbers, Integers *words) { words[0] = pack_bytes(numbers); }
     // A sum and its start stay within 16 bits: 8 columns times 15 times 127, and 16 times 8 times 127.
     void begin(Integers start) { low_ = high_ = bits<Shorts>(start & 0xffff); }
     void add(Integers codes, const Integers *words) {
@@ -112,9 +151,9 @@ class NibbleDots {
   private:
     // Sums of two.
     static Shorts products(Integers codes, Integers numbers) {
-#if defined(__AVX512BW__)
+#if LAROSA_LANES == 16
         return bits<Shorts>(_mm512_maddubs_epi16(raw(codes), raw(numbers)));
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
         return bits<Shorts>(_mm256_maddubs_epi16(raw(codes), raw(numbers)));
 #else
         return even_bytes(codes) * even_bytes(numbers) + odd_bytes(codes) * odd_bytes(numbers);
@@ -122,15 +161,15 @@ class NibbleDots {
     }
 
     Shorts low_, high_;
-};
 #endif
+};
 
 // Codes -128 to 127, and numbers of 15 bits, for which there is time while bytes are read.
 class ByteDots {
   public:
     static constexpr int kWords = 2, kLargest = 127 * 128;
-#if defined(__AVX512VNNI__)
-    static constexpr int kOffset = 128;  // added to codes, so that none is negative
+#ifdef LAROSA_DOTS
+    static constexpr int kOffset = kSignedCodes ? 0 : 128;  // added to codes, so that none is negative
     // Of each number a high digit, which counts 128 times, and a low one.
     static void pack(const Integers *numbers, Integers *words) {
         Integers high[4], low[4];
@@ -147,8 +186,8 @@ class ByteDots {
     }
     void add(Integers codes, const Integers *words) {
         codes ^= repeat(kOffset);
-        high_ = bits<Integers>(_mm512_dpbusd_epi32(raw(high_), raw(codes), raw(words[0])));
-        low_ = bits<Integers>(_mm512_dpbusd_epi32(raw(low_), raw(codes), raw(words[1])));
+        high_ = dots(high_, codes, words[0]);
+        low_ = dots(low_, codes, words[1]);
     }
     Integers total() const { return (high_ << 7) + low_; }
 
@@ -181,10 +220,10 @@ class Spread {
 
     // Of kLanes / 4 numbers.
     Integers operator()(const int32_t *from) const {
-#if defined(__AVX512BW__)
+#if LAROSA_LANES == 16
         const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
         return bits<Integers>(_mm512_permutexvar_epi32(raw(of_), _mm512_castsi128_si512(some)));
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
         const __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(from));
         return bits<Integers>(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(some), raw(of_)));
 #else

@@ -72,10 +72,21 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avxvnni {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512vnni {
+extern const Kernels kernels;
+}
+#endif
+#ifdef LAROSA_AARCH64
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neondotprod {
 extern const Kernels kernels;
 }
 #endif

@@ -1,9 +1,8 @@
 // Products of a vector with weights of 8 or 4 bits, by columns and in whole numbers.
 //
 // The vector's entries times the scales of their columns are rounded, by one unit for kBlock columns in each group of
-// outputs. Sums over a block are exact then. What is left in float32 has one order, and is compiled without
-// fused multiplications and additions (nothing of vector.h that does both is called): so results have the same bits on
-// every instruction set.
+// outputs. Sums over a block are exact then. What is left in float32 has one order, and never multiplies and adds at once,
+// which not every instruction set can: so results have the same bits on all of them.
 #include "bytes.h"
 #include "kernels.h"
 

@@ -77,25 +77,24 @@ inline void add_columns(const typename Type::Element *const *columns, const type
     int64_t at = 0;
     for (; at + step <= count; at += step) {
         Floats total[vectors];
-        for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < group; ++i) {
+        LAROSA_UNROLLED for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
+        LAROSA_UNROLLED for (int i = 0; i < group; ++i) {
             for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(next[i] + at + ahead, 0, 3);
-            for (int64_t v = 0; v < vectors; v += 2) {
+            LAROSA_UNROLLED for (int64_t v = 0; v < vectors; v += 2) {
                 Floats pair[2];
                 load_pair<Type>(columns[i] + at + v * kLanes, pair);
-                total[v] += values[i] * pair[0];
-                total[v + 1] += values[i] * pair[1];
+                total[v] = multiply_add(values[i], pair[0], total[v]);
+                total[v + 1] = multiply_add(values[i], pair[1], total[v + 1]);
             }
         }
-        for (int64_t v = 0; v < vectors; ++v) store(sums + at + v * kLanes, total[v]);
+        LAROSA_UNROLLED for (int64_t v = 0; v < vectors; ++v) store(sums + at + v * kLanes, total[v]);
     }
     for (; at < count; at += kLanes) {
         const int64_t some = count - at < kLanes ? count - at : kLanes;
         Floats total = load(sums + at);
-        for (int i = 0; i < group; ++i) {
+        LAROSA_UNROLLED for (int i = 0; i < group; ++i) {
             const Element *column = columns[i] + at;
-            total += values[i] * (some == kLanes ? load<Type>(column) : load_some<Type>(column, some));
+            total = multiply_add(values[i], some == kLanes ? load<Type>(column) : load_some<Type>(column, some), total);
         }
         store(sums + at, total);
     }
@@ -151,19 +150,20 @@ inline void add_columns_of_rows(const float *values, const int32_t *indices, int
     const auto add = [&](int64_t at, auto number, auto load_weights) {
         constexpr int vectors = decltype(number)::count;
         Floats total[rows][vectors];
-        for (int row = 0; row < rows; ++row)
-            for (int v = 0; v < vectors; ++v) total[row][v] = load(sums[row] + at + v * kLanes);
+        LAROSA_UNROLLED for (int row = 0; row < rows; ++row)
+            LAROSA_UNROLLED for (int v = 0; v < vectors; ++v) total[row][v] = load(sums[row] + at + v * kLanes);
         for (int64_t i = 0; i < columns; ++i) {
             if (i < fetched)
                 for (int64_t ahead = 0; ahead < vectors * kLanes; ahead += line)
                     __builtin_prefetch(weight + int64_t(next[i]) * matrix.outputs + at + ahead, 0, 2);
             Floats column[vectors];
             load_weights(weight + int64_t(indices[i]) * matrix.outputs + at, column);
-            for (int row = 0; row < rows; ++row)
-                for (int v = 0; v < vectors; ++v) total[row][v] += values[i * rows + row] * column[v];
+            LAROSA_UNROLLED for (int row = 0; row < rows; ++row)
+                LAROSA_UNROLLED for (int v = 0; v < vectors; ++v)
+                    total[row][v] = multiply_add(values[i * rows + row], column[v], total[row][v]);
         }
-        for (int row = 0; row < rows; ++row)
-            for (int v = 0; v < vectors; ++v) store(sums[row] + at + v * kLanes, total[row][v]);
+        LAROSA_UNROLLED for (int row = 0; row < rows; ++row)
+            LAROSA_UNROLLED for (int v = 0; v < vectors; ++v) store(sums[row] + at + v * kLanes, total[row][v]);
     };
     const int64_t whole = count / columns_step<Type>() * columns_step<Type>();
     int64_t at = 0;
@@ -228,28 +228,30 @@ inline void dot_rows(const float *x, const typename Type::Element *rows, int64_t
     for (; at + step <= depth; at += step) {
         const auto *after = rows + group * (depth + at);
         for (int64_t ahead = 0; ahead < group * step; ahead += line) __builtin_prefetch(after + ahead, 0, 2);
-        for (int i = 0; i < group; ++i)
-            for (int c = 0; c < kChains; c += 2) {
+        LAROSA_UNROLLED for (int i = 0; i < group; ++i)
+            LAROSA_UNROLLED for (int c = 0; c < kChains; c += 2) {
                 const int64_t from = at + c * kLanes;
                 Floats pair[2];
                 load_pair<Type>(rows + i * depth + from, pair);
-                for (int v = 0; v < vectors; ++v) {
-                    total[v][i][c] += load(x + v * depth + from) * pair[0];
-                    total[v][i][c + 1] += load(x + v * depth + from + kLanes) * pair[1];
+                LAROSA_UNROLLED for (int v = 0; v < vectors; ++v) {
+                    const float *entries = x + v * depth + from;
+                    total[v][i][c] = multiply_add(load(entries), pair[0], total[v][i][c]);
+                    total[v][i][c + 1] = multiply_add(load(entries + kLanes), pair[1], total[v][i][c + 1]);
                 }
             }
     }
     for (; at < depth; at += kLanes) {
         const int64_t some = depth - at < kLanes ? depth - at : kLanes;
-        for (int i = 0; i < group; ++i) {
+        LAROSA_UNROLLED for (int i = 0; i < group; ++i) {
             const auto *row = rows + i * depth + at;
             const Floats weights = some == kLanes ? load<Type>(row) : load_some<Type>(row, some);
-            for (int v = 0; v < vectors; ++v) total[v][i][0] += load_at(x + v * depth, at, some) * weights;
+            LAROSA_UNROLLED for (int v = 0; v < vectors; ++v)
+                total[v][i][0] = multiply_add(load_at(x + v * depth, at, some), weights, total[v][i][0]);
         }
     }
-    for (int v = 0; v < vectors; ++v)
-        for (int i = 0; i < group; ++i) {
-            for (int c = 1; c < kChains; ++c) total[v][i][0] += total[v][i][c];
+    LAROSA_UNROLLED for (int v = 0; v < vectors; ++v)
+        LAROSA_UNROLLED for (int i = 0; i < group; ++i) {
+            LAROSA_UNROLLED for (int c = 1; c < kChains; ++c) total[v][i][0] += total[v][i][c];
             sums[v * kLanes + i] = sum(total[v][i][0]);
         }
 }

@@ -33,7 +33,7 @@ inline int64_t count_from(const uint32_t *magnitudes, int64_t width, uint32_t bo
 inline void gather(const float *x, const uint32_t *magnitudes, int64_t width, int64_t k, uint32_t threshold,
                    int64_t room, float *values, int32_t *indices) {
     int64_t taken = 0, i = 0;
-#ifdef __AVX512F__
+#if LAROSA_LANES == 16
     const __m512i bound = _mm512_set1_epi32(int32_t(threshold));
     __m512i where = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; i + kLanes <= width; i += kLanes) {

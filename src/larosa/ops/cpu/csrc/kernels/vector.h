@@ -1,18 +1,25 @@
 // Vectors of LAROSA_LANES floats, and how weights of each dtype become such vectors.
 //
-// These are the compiler's own vector types (g++ and clang), so one source serves every instruction set. Everything
-// is in a namespace of the instruction set's name, and nothing of the standard library's is called: an inline function
-// that two copies share would be kept once, perhaps with instructions that the processor lacks.
+// These are the compiler's own vector types (g++ and clang), so one source serves every instruction set. Where a way of
+// its own is faster, LAROSA_LANES of 16 stands for AVX-512, of 8 for AVX2, and LAROSA_NEON for NEON. Everything is in a
+// namespace of the instruction set's name, and nothing of the standard library's is called: an inline function that two
+// copies share would be kept once, perhaps with instructions that the processor lacks.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __F16C__
+#if LAROSA_LANES > 4
 #include <immintrin.h>
+#elif defined(LAROSA_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "../larosa_cpu.h"
+
+// Before each loop over sums that are to be in registers: where instructions are called by name, compilers unroll too late
+// for an array to leave memory.
+#define LAROSA_UNROLLED _Pragma("GCC unroll 16")
 
 namespace larosa {
 namespace LAROSA_ISA {
@@ -34,7 +41,26 @@ inline To bits(From from) {
     return to;
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }
+
+// a * b + c, rounded once where the instruction set can. It is the only way to that: the compiler is not to fuse operators,
+// for each compiler does so in other places, and then bits differ between them.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if LAROSA_LANES == 16
+    return _mm512_fmadd_ps(a, b, c);
+#elif LAROSA_LANES == 8
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(LAROSA_NEON)
+    return vfmaq_f32(c, a, b);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+inline Floats multiply_add(float a, Floats b, Floats c) { return multiply_add(splat(a), b, c); }
 
 // How an element is stored, and a vector of them as floats. Two vectors of a "mixed" type are cheaper to have as the
 // even and the odd elements than in order.
@@ -56,10 +82,12 @@ struct Float16 {
     using Element = uint16_t;
     using Stored = Halves;
     static constexpr bool mixed = false;
-#if defined(__AVX512F__)
+#if LAROSA_LANES == 16
     static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(x))); }
-#elif defined(__F16C__)
+#elif LAROSA_LANES == 8
     static Floats widen(Stored x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+#elif defined(LAROSA_NEON)
+    static Floats widen(Stored x) { return bits<Floats>(vcvt_f32_f16(bits<float16x4_t>(x))); }
 #else
     // Moved to where a float has them, exponent and mantissa are too small by 2^112, subnormals included.
     static Floats widen(Stored x) {
@@ -76,11 +104,16 @@ struct Int8 {
     using Stored = Bytes;
     static constexpr bool mixed = false;
     // The compilers make a slow way through memory of __builtin_convertvector here.
-#if defined(__AVX512F__)
+#if LAROSA_LANES == 16
     static Floats widen(Stored x) { return bits<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits<__m128i>(x)))); }
-#elif defined(__AVX2__)
+#elif LAROSA_LANES == 8
     static Floats widen(Stored x) {
         return bits<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits<long long>(x)))));
+    }
+#elif defined(LAROSA_NEON)
+    static Floats widen(Stored x) {
+        const int16x8_t pairs = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bits<int32_t>(x))));
+        return bits<Floats>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(pairs))));
     }
 #else
     // Each byte becomes the highest of four, by two interleavings with zeros.
@@ -204,17 +237,12 @@ inline Floats exp(Floats x) {
     x = x > 89.0f ? splat(89.0f) : x;     // overflows
     x = x < -104.0f ? splat(-104.0f) : x; // vanishes
     // x = n ln 2 + r, n rounded by adding a number so large that no fraction has room.
-    const Floats large = x * 1.44269504088896341f + 12582912.0f;
+    const Floats large = multiply_add(1.44269504088896341f, x, splat(12582912.0f));
     const Floats n = large - 12582912.0f;
-    const Floats r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    const Floats r = multiply_add(-1.42860682030941723e-6f, n, multiply_add(-0.693145751953125f, n, x));
+    constexpr float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
     Floats power = splat(1.0f / 5040);
-    power = power * r + 1.0f / 720;
-    power = power * r + 1.0f / 120;
-    power = power * r + 1.0f / 24;
-    power = power * r + 1.0f / 6;
-    power = power * r + 0.5f;
-    power = power * r + 1.0f;
-    power = power * r + 1.0f;
+    for (const float term : terms) power = multiply_add(power, r, splat(term));
     // 2^n in two factors, for one alone can be too small or too large for a float. n + 256 > 0.
     const Words biased = bits<Words>(large) - 0x4b400000u + 256u;
     const Words first = biased >> 1;
