@@ -49,7 +49,7 @@ def measure(form: ColumnFormat, outputs: tuple[int, ...], depth: int, sparsity: 
     copies = max(2, -(-_COPIES_BYTES // (column * depth)))
     weights = [random_codes(form, outputs, depth, device) for _ in range(copies)]
     gpu = machine(torch.device("cuda", 0))
-    chosen = low_bit_plan(gpu, outputs, kept, 1, width)
+    chosen = low_bit_plan(gpu, outputs, kept, width)
     every = {chosen, *plans(gpu, outputs, width)}
 
     def call(plan: SparsePlan) -> Any:

@@ -1,6 +1,6 @@
 """Entries above a threshold together with the products that read them.
 
-For a GPU's kernels alone, where one launch after another takes time. All of one row, as `above` is.
+For a GPU's kernels alone, where one launch after another takes time.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def above_linear_reference(
     """`sparse_linear` of `above`.
 
     Args:
-        x: [1, D] float32.
+        x: [B, D] float32.
         threshold: not negative.
         score: [D] of any float dtype, or None.
         weights: as of `sparse_linear`, as are the others.
         biases: one [N_i] or None a matrix.
-        residual: [1, sum of N_i], or what the adapter takes.
+        residual: [B, sum of N_i], or what the adapter takes.
         adapter: [sum of N_i, M], or None.
         adapter_scale: [sum of N_i], or None.
 
     Returns:
-        [1, sum of N_i] float32.
+        [B, sum of N_i] float32.
     """
     values, indices, count = above_reference(x, threshold, score)
     return sparse_linear_reference(values, indices, weights, biases, residual, adapter, adapter_scale, count)

@@ -68,8 +68,7 @@ def attend_reference(
         window: positions attended to, this one included; 0 for all.
         scales: [K, T, 2] bfloat16, by which int8 keys (first) and values (second) are multiplied; place `position` is
             written, as `round_vectors` has it. None for a cache of floats. With `cache` [C, K, T, 2].
-        cache: [B] int64 in [0, C), which of several caches each row is of; None where there is one. A GPU's kernels
-            take one row and one cache.
+        cache: [B] int64 in [0, C), which of several caches each row is of; None where there is one.
 
     Returns:
         [B, H d] like `qkv`.

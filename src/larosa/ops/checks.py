@@ -66,12 +66,6 @@ def vector(name: str, x: torch.Tensor | None, size: int) -> torch.Tensor | None:
     return x
 
 
-def one_row(x: torch.Tensor) -> None:
-    """What a threshold selects from: how many entries are above may differ from row to row."""
-    if len(x) != 1:
-        raise ValueError(f"above selects from one row, not {len(x)}")
-
-
 def kept(k: int, width: int) -> None:
     """How many entries a selection keeps."""
     if not 0 <= k <= width:
@@ -99,12 +93,6 @@ def counts(counts: torch.Tensor | None, rows: int) -> None:
     """How many entries of each row of a list are meant: [B] int64; or None."""
     if counts is not None and (counts.dtype != torch.int64 or counts.shape != (rows,) or not counts.is_contiguous()):
         raise ValueError(f"count must be int64 [{rows}], one a row, not {counts.dtype} {list(counts.shape)}")
-
-
-def count(count: torch.Tensor | None, rows: int) -> None:
-    """The same for a GPU's kernels, which take one row."""
-    if count is not None and (count.dtype != torch.int64 or count.shape != (1,) or rows != 1):
-        raise ValueError(f"count must be int64 [1] beside one row, not {count.dtype} {list(count.shape)} beside {rows}")
 
 
 def matrices(
@@ -233,10 +221,10 @@ def attention(
     cache: torch.Tensor | None,
 ) -> int:
     """The number of query heads of what `attend` is given; `tables` are cos and sin."""
-    if len(qkv) != 1 or cache is not None or keys.dim() != 3:
-        raise ValueError("on a GPU attend takes one row of one cache [K, T, d]: run rows one after the other")
-    key_heads, length, size = keys.shape
-    _, width = vectors("qkv", qkv)
+    rows, width = vectors("qkv", qkv)
+    if keys.dim() != (3 if cache is None else 4):
+        raise ValueError(f"keys must be [K, T, d], and [C, K, T, d] with cache, not of shape {tuple(keys.shape)}")
+    key_heads, length, size = keys.shape[-3:]
     heads = width // size - 2 * key_heads
     if width % size or size % 2 or heads < key_heads or heads % key_heads:
         raise ValueError(f"qkv of shape {tuple(qkv.shape)} does not hold the heads of a cache {tuple(keys.shape)}")
@@ -248,11 +236,14 @@ def attention(
     if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("keys and values must be contiguous")
     if scales is not None and (
-        scales.dtype != torch.bfloat16 or scales.shape != (key_heads, length, 2) or not scales.is_contiguous()
+        scales.dtype != torch.bfloat16 or scales.shape != (*keys.shape[:-1], 2) or not scales.is_contiguous()
     ):
-        raise ValueError(f"scales must be contiguous bfloat16 of shape {(key_heads, length, 2)}")
-    if position.dtype != torch.int64 or position.numel() != 1:
-        raise ValueError("position must be one int64")
+        raise ValueError(f"scales must be contiguous bfloat16 of shape {(*keys.shape[:-1], 2)}")
+    for name, numbers in (("position", position), ("cache", cache)):
+        if numbers is not None and (
+            numbers.dtype != torch.int64 or numbers.shape != (rows,) or not numbers.is_contiguous()
+        ):
+            raise ValueError(f"{name} must be contiguous int64 [{rows}], one a row")
     if len({table is None for table in tables}) > 1:
         raise ValueError("cos and sin come together")
     for table in tables:

@@ -18,12 +18,12 @@ def _linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.T
 
 
 @define(
-    "sparse_linear(Tensor values, Tensor indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
+    "sparse_linear(Tensor values, Tensor? indices, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, "
     "Tensor? adapter=None, Tensor? adapter_scale=None, Tensor? count=None) -> Tensor"
 )
 def _sparse_linear(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
@@ -62,7 +62,7 @@ def linear_reference(
 
 def sparse_linear_reference(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
@@ -76,20 +76,21 @@ def sparse_linear_reference(
 
     Args:
         values: [B, k], float32 (float64 for a reference).
-        indices: [B, k] int32, ascending in each row.
+        indices: [B, k] int32, ascending in each row; None where values are of all columns, for a GPU's kernels alone.
         weights: matrices [N_i, D] of one dtype. Kernels want them column-major (see `column_major`).
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
         adapter: [sum of N_i, M] like the weights, or None: the residual is then [B, M], and `residual` `adapter`^T is
             added instead of it. For a GPU's kernels alone, which want it column-major.
         adapter_scale: [sum of N_i] of any float dtype, or None: the adapter is then int8, and used as `adapt` has it.
-        count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all. A GPU's
-            kernels take it of one row.
+        count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all.
 
     Returns:
         [B, sum of N_i] like `values`.
     """
     meant = [values.shape[1]] * len(values) if count is None else count.tolist()
+    if indices is None:
+        indices = torch.arange(values.shape[1], device=values.device).expand_as(values)
     rows = [
         linear_reference(value[None, :k], [weight[:, index[:k].long()] for weight in weights], biases)
         for value, index, k in zip(values, indices, meant, strict=True)

@@ -57,7 +57,7 @@ def low_bit_site_reference(
     """`low_bit_linear` of what is kept of x, or of its norm.
 
     Args:
-        x: [B, D] float32; with a threshold of one row.
+        x: [B, D] float32.
         gain: [D] of any float dtype, or None: of the norm.
         eps: of the norm; None for x as it is.
         score: [D] of any float dtype, or None.

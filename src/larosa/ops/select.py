@@ -93,7 +93,7 @@ def above_reference(x: torch.Tensor, threshold: float, score: torch.Tensor | Non
     """The entries whose magnitude is above a threshold, or that are NaN: how many, depends on the values.
 
     Args:
-        x: [B, D], float32 (float64 for a reference). A GPU's kernels take one row.
+        x: [B, D], float32 (float64 for a reference).
         threshold: not negative; compared in the dtype of `x`.
         score: [D], not negative, any float dtype: magnitude times score is compared, a product in the dtype of `x`.
     """

@@ -280,12 +280,6 @@ def test_lengths_that_blocks_compare_for_themselves(emulator, monkeypatch, width
 
 def test_what_cannot_be_compared(target):
     weight, x = torch.zeros(3, 4), torch.zeros(1, 4)
-    for name, arguments in (
-        ("above", (torch.zeros(2, 4), 0.5, None)),
-        ("above_linear", (torch.zeros(2, 4), 0.5, None, [column_major(weight)], [None])),
-    ):
-        with pytest.raises(ValueError, match="above selects from one row, not 2"):
-            target(name, *arguments)
     with pytest.raises(ValueError, match=r"larosa\.ops\.column_major"):
         target("above_linear", x, 0.5, None, [weight], [None])
     with pytest.raises(ValueError, match="score must be"):

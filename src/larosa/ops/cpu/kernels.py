@@ -149,7 +149,7 @@ def _no_adapter(adapter: torch.Tensor | None) -> None:
 @implement("sparse_linear", "CPU")
 def _sparse_linear(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
@@ -158,6 +158,8 @@ def _sparse_linear(
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     _no_adapter(adapter)
+    if indices is None:
+        raise ValueError("on the CPU all columns are listed too: indices must be [B, k] int32")
     values = arguments.activations("values", values)
     indices = arguments.selection(indices, values)
     checks.counts(count, len(values))

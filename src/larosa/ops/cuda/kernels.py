@@ -9,28 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_longlong
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from larosa.errors import LarosaError
 from larosa.ops import checks
-from larosa.ops.cuda.launch import Argument, Grid, launch, machine
+from larosa.ops.cuda.launch import Argument, Grid, launch, machine, next_launch_waits
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector, address, flag
 from larosa.ops.cuda.plan import (
     ATTEND_THREADS,
-    LINEAR_TILE,
     SPARSE_THREADS,
-    THREADS,
     above_plan,
     alone_plan,
     attend_plan,
     cut_plan,
     fused_plan,
-    linear_blocks,
+    linear_plan,
     low_bit_plan,
     sparse_plan,
     swiglu_plan,
+    together,
 )
 from larosa.ops.cuda.product import Product, adapter_arguments, aligned, codes_width
 from larosa.ops.linear import Biases, Weights
@@ -39,6 +38,7 @@ from larosa.ops.select import CountedSelection, Selection
 
 _ROW = 1024  # threads of a block of select.cu, elementwise.cu and greedy.cu
 _GREEDY_BLOCKS = 8
+_MOST_ATTENDING = 8  # rows, of which each block may make the keys and values of all
 _WIDEST = 32 * _ROW
 _WIDEST_FUSED = 8192  # of what top_k_linear.cu selects from: beyond it each block would take too long
 _WIDEST_COMPARED = 16384  # the same in above_linear.cu, but of a norm; more than 32 entries a thread do not fit
@@ -128,17 +128,27 @@ def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Te
     outputs = checks.matrices(weights, biases, width, column_major=False)
     checks.residual(residual, None, rows, outputs)
     result = x.new_empty(rows, outputs)
-    matrices, tiles = Matrices.of(weights, biases, LINEAR_TILE, along=0)
+    element, gpu = weights[0].element_size(), machine(x.device)
     macros = {"WEIGHT": TYPE_NAMES[weights[0].dtype], "ALIGNED": aligned(weights, [width], along=0)}
-    arguments = (address(x), c_int(width), matrices, address(residual), address(result), c_int(outputs))
-    grid = Grid(linear_blocks(machine(x.device), tiles), rows, THREADS)
-    _launch(x, "linear.cu", "linear", macros, grid, (*arguments, c_int(tiles)))
+    for part in _parts(rows, together(16 // element)):
+        plan = linear_plan(gpu, len(part))
+        matrices, tiles = Matrices.of(weights, biases, plan.tile, along=0)
+        added = None if residual is None else residual[part.start :]
+        arguments = (address(x[part.start :]), c_int(width), matrices, address(added), address(result[part.start :]))
+        sizes = {"ROWS": str(len(part)), "CHUNK": str(plan.chunk)}
+        grid = Grid(plan.blocks(gpu, tiles), 1, plan.threads)
+        _launch(x, "linear.cu", "linear", {**macros, **sizes}, grid, (*arguments, c_int(outputs), c_int(tiles)))
     return result
+
+
+def _parts(rows: int, most: int) -> list[range]:
+    """Rows that read the same weights, as many at a time as can."""
+    return [range(rows)[first : first + most] for first in range(0, rows, most)]
 
 
 def sparse_linear(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
@@ -150,22 +160,56 @@ def sparse_linear(
 
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
-    rows, k = checks.selection(values, indices)
-    checks.count(count, rows)
     width = weights[0].shape[1] if weights else 0
+    rows, k = checks.listed(values, indices, width)
+    checks.counts(count, rows)
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     sizes, gpu, element = [len(weight) for weight in weights], machine(values.device), weights[0].element_size()
     listed = k if count is None else k // 2  # what the host can only guess
-    alone = None if adapter is None else alone_plan(gpu, sizes, listed, rows, element)
-    plan = alone or sparse_plan(gpu, sizes, listed, rows, element)
+    alone = None if adapter is None else alone_plan(gpu, sizes, listed, element)
+    plan = alone or sparse_plan(gpu, sizes, listed, element)
     product = Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter])
+    along = _Along(residual, adapter, adapter_scale, carried)
+    return _multiply(values, indices, count, product, outputs, along, alone is not None, 16 // element)
+
+
+class _Along(NamedTuple):
+    """What is added to a product: a residual, or that of so many entries through its adapter."""
+
+    residual: torch.Tensor | None
+    adapter: torch.Tensor | None
+    scale: torch.Tensor | None
+    carried: int
+
+    def arguments(self, row: int) -> tuple[list[Argument], dict[str, str]]:
+        """As of `adapter_arguments`, from a row on."""
+        residual = None if self.residual is None else self.residual[row:]
+        return adapter_arguments(residual, self.adapter, self.scale, self.carried)
+
+
+def _multiply(
+    values: torch.Tensor,
+    indices: torch.Tensor | None,
+    count: torch.Tensor | None,
+    product: Product,
+    outputs: int,
+    along: _Along,
+    alone: bool,
+    width: int,
+) -> torch.Tensor:
+    """The product, of which a thread has `width` weights in 16 bytes: of several rows at once where all are whole."""
+    rows, k = values.shape
     result = values.new_empty(rows, outputs)
-    macros = {**product.macros, "ADAPTER": flag(adapter is not None), "ALONE": flag(alone is not None)}
-    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = address(values), address(indices), c_int(k), address(count), product.matrices
-    arguments = (*operands, *along, address(result), c_int(outputs))
-    _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
+    macros = {**product.macros, "ADAPTER": flag(along.adapter is not None), "ALONE": flag(alone)}
+    whole = indices is None and count is None
+    for part in _parts(rows, together(width)) if whole else [range(rows)]:
+        added, format_ = along.arguments(part.start)
+        operands = address(values[part.start :]), address(indices), c_int(k), address(count), product.matrices
+        arguments = (*operands, *added, address(result[part.start :]), c_int(outputs))
+        grid = replace(product.grid, y=1) if whole else product.grid
+        at_once = {"ROWS": str(len(part) if whole else 1)}
+        _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_, **at_once}, grid, arguments)
     return result
 
 
@@ -188,21 +232,16 @@ def low_bit_linear(
     """
     weights, depth = LowBitWeights(codes, scales, outputs, group), len(codes[0]) if codes else 0
     rows, k = checks.listed(values, indices, depth)
-    checks.count(count, rows)
+    checks.counts(count, rows)
     total = checks.low_bit(weights, biases, depth)
     carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
-    listed = k if count is None else k // 2  # what the host can only guess
-    plan = low_bit_plan(machine(values.device), outputs, listed, rows, codes_width(codes[0]))
+    listed, width = k if count is None else k // 2, codes_width(codes[0])  # what the host can only guess
+    plan = low_bit_plan(machine(values.device), outputs, listed, width)
     assert plan is not None, "only those that select have none"
     product = Product.of_codes(plan, weights, biases, rows, adapter)
-    result = values.new_empty(rows, total)
     teams = adapter is not None and SPARSE_THREADS // 2 % plan.lanes == 0
-    macros = {**product.macros, "ADAPTER": flag(adapter is not None), "ALONE": flag(teams)}
-    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = address(values), address(indices), c_int(k), address(count), product.matrices
-    arguments = (*operands, *along, address(result), c_int(total))
-    _launch(values, "sparse_linear.cu", "sparse_linear", {**macros, **format_}, product.grid, arguments)
-    return result
+    along = _Along(residual, adapter, adapter_scale, carried)
+    return _multiply(values, indices, count, product, total, along, teams, width)
 
 
 def low_bit_site(
@@ -236,9 +275,9 @@ def low_bit_site(
     plan = None
     # All of x as it is has nothing to select, and what selects by count takes no adapter along.
     apart = (everything and eps is None) or (selects and adapter is not None)
-    if rows == 1 and k != 0 and width <= widest and not apart:
+    if k != 0 and width <= widest and not apart:
         listed = width if everything else k or width // 2
-        plan = low_bit_plan(machine(x.device), outputs, listed, rows, element, k or width)
+        plan = low_bit_plan(machine(x.device), outputs, listed, element, k or width)
     if plan is None:
         along = residual, adapter, adapter_scale
         return _low_bit_apart(x, gain, eps, score, k, threshold, swiglu, weights, biases, *along)
@@ -256,7 +295,8 @@ def low_bit_site(
     carrying, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
     macros |= {"ADAPTER": flag(adapter is not None), "ALONE": flag(True), **format_}
     least = c_float(_BELOW_ALL if threshold is None else threshold)
-    compared = address(x), c_int(width), least, *vectors, product.matrices, *carrying, address(result)
+    written = address(result), c_int(result.shape[1])
+    compared = address(x), c_int(width), least, *vectors, product.matrices, *carrying, *written
     _launch(x, "above_linear.cu", "above_linear", macros, product.grid, compared)
     return result
 
@@ -308,21 +348,25 @@ def top_k_linear(
     checks.kept(k, width)
     outputs = checks.matrices(weights, biases, width, column_major=True)
     plan = None
-    if board is not None and rows == 1 and k and _CUT[0] < width <= _CUT[1]:
+    if board is not None and k and _CUT[0] < width <= _CUT[1]:
         sizes = [len(weight) for weight in weights]
-        plan = cut_plan(machine(x.device), sizes, width, k, rows, weights[0].element_size())
+        plan = cut_plan(machine(x.device), sizes, width, k, weights[0].element_size())
     if plan is None:
         chosen = _select("AS_IS", x, width, k, score)
         return sparse_linear(*chosen, weights, biases, residual, adapter, adapter_scale)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
-    product = Product.of(plan, weights, biases, rows, [adapter])
+    along = _Along(residual, adapter, adapter_scale, carried)
+    product = Product.of(plan, weights, biases, 1, [adapter])
     result = x.new_empty(rows, outputs)
     macros = {**product.macros, "ALONE": flag(True), **_selection_macros("AS_IS", width, SPARSE_THREADS, None, score)}
-    along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
-    operands = address(x), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
-    arguments = (*operands, *along, address(board), address(result))
     grid = replace(product.grid, x=product.grid.x + plan.cluster)
-    _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
+    for row in range(rows):
+        if row:  # blocks of one row at a time have the board
+            next_launch_waits()
+        added, format_ = along.arguments(row)
+        operands = address(x[row:]), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
+        arguments = (*operands, *added, address(board), address(result[row:]))
+        _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
     return result
 
 
@@ -359,9 +403,9 @@ def _select_and_multiply(
     sizes = [len(weight) for weight in weights]
     if swiglu:
         checks.gate_and_up(sizes)
-        plan = swiglu_plan(machine(x.device), outputs, k, rows, weights[0].element_size())
+        plan = swiglu_plan(machine(x.device), outputs, k, weights[0].element_size())
     else:
-        plan = fused_plan(machine(x.device), sizes, k, rows, weights[0].element_size())
+        plan = fused_plan(machine(x.device), sizes, k, weights[0].element_size())
     if plan is None or not k or width > _WIDEST_FUSED:
         linear = sparse_linear(*_select(source, x, width, k, score, gain, eps), weights, biases, residual)
         return silu_mul(linear) if swiglu else linear
@@ -421,7 +465,6 @@ def _compare_and_multiply(
 ) -> torch.Tensor:
     """One launch where every block can have a multiprocessor to itself, else one after the other."""
     rows, width = checks.vectors("x", x)
-    checks.one_row(x)
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     sizes, element = [len(weight) for weight in weights], weights[0].element_size()
@@ -433,7 +476,8 @@ def _compare_and_multiply(
         linear = sparse_linear(values, indices, weights, biases, residual, adapter, adapter_scale, count)
         return silu_mul(linear) if swiglu else linear
     product = Product.of(plan, weights, biases, rows, [] if adapter is None else [adapter], swiglu)
-    result = x.new_empty(rows, outputs // (1 + swiglu))
+    outputs //= 1 + swiglu
+    result = x.new_empty(rows, outputs)
     macros = {
         **product.macros,
         **_selection_macros(source, width, SPARSE_THREADS, gain, score),
@@ -441,7 +485,8 @@ def _compare_and_multiply(
     }
     along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
-    arguments = (address(x), c_int(width), c_float(threshold), *vectors, product.matrices, *along, address(result))
+    last = address(result), c_int(outputs)
+    arguments = (address(x), c_int(width), c_float(threshold), *vectors, product.matrices, *along, *last)
     _launch(x, "above_linear.cu", "above_linear", {**macros, **format_}, product.grid, arguments)
     return result
 
@@ -463,21 +508,24 @@ def attend(
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is.
 
-    The position, and keys and values of earlier ones, are read early: neither of the two kernels launched just before
-    may write them.
+    Positions, caches, and keys and values of earlier steps, are read early: neither of the two kernels launched just
+    before may write them.
 
     Raises:
         LarosaError: a head is no multiple of 16 bytes in the cache's dtype, or larger than 512.
     """
     query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales, cache)
-    key_heads, length, size = keys.shape
+    key_heads, length, size = keys.shape[-3:]
     pieces, rest = divmod(size * keys.element_size(), 16)
     if rest or pieces > 32 or (keys.data_ptr() | values.data_ptr()) % 16:
         raise LarosaError(
             f"the CUDA kernels attend with heads of 16 to 512 bytes in steps of 16, not of {size} "
             f"{str(keys.dtype).removeprefix('torch.')} entries: set LAROSA_CUDA_KERNELS=triton"
         )
-    result = qkv.new_empty(1, query_heads * size)
+    rows = len(qkv)
+    if rows > _MOST_ATTENDING:
+        raise ValueError(f"attend takes up to {_MOST_ATTENDING} rows, not {rows}")
+    result = qkv.new_empty(rows, query_heads * size)
     plan = attend_plan(machine(qkv.device), query_heads, key_heads, length)
     gains = Vector.of("q_gain", q_gain, size), Vector.of("k_gain", k_gain, size)
     rotary = Rotary(address(cos), address(sin), *gains, eps, scale)
@@ -487,11 +535,13 @@ def attend(
         "HEADS": str(plan.heads),
         "CLUSTER": str(plan.cluster),
         "THREADS": str(ATTEND_THREADS),
+        "ROWS": str(rows),
     }
-    addresses = (address(tensor) for tensor in (qkv, keys, values, scales, position))
+    addresses = (address(tensor) for tensor in (qkv, keys, values, scales, position, cache))
+    caches = c_int(1 if cache is None else len(keys))
     sizes = (c_int(number) for number in (length, query_heads, key_heads, window))
-    grid = Grid(query_heads // plan.heads * plan.cluster, 1, ATTEND_THREADS, plan.cluster)
-    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, rotary, *sizes, address(result)))
+    grid = Grid(query_heads // plan.heads * plan.cluster, rows, ATTEND_THREADS, plan.cluster)
+    _launch(qkv, "attend.cu", "attend", macros, grid, (*addresses, caches, rotary, *sizes, address(result)))
     return result
 
 
@@ -533,14 +583,13 @@ def _compare(
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> CountedSelection:
-    checks.one_row(x)
-    macros = _selecting_macros(source, width, gain, score)
-    values, indices = x.new_empty(1, width), x.new_empty(1, width, dtype=torch.int32)
-    count = x.new_empty(1, dtype=torch.int64)
+    macros, rows = _selecting_macros(source, width, gain, score), len(x)
+    values, indices = x.new_empty(rows, width), x.new_empty(rows, width, dtype=torch.int32)
+    count = x.new_empty(rows, dtype=torch.int64)
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
     results = address(values), address(indices), address(count)
     arguments = (address(x), c_int(width), c_float(threshold), *vectors, *results)
-    _launch(x, "above.cu", "select_above", macros, Grid(1, 1, _ROW), arguments)
+    _launch(x, "above.cu", "select_above", macros, Grid(rows, 1, _ROW), arguments)
     return values, indices, count
 
 

@@ -1,4 +1,7 @@
-"""How a product or an attention is divided over a GPU: found from sizes alone, so that it is the same on every run."""
+"""How a product or an attention is divided over a GPU: found from sizes alone, so that it is the same on every run.
+
+It is the same for any number of rows, too, so that each of them gives the bits that it gives alone.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ from dataclasses import dataclass
 
 from larosa.ops.cuda.launch import Machine
 
-THREADS = 256  # of a block, in linear.cu
 ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the blocks of the product before
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
-LINEAR_TILE = 16  # TILE in linear.cu
-_RESIDENT = 3  # blocks of linear.cu that a multiprocessor holds at once
+_TOGETHER = 8  # rows that read their weights together at most
+_SUMS = 64  # of a thread, in registers
 _LOADS = 5  # about DEPTH in sparse_linear.cu: fewer loads a thread do not fill the memory system
 _CLUSTERS = (1, 2, 4, 8)  # 8 blocks is what every GPU with clusters grants
 _FUSED_ROOM = 64 * 1024  # bytes of shared memory in top_k_linear.cu, its list aside
@@ -39,7 +41,7 @@ class SparsePlan:
     loads: int = 5  # in flight in each thread; of codes alone
 
 
-def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan:
+def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, element_size: int) -> SparsePlan:
     """About one block a multiprocessor, each with enough to read, and wide pieces before narrow ones.
 
     The weights of `_cost` rank plans of the products of 1B to 70B models as an H200 does, within a few percent.
@@ -48,35 +50,32 @@ def sparse_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, elemen
         gpu: for its number of multiprocessors, and whether it has clusters.
         outputs: of each matrix.
         k: entries of the list.
-        batch: vectors.
         element_size: bytes of a weight.
     """
-    return min(_plans(gpu, element_size, _LANES), key=lambda plan: _cost(gpu, outputs, k, batch, plan))
+    return min(_plans(gpu, element_size, _LANES), key=lambda plan: _cost(gpu, outputs, k, plan))
 
 
-def alone_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+def alone_plan(gpu: Machine, outputs: Sequence[int], k: int, element_size: int) -> SparsePlan | None:
     """The same for a product whose blocks have a multiprocessor each; None where they would be too many or too few.
 
     So it is for blocks that select for themselves, or some would select for longer than others. No large clusters,
     which wait until that many multiprocessors are free.
     """
-    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, _LANES), most=1.0)
-    return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
+    plans = _fitting(gpu, outputs, k, _plans(gpu, element_size, _LANES), most=1.0)
+    return min(plans, key=lambda plan: _cost(gpu, outputs, k, plan), default=None)
 
 
-def cut_plan(
-    gpu: Machine, outputs: Sequence[int], width: int, k: int, batch: int, element_size: int
-) -> SparsePlan | None:
+def cut_plan(gpu: Machine, outputs: Sequence[int], width: int, k: int, element_size: int) -> SparsePlan | None:
     """The same for a product of which one more block selects for all; each has room for all `width` entries."""
     most = 1.0 - _SELECTING / gpu.multiprocessors
-    plans = _fitting(gpu, outputs, width, batch, _plans(gpu, element_size, _LANES), most)
-    return min(plans, key=lambda plan: _cost(gpu, outputs, k, batch, plan), default=None)
+    plans = _fitting(gpu, outputs, width, _plans(gpu, element_size, _LANES), most)
+    return min(plans, key=lambda plan: _cost(gpu, outputs, k, plan), default=None)
 
 
-def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int) -> SparsePlan | None:
+def fused_plan(gpu: Machine, outputs: Sequence[int], k: int, element_size: int) -> SparsePlan | None:
     """The same for a product whose blocks select for themselves, with pieces of memory of other widths if need be."""
-    plan = alone_plan(gpu, outputs, k, batch, element_size)
-    return plan or _widest(gpu, outputs, k, batch, element_size, most=1.0)
+    plan = alone_plan(gpu, outputs, k, element_size)
+    return plan or _widest(gpu, outputs, k, element_size, most=1.0)
 
 
 def above_plan(
@@ -87,31 +86,28 @@ def above_plan(
     Each has room for its part of all `width` entries. How many will be above nobody knows: the plan is that of half.
     """
     if not swiglu:
-        plans = _fitting(gpu, outputs, width, 1, _plans(gpu, element_size, _LANES), most=1.0)
-        plan = min(plans, key=lambda plan: _cost(gpu, outputs, width // 2, 1, plan), default=None)
+        plans = _fitting(gpu, outputs, width, _plans(gpu, element_size, _LANES), most=1.0)
+        plan = min(plans, key=lambda plan: _cost(gpu, outputs, width // 2, plan), default=None)
         if plan or carries:
             return plan
-    return _widest(gpu, [sum(outputs)] if swiglu else outputs, width, 1, element_size, most=1.0)
+    return _widest(gpu, [sum(outputs)] if swiglu else outputs, width, element_size, most=1.0)
 
 
-def swiglu_plan(gpu: Machine, outputs: int, k: int, batch: int, element_size: int) -> SparsePlan | None:
+def swiglu_plan(gpu: Machine, outputs: int, k: int, element_size: int) -> SparsePlan | None:
     """The same for gate and up with so many outputs together, whose product takes longest.
 
     A few multiprocessors are left to the selection that comes next, which has one to itself.
     """
-    return _widest(gpu, [outputs], k, batch, element_size, most=_LEAVING)
+    return _widest(gpu, [outputs], k, element_size, most=_LEAVING)
 
 
-def low_bit_plan(
-    gpu: Machine, outputs: Sequence[int], k: int, batch: int, width: int, selected: int = 0
-) -> SparsePlan | None:
+def low_bit_plan(gpu: Machine, outputs: Sequence[int], k: int, width: int, selected: int = 0) -> SparsePlan | None:
     """The same for codes, `width` of them in 16 bytes: blocks have a multiprocessor each, and as many as can work.
 
     Args:
         gpu: for its number of multiprocessors, and whether it has clusters.
         outputs: of each matrix.
         k: entries of the list.
-        batch: vectors.
         width: codes in 16 bytes.
         selected: entries that blocks have room for which select for themselves. None is the result where they have not,
             or are more than there are multiprocessors.
@@ -122,15 +118,14 @@ def low_bit_plan(
         plans = [
             plan
             for plan in plans
-            if _CODES_ROOM + 8 * selected // plan.cluster <= gpu.shared_memory
-            and _blocks(gpu, outputs, batch, plan) <= 1.0
+            if _CODES_ROOM + 8 * selected // plan.cluster <= gpu.shared_memory and _blocks(gpu, outputs, plan) <= 1.0
         ]
-    return min(plans, key=lambda plan: _low_bit_cost(gpu, outputs, k, batch, plan), default=None)
+    return min(plans, key=lambda plan: _low_bit_cost(gpu, outputs, k, plan), default=None)
 
 
-def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
+def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, plan: SparsePlan) -> float:
     """What a plan costs, in parts of the best."""
-    blocks = _blocks(gpu, outputs, max(batch, 1), plan)
+    blocks = _blocks(gpu, outputs, plan)
     rounds = math.ceil(blocks / _AT_ONCE[plan.cluster])
     idle = max(rounds / blocks * _NEARLY, 1.0)
     loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
@@ -139,20 +134,18 @@ def _low_bit_cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan
     return few * (idle + 0.02 * (rounds - 1) + 0.01 * plan.cluster + narrow)
 
 
-def _widest(
-    gpu: Machine, outputs: Sequence[int], k: int, batch: int, element_size: int, most: float
-) -> SparsePlan | None:
+def _widest(gpu: Machine, outputs: Sequence[int], k: int, element_size: int, most: float) -> SparsePlan | None:
     """Of plans with pieces of any multiple of 32 bytes a side, the widest of those with blocks for nearly all."""
-    plans = _fitting(gpu, outputs, k, batch, _plans(gpu, element_size, range(64, 4, -4)), most)
-    return min(plans, key=lambda plan: (-min(_blocks(gpu, outputs, batch, plan), _NEARLY), -plan.lanes), default=None)
+    plans = _fitting(gpu, outputs, k, _plans(gpu, element_size, range(64, 4, -4)), most)
+    return min(plans, key=lambda plan: (-min(_blocks(gpu, outputs, plan), _NEARLY), -plan.lanes), default=None)
 
 
 def _fitting(
-    gpu: Machine, outputs: Sequence[int], listed: int, batch: int, plans: Iterable[SparsePlan], most: float
+    gpu: Machine, outputs: Sequence[int], listed: int, plans: Iterable[SparsePlan], most: float
 ) -> Iterator[SparsePlan]:
     for plan in plans:
         room = _FUSED_ROOM + 8 * listed // plan.cluster <= gpu.shared_memory
-        if room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, batch, plan) <= most:
+        if room and plan.cluster <= 2 and _ENOUGH <= _blocks(gpu, outputs, plan) <= most:
             yield plan
 
 
@@ -167,15 +160,15 @@ def _plans(gpu: Machine, element_size: int, lanes: Iterable[int]) -> list[Sparse
     ]
 
 
-def _blocks(gpu: Machine, outputs: Sequence[int], batch: int, plan: SparsePlan) -> float:
+def _blocks(gpu: Machine, outputs: Sequence[int], plan: SparsePlan) -> float:
     """A multiprocessor, on the average."""
     tiles = sum(-(-size // plan.tile) for size in outputs)
-    return tiles * plan.cluster * batch / gpu.multiprocessors
+    return tiles * plan.cluster / gpu.multiprocessors
 
 
-def _cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: SparsePlan) -> float:
+def _cost(gpu: Machine, outputs: Sequence[int], k: int, plan: SparsePlan) -> float:
     """What a plan costs, in parts of the best."""
-    blocks = _blocks(gpu, outputs, batch, plan)
+    blocks = _blocks(gpu, outputs, plan)
     loads = max(k // plan.cluster // (SPARSE_THREADS // plan.lanes), 1)
     few = max(1.0, _LOADS / loads)  # loads do not fill the memory system
     reading = min(blocks / _ENOUGH, 1.0)  # too few blocks leave memory idle
@@ -186,9 +179,31 @@ def _cost(gpu: Machine, outputs: Sequence[int], k: int, batch: int, plan: Sparse
     return few * (1.0 / max(reading, 0.01) + waiting + crowded + narrow)
 
 
-def linear_blocks(gpu: Machine, tiles: int) -> int:
-    """How many blocks share the tiles of a dense product."""
-    return min(tiles, _RESIDENT * gpu.multiprocessors)
+def together(width: int) -> int:
+    """How many rows at most read their weights together, of which a thread has so many in 16 bytes."""
+    return min(_TOGETHER, _SUMS // width)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Blocks of `threads` take `tile` outputs at a time, with `chunk` entries of each row in shared memory."""
+
+    threads: int
+    tile: int
+    chunk: int
+    resident: int  # blocks that a multiprocessor holds at once
+
+    def blocks(self, gpu: Machine, tiles: int) -> int:
+        """How many share the tiles of a product."""
+        return min(tiles, self.resident * gpu.multiprocessors)
+
+
+def linear_plan(gpu: Machine, rows: int) -> LinearPlan:
+    """For a dense product by rows of a matrix, of so many vectors that read it together."""
+    if rows == 1:
+        return LinearPlan(256, 16, 8192, 3)
+    room = min(gpu.shared_memory, 128 * 1024) // (4 * rows)
+    return LinearPlan(512, 64, room // 1024 * 1024, 1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One position's attention over the cache: prepare the heads, attend in parts of the positions, merge the parts."""
+"""Attention of a position a row over its cache: prepare heads, attend in parts of the positions, merge the parts."""
 
 from __future__ import annotations
 
@@ -29,23 +29,37 @@ def attend(
 ) -> torch.Tensor:
     """See `attend_reference`. A position outside the cache gives NaN and leaves the cache as it is."""
     query_heads = checks.attention(qkv, keys, values, position, (cos, sin), scales, cache)
-    key_heads, length, size = keys.shape
+    key_heads, length, size = keys.shape[-3:]
+    rows, caches = len(qkv), 1 if cache is None else len(keys)
     checks.vector("q_gain", q_gain, size)
     checks.vector("k_gain", k_gain, size)
     block = triton.next_power_of_2(size)
     parts = triton.cdiv(min(window, length) if window else length, _PART)
-    queries, result = qkv.new_empty(query_heads, size), qkv.new_empty(1, query_heads * size)
-    partial = qkv.new_empty(query_heads, parts, size + 2)  # weighted values, maximum, sum
-    _prepare_kernel[(query_heads + 2 * key_heads,)](
-        *(qkv, queries, keys, values, scales, position, cos, sin, q_gain, k_gain),
-        *(eps, scale, length, query_heads, key_heads, size, block),
+    queries, result = qkv.new_empty(rows, query_heads, size), qkv.new_empty(rows, query_heads * size)
+    partial = qkv.new_empty(rows, query_heads, parts, size + 2)  # weighted values, maximum, sum
+    if not rows:
+        return result
+    _prepare_kernel[(query_heads + 2 * key_heads, rows)](
+        *(qkv, queries, keys, values, scales, position, cache, cos, sin, q_gain, k_gain),
+        *(eps, scale, length, caches, query_heads, key_heads, size, block),
     )
-    _part_kernel[(query_heads, parts)](
-        *(queries, keys, values, scales, position, partial, length, query_heads // key_heads, window, size),
-        *(_PART, _STEP, block),
+    _part_kernel[(query_heads, parts, rows)](
+        *(queries, keys, values, scales, position, cache, partial),
+        *(length, caches, key_heads, query_heads // key_heads, window, size, _PART, _STEP, block),
     )
-    _merge_kernel[(query_heads,)](partial, result, parts, size, triton.next_power_of_2(parts), block)
+    _merge_kernel[(query_heads, rows)](partial, result, parts, size, triton.next_power_of_2(parts), block)
     return result
+
+
+@triton.jit
+def _place(position_ptr, cache_ptr, row, length, caches):
+    """A row's position, its cache, and whether there are both."""
+    position = tl.load(position_ptr + row)
+    cache = tl.full((), 0, tl.int64)
+    if cache_ptr is not None:
+        cache = tl.load(cache_ptr + row)
+    inside = (position >= 0) & (position < length) & (cache >= 0) & (cache < caches)
+    return position, tl.where(inside, cache, 0), inside
 
 
 @triton.jit
@@ -56,6 +70,7 @@ def _prepare_kernel(
     values_ptr,
     scales_ptr,
     position_ptr,
+    cache_ptr,
     cos_ptr,
     sin_ptr,
     q_gain_ptr,
@@ -63,15 +78,18 @@ def _prepare_kernel(
     eps,
     scale,
     length,
+    caches,
     query_heads,
     key_heads,
     size,
     BLOCK: tl.constexpr,
 ):
     """One head: queries are normed, rotated and scaled, keys normed and rotated, and with values put in the cache."""
-    head = tl.program_id(0)
-    position = tl.load(position_ptr)
-    inside = (position >= 0) & (position < length)
+    head, vector = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    position, cache, inside = _place(position_ptr, cache_ptr, vector, length, caches)
+    qkv_ptr += vector * (query_heads + 2 * key_heads) * size
+    queries_ptr += vector * query_heads * size
+    first = cache * key_heads
     i = tl.arange(0, BLOCK)
     there = i < size
     half = size // 2
@@ -97,12 +115,12 @@ def _prepare_kernel(
         if is_query:
             tl.store(queries_ptr + head * size + i, x * scale, mask=there)
         else:
-            row = (head - query_heads) * length + position
+            row = (first + head - query_heads) * length + position
             if scales_ptr is not None:
                 x = _digits(tl.where(there, x, 0.0), scales_ptr + 2 * row, inside)
             tl.store(keys_ptr + row * size + i, x.to(keys_ptr.dtype.element_ty), mask=there & inside)
     else:
-        row = (head - query_heads - key_heads) * length + position
+        row = (first + head - query_heads - key_heads) * length + position
         if scales_ptr is not None:
             x = _digits(x, scales_ptr + 2 * row + 1, inside)
         tl.store(values_ptr + row * size + i, x.to(values_ptr.dtype.element_ty), mask=there & inside)
@@ -127,8 +145,11 @@ def _part_kernel(
     values_ptr,
     scales_ptr,
     position_ptr,
+    cache_ptr,
     partial_ptr,
     length,
+    caches,
+    key_heads,
     group,
     window,
     size,
@@ -137,16 +158,17 @@ def _part_kernel(
     BLOCK: tl.constexpr,
 ):
     """One query head and one part of the positions: a running softmax."""
-    head, part = tl.program_id(0), tl.program_id(1)
-    position = tl.load(position_ptr)
-    position = tl.where((position >= 0) & (position < length), position, -1)
+    head, part, vector = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    position, cache, inside = _place(position_ptr, cache_ptr, vector, length, caches)
+    position = tl.where(inside, position, -1)
+    head_of_all = vector * tl.num_programs(0) + head
     start = tl.where(window > 0, tl.maximum(position + 1 - window, 0), 0)
     begin = start + part * PART
     end = tl.minimum(begin + PART, position + 1)
     i = tl.arange(0, BLOCK)
     there = i < size
-    query = tl.load(queries_ptr + head * size + i, mask=there, other=0.0)
-    cache = (head // group).to(tl.int64) * length
+    query = tl.load(queries_ptr + head_of_all * size + i, mask=there, other=0.0)
+    cache = (cache * key_heads + head // group) * length
     maximum = -float("inf")
     total = 0.0
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -169,7 +191,7 @@ def _part_kernel(
         total = total * old + tl.sum(weight)
         weighted = weighted * old + tl.sum(weight[:, None] * value, 0)
         maximum = larger
-    out = partial_ptr + (head * tl.num_programs(1) + part) * (size + 2)
+    out = partial_ptr + (head_of_all * tl.num_programs(1) + part) * (size + 2)
     tl.store(out + i, weighted, mask=there)
     tl.store(out + size, maximum)
     tl.store(out + size + 1, total)
@@ -177,7 +199,7 @@ def _part_kernel(
 
 @triton.jit
 def _merge_kernel(partial_ptr, result_ptr, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    head = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     part = tl.arange(0, PARTS)
     i = tl.arange(0, BLOCK)
     there = i < size

@@ -40,7 +40,7 @@ def linear(x: torch.Tensor, weights: Weights, biases: Biases, residual: torch.Te
 
 def sparse_linear(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None = None,
@@ -49,10 +49,11 @@ def sparse_linear(
     count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `sparse_linear_reference`; the matrices are column-major."""
-    rows, _ = checks.selection(values, indices)
-    checks.count(count, rows)
-    outputs = checks.matrices(weights, biases, weights[0].shape[1] if weights else 0, column_major=True)
-    checks.residual(residual, adapter, len(values), outputs, weights[0].dtype, adapter_scale)
+    width = weights[0].shape[1] if weights else 0
+    rows, _ = checks.listed(values, indices, width)
+    checks.counts(count, rows)
+    outputs = checks.matrices(weights, biases, width, column_major=True)
+    checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     if residual is not None and adapter is not None:
         residual = adapted(residual, adapter, adapter_scale)
     return _sparse_linear(values, indices, weights, biases, residual, count)
@@ -60,18 +61,17 @@ def sparse_linear(
 
 def adapted(residual: torch.Tensor, adapter: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What is added to a product: [B, N] float32."""
-    rows, width = residual.shape
+    width = residual.shape[1]
     columns = adapter.shape[1]
     if scale is not None:
         residual = torch.cat([residual, HIGH * residual[:, : columns - width]], dim=1)
-    every = torch.arange(columns, dtype=torch.int32, device=residual.device).expand(rows, -1).contiguous()
-    result = _sparse_linear(residual, every, [adapter], [None], None)
+    result = _sparse_linear(residual, None, [adapter], [None], None)
     return result if scale is None else result * scale.float()
 
 
 def _sparse_linear(
     values: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | None,
     weights: Weights,
     biases: Biases,
     residual: torch.Tensor | None,
@@ -167,7 +167,7 @@ def _sparse_linear_kernel(
     part, vector = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     exists = output < size
-    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr), k)
+    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr + vector), k)
     if part * PART >= count:
         return
     total = tl.zeros((ENTRIES, OUTPUTS), tl.float32)
@@ -175,7 +175,10 @@ def _sparse_linear_kernel(
         entry = part * PART + start + tl.arange(0, ENTRIES)
         listed = entry < count
         value = tl.load(values_ptr + vector * k + entry, mask=listed, other=0.0)
-        index = tl.load(indices_ptr + vector * k + entry, mask=listed, other=0).to(tl.int64)
+        if indices_ptr is None:
+            index = entry.to(tl.int64)
+        else:
+            index = tl.load(indices_ptr + vector * k + entry, mask=listed, other=0).to(tl.int64)
         columns = weight_ptr + index[:, None] * stride + output[None, :]
         weights = tl.load(columns, mask=listed[:, None] & exists[None, :], other=0.0)
         total += value[:, None] * weights.to(tl.float32)
@@ -204,7 +207,7 @@ def _sum_kernel(
     exists = output < size
     place = vector * outputs + first + output
     total = tl.zeros((BLOCK,), tl.float32)
-    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr), k)
+    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr + vector), k)
     for part in range(PARTS):
         total += tl.load(partial_ptr + part * stride + place, mask=exists & (part * PART < count), other=0.0)
     if bias_ptr is not None:

@@ -33,7 +33,7 @@ def low_bit_linear(
     """See `low_bit_linear_reference`."""
     depth = len(codes[0]) if codes else 0
     rows, k = checks.listed(values, indices, depth)
-    checks.count(count, rows)
+    checks.counts(count, rows)
     total = checks.low_bit(LowBitWeights(codes, scales, outputs, group), biases, depth)
     checks.residual(residual, adapter, rows, total, None, adapter_scale)
     if residual is not None and adapter is not None:
@@ -109,7 +109,7 @@ def _low_bit_kernel(
     part, vector = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     exists = output < size
-    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr), k)
+    count = k if count_ptr is None else tl.minimum(tl.load(count_ptr + vector), k)
     if part * PART >= count:
         return
     total = tl.zeros((ENTRIES, OUTPUTS), tl.float32)

@@ -83,16 +83,16 @@ def _compare(
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> CountedSelection:
-    checks.one_row(x)
     checks.vector("gain", gain, width)
     checks.vector("score", score, width)
-    values, indices = x.new_empty(1, width), x.new_empty(1, width, dtype=torch.int32)
-    count = x.new_empty(1, dtype=torch.int64)
+    values, indices = x.new_empty(len(x), width), x.new_empty(len(x), width, dtype=torch.int32)
+    count = x.new_empty(len(x), dtype=torch.int64)
     threshold = c_float(threshold).value  # which Triton's interpreter would compare as it is
     block = triton.next_power_of_2(width)
-    _compare_kernel[(1,)](
-        x, gain, score, values, indices, count, width, threshold, eps, source, block, num_warps=_warps(block)
-    )
+    if len(x):
+        _compare_kernel[(len(x),)](
+            x, gain, score, values, indices, count, width, threshold, eps, source, block, num_warps=_warps(block)
+        )
     return values, indices, count
 
 
@@ -158,9 +158,10 @@ def _compare_kernel(
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     there = at < width
-    x = _activation(x_ptr, gain_ptr, 0, at, there, width, eps, SOURCE)
+    x = _activation(x_ptr, gain_ptr, row, at, there, width, eps, SOURCE)
     weighted = x
     if score_ptr is not None:
         weighted = x * tl.load(score_ptr + at, mask=there, other=0.0).to(tl.float32)
@@ -168,8 +169,8 @@ def _compare_kernel(
     kept = there & ((tl.abs(weighted) > threshold) | (weighted != weighted))
     up_to = tl.cumsum(kept.to(tl.int32), 0)
     count = tl.sum(kept.to(tl.int32))
-    tl.store(count_ptr, count.to(tl.int64))
+    tl.store(count_ptr + row, count.to(tl.int64))
     # Zeros stand behind those that are kept: what is dropped goes there.
-    place = tl.where(kept, up_to - 1, count + at - up_to)
+    place = row * width + tl.where(kept, up_to - 1, count + at - up_to)
     tl.store(values_ptr + place, tl.where(kept, x, 0.0), mask=there)
     tl.store(indices_ptr + place, tl.where(kept, at, 0), mask=there)

@@ -20,7 +20,10 @@ select_above(const float* input, int width, float threshold, Vector gain, float 
              int* indices, long long* count) {
     Shared& shared = shared_memory<Shared>();
     const Factors<SCORE> scores(score, width);
-    const Activation activation(input, 0, width, gain, eps);
+    const long long row = blockIdx.x;
+    const Activation activation(input, row, width, gain, eps);
+    values += row * width;
+    indices += row * width;
     if (EARLY) release_dependents_early();
     wait_for_inputs();
     if (!EARLY) release_dependents();
@@ -53,7 +56,7 @@ select_above(const float* input, int width, float threshold, Vector gain, float 
         store(values + at, x[i], indices + at, activation.first + i * 32, kept);
     });
     const int total = static_cast<int>(Threads::sum(shared.kept));
-    if (threadIdx.x == 0) *count = total;
+    if (threadIdx.x == 0) count[row] = total;
     for (int i = total + static_cast<int>(threadIdx.x); i < width; i += THREADS) {
         values[i] = 0.0f;
         indices[i] = 0;

@@ -94,16 +94,20 @@ DEVICE int list(Shared& shared, Asked& asked, float threshold, float eps, unsign
 KERNEL(THREADS, 1)
 above_linear(const float* x, int width, float threshold, Vector gain, float eps, Vector score, Matrices matrices,
              const float* residual, const void* adapter, unsigned adapter_stride, int carried,
-             SCALE_PARAMETERS float* result) {
+             SCALE_PARAMETERS float* result, int outputs) {
     Shared& shared = shared_memory<Shared>();
+    const long long row = blockIdx.y;
     const Outputs tile(matrices, static_cast<int>(blockIdx.x) / CLUSTER);
     begin(shared.sums);
-    float sum[WIDTH<WEIGHT>] = {};
+    Sum sum = {};
     float factor = 1.0f;
+    x += row * width;
+    settle(x);
     Asked asked(x, width, gain, score);
     if constexpr (ADAPTER) {
         if (threadIdx.x == 0) score.fetch(width);
-        add_adapter<ROOM>(sum, shared.entries, residual, adapter, adapter_stride, carried, SCALE_ARGUMENTS tile, asked);
+        add_adapter<ROOM>(sum, shared.entries, residual + row * carried, adapter, adapter_stride, carried,
+                          SCALE_ARGUMENTS tile, asked);
     } else {
         asked.at_last();
     }
@@ -112,5 +116,6 @@ above_linear(const float* x, int width, float threshold, Vector gain, float eps,
     if (count > 0) add_listed<GROUPS>(sum, shared.entries, group(), count, columns);
     columns.end(sum);
     release_dependents();
-    finish(shared.sums, tile, sum, factor, ADAPTER ? nullptr : residual, result);
+    finish(shared.sums, tile, sum, factor, ADAPTER || !residual ? nullptr : residual + row * outputs,
+           result + row * outputs, outputs);
 }

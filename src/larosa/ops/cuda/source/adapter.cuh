@@ -11,23 +11,27 @@
 #error "ALONE, whether a block has a multiprocessor to itself, and a format as SCALE are given by the launcher"
 #endif
 
-// All entries of a vector, which was there before the kernel in front of this one began.
+// All `width` entries of a vector, or of each row, which were there before the kernel in front of this one began.
 struct Carried {
     const float* values;
     unsigned stride;
+    int width;
 
-    DEVICE Entry at(int i) const { return {load_earlier(values + i), i * stride}; }
+    DEVICE Held at(int i) const {
+        return held(i * stride, [&](int row) { return load_earlier(values + row * width + i); });
+    }
 };
 
-// The same where a low digit of each of `width` entries is followed by high ones of the first, which count 128 times.
+// The same where a low digit of each of them is followed by high ones of the first, which count 128 times.
 struct CarriedByDigits {
     const float* values;
     unsigned stride;
     int width;
 
-    DEVICE Entry at(int i) const {
+    DEVICE Held at(int i) const {
         const bool high = i >= width;
-        return {load_earlier(values + (high ? i - width : i)) * (high ? 128.0f : 1.0f), i * stride};
+        const float* from = values + (high ? i - width : i);
+        return held(i * stride, [&](int row) { return load_earlier(from + row * width) * (high ? 128.0f : 1.0f); });
     }
 };
 
@@ -42,9 +46,11 @@ struct Scales {
         for (int e = 0; e < WIDTH<WEIGHT>; ++e) scale[e] = load_parameter(mine + e, e < tile.there);
     }
 
-    DEVICE void apply(float (&sum)[WIDTH<WEIGHT>]) const {
+    DEVICE void apply(Sum& sum) const {
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] *= widen(scale[e]);
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[r][e] *= widen(scale[e]);
     }
 };
 
@@ -68,14 +74,14 @@ constexpr int ADAPTER_DEPTH = sizeof(Piece) < 16 ? (ALONE ? 8 : 6) : (DEPTH * 16
 // Adds the block's part of an adapter's columns times the residual's `carried` entries, of which ROOM at a time lie in
 // shared memory. `meanwhile` is told when the last ones have been asked for.
 template <int ROOM, class Meanwhile>
-DEVICE void add_adapter(float (&sum)[WIDTH<WEIGHT>], Entry* entries, const float* residual, const void* adapter,
-                        unsigned stride, int carried, SCALE_PARAMETERS const Outputs& tile, Meanwhile& meanwhile) {
+DEVICE void add_adapter(Sum& sum, Entry* entries, const float* residual, const void* adapter, unsigned stride,
+                        int carried, SCALE_PARAMETERS const Outputs& tile, Meanwhile& meanwhile) {
 #ifdef SCALE
     const Scales<SCALE> scales(scale, tile);
     const CarriedByDigits all{residual, stride, carried};
     const Part part = Part::of_block(digits);
 #else
-    const Carried all{residual, stride};
+    const Carried all{residual, stride, carried};
     const Part part = Part::of_block(carried);
 #endif
     Pieces<Piece> pieces{static_cast<const Carry*>(adapter) + tile.matrix.first + tile.mine, tile.there};

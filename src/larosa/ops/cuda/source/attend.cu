@@ -1,9 +1,10 @@
-// One position's attention over the cache.
+// Attention of a position a row over the row's cache.
 //
 // Groups of LANES threads work on STEP positions' keys and values at a time, 16 bytes a thread, and carry a running
 // softmax; the groups of a warp are merged at its end. Keys and values are copied to shared memory STEPS steps ahead,
 // without registers, and the first before the queries are there; a thread reads what it has copied itself, so that
-// nobody waits for others.
+// nobody waits for others. Instead of what rows of this very step write there, a block takes what it makes itself of
+// q, k and v.
 #include "cached.cuh"
 
 constexpr int PARTS = SIZE / WIDTH<CACHE>;  // threads that hold a vector
@@ -21,7 +22,7 @@ struct Shared {
     Words<4> keys[STEPS][STEP][THREADS];  // a piece for each thread
     Words<4> values[STEPS][STEP][THREADS];
     Words<1> scales[DIGITS ? STEPS : 1][STEP][THREADS];
-    Own own;
+    Own own[ROWS];
     Queries<CACHE> queries;
     Partial warps[WARPS][HEADS];
     Found found;
@@ -103,8 +104,9 @@ DEVICE void merge_lanes(float& maximum, float& sum, float (&weighted)[WIDTH<CACH
 }
 
 KERNEL(THREADS, BLOCKS)
-attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long long* positions, Rotary rotary,
-       int length, int query_heads, int key_heads, int window, float* result) {
+attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long long* positions,
+       const long long* caches, int cache_count, Rotary rotary, int length, int query_heads, int key_heads, int window,
+       float* result) {
     Shared& shared = shared_memory<Shared>();
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
@@ -112,33 +114,47 @@ attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long 
     const int team = static_cast<int>(blockIdx.x) / CLUSTER;       // of the clusters
     const int first_head = team * HEADS;                           // of its query heads
     const int key_head = first_head / (query_heads / key_heads);
-    keys += static_cast<long long>(key_head) * length * SIZE;
-    values += static_cast<long long>(key_head) * length * SIZE;
-    scales += static_cast<long long>(key_head) * length;
+    const int row = static_cast<int>(blockIdx.y);
 
     const bool holds = thread % LANES < PARTS;
     const int part = holds ? thread % LANES * WIDTH<CACHE> : 0;
 
     begin(shared.found);
     // Outside the cache nothing is attended to, which gives NaN, and nothing is written.
-    const long long asked = load_earlier(positions);
-    const bool inside = asked >= 0 && asked < length;
+    const long long cache = caches ? load_earlier(caches + row) : 0;
+    const long long asked = load_earlier(positions + row);
+    const bool inside = asked >= 0 && asked < length && cache >= 0 && cache < cache_count;
     const int position = inside ? static_cast<int>(asked) : 0;
     const auto [begin, end] = inside ? stretch_of(position, window, rank) : Stretch{0, 0};
-    const bool last = rank == CLUSTER - 1 && inside;
-    const int own_position = last ? position : -1;
+    Fresh fresh;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const bool same = ROWS == 1 || !caches || load_earlier(caches + r) == cache;
+        const long long at = ROWS == 1 ? asked : load_earlier(positions + r);
+        fresh.position[r] = same && at >= begin && at < end ? static_cast<int>(at) : -1;
+    }
+    const int first_fresh = fresh.first();
+    const long long first = ((inside ? cache : 0) * key_heads + key_head) * length;  // of the positions of all
+    keys += first * SIZE;
+    values += first * SIZE;
+    scales += first;
     Copies copies(keys, values, scales, begin + thread / LANES, end, part);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) copies.next(shared, step);
-    const Heads heads(qkv, query_heads, key_heads, first_head, key_head, rotary, position);
+    const Heads heads(qkv, row, query_heads, key_heads, first_head, key_head, rotary, position, fresh);
     wait_for_inputs();
     release_dependents();
-    const long long at = static_cast<long long>(position) * SIZE;
-    Own& own = shared.own;
+    const auto writes = [&](int r) { return ROWS == 1 || r == row; };
     heads.prepare(
-        last, [&](int h, const Head& head) { shared.queries.put(h, head, rotary.scale * LOG2_E); },
-        [&](const Head& head) { put(head, own.key, keys + at, own.scales.key, &scales[position].key); },
-        [&](const Head& head) { put(head, own.value, values + at, own.scales.value, &scales[position].value); });
+        [&](int h, const Head& head) { shared.queries.put(h, head, rotary.scale * LOG2_E); },
+        [&](int r, int at, const Head& head) {
+            Own& own = shared.own[r];
+            put(head, writes(r), own.key, keys + 1ll * at * SIZE, own.scales.key, &scales[at].key);
+        },
+        [&](int r, int at, const Head& head) {
+            Own& own = shared.own[r];
+            put(head, writes(r), own.value, values + 1ll * at * SIZE, own.scales.value, &scales[at].value);
+        });
 
     QueryPiece<CACHE> query[HEADS];
     float query_scale[HEADS];
@@ -166,7 +182,9 @@ attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long 
         for (int j = 0; j < STEP; ++j) {
             const int at = from + j * GROUPS + thread / LANES;
             there[j] = at < end;
-            const bool is_own = at == own_position;
+            const int own_row = ROWS == 1 || at >= first_fresh ? fresh.row(at) : -1;
+            const bool is_own = own_row >= 0;
+            const Own& own = shared.own[ROWS == 1 ? 0 : max(own_row, 0)];
             key[j].data = *(is_own ? reinterpret_cast<const Words<4>*>(own.key + part) : &shared.keys[slot][j][thread]);
             value[j].data = *(is_own ? reinterpret_cast<const Words<4>*>(own.value + part) : &shared.values[slot][j][thread]);
             if constexpr (DIGITS) {
@@ -237,5 +255,5 @@ attend(const float* qkv, CACHE* keys, CACHE* values, Scales* scales, const long 
             for (int e = 0; e < WIDTH<CACHE>; ++e) partial.weighted[part + e] = weighted[h][e];
     }
     const auto of_warp = [&](int w, int h) -> const Partial& { return shared.warps[w][h]; };
-    finish(shared.found, first_head, of_warp, result);
+    finish(shared.found, first_head, of_warp, result + static_cast<long long>(row) * query_heads * SIZE);
 }

@@ -1,15 +1,16 @@
 // What attention does before the first score and after the last.
 //
-// A cluster of CLUSTER blocks serves HEADS query heads that share a key head, each block a stretch of positions. Each
-// warp of a block works on a part of them with a running softmax (maximum, sum, weighted values); warps and blocks are
-// merged at the end, in a fixed order. Scores are logarithms to the base 2.
+// Each of ROWS rows has a position of a text, whose cache it reads. A cluster of CLUSTER blocks serves HEADS query heads of
+// a row that share a key head, each block a stretch of positions. Each warp of a block works on a part of them with a
+// running softmax (maximum, sum, weighted values); warps and blocks are merged at the end, in a fixed order. Scores are
+// logarithms to the base 2.
 #ifndef LAROSA_ATTENTION
 #define LAROSA_ATTENTION
 
 #include "values.cuh"
 
 #ifndef CACHE
-#error "CACHE, SIZE, HEADS, CLUSTER and THREADS are given by the launcher"
+#error "CACHE, SIZE, HEADS, CLUSTER, THREADS and ROWS are given by the launcher"
 #endif
 
 constexpr int WARPS = THREADS / 32;
@@ -58,8 +59,9 @@ struct Turn {
     float cos[2][PAIRS];
     float sin[2][PAIRS];
 
-    DEVICE Turn(const Rotary& rotary, int position) {
-        const bool turned = rotary.cos != nullptr;
+    DEVICE Turn() {}
+    DEVICE Turn(const Rotary& rotary, int position, bool wanted = true) {
+        const bool turned = rotary.cos != nullptr && wanted;
         const long long at = turned ? static_cast<long long>(position) * SIZE : 0;
 #pragma unroll
         for (int j = 0; j < PAIRS; ++j) {
@@ -78,6 +80,7 @@ struct Turn {
 struct Head {
     float entry[2][PAIRS];
 
+    DEVICE Head() {}
     DEVICE Head(const float* head, bool there) {
 #pragma unroll
         for (int j = 0; j < PAIRS; ++j) {
@@ -137,46 +140,101 @@ private:
     }
 };
 
-// What a kernel reads of the product before it, q, k and v: a block its query heads, each by a warp, and the `last` one,
-// whose stretch ends at this position, its key and value too. All that a thread reads is asked for at once.
+// The positions that rows of this step write and a block attends to: -1 where a row writes none of these.
+struct Fresh {
+    int position[ROWS];
+
+    // Of a row that only a running kernel knows; beyond ROWS there is none.
+    DEVICE int of(int row) const {
+        int found = -1;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            if (r == row) found = position[r];
+        return found;
+    }
+    // The row that writes a position, or -1.
+    DEVICE int row(int at) const {
+        int found = -1;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            if (position[r] == at) found = r;
+        return found;
+    }
+    // The first of them, beyond all positions if there is none.
+    DEVICE int first() const {
+        unsigned first = 0x7fffffffu;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) first = min(first, static_cast<unsigned>(position[r]));
+        return static_cast<int>(first);
+    }
+};
+
+// What a kernel reads of the product before it, q, k and v: a block its query heads, each by a warp, and the keys and values
+// of all rows whose positions are fresh in it, for other blocks are only writing those. All that a thread reads is asked
+// for at once.
 struct Heads {
+    // Of every second warp, the last one among them, keys, of the others values.
+    static constexpr int PAIRED = WARPS / 2;
+    static constexpr int STORED = (ROWS + PAIRED - 1) / PAIRED;  // of a warp
+    static_assert(WARPS % 2 == 0, "a warp has keys, another one values");
+
     const float* queries;  // of the block's first head
-    const float* key;
-    const float* value;
+    const float* stored;    // the first row's, of the warp's kind
+    const long long width;  // of a row
     const Rotary& rotary;
+    const Fresh& fresh;
     const Turn turn;
+    Turn turns[STORED];
 
-    DEVICE Heads(const float* qkv, int query_heads, int key_heads, int first_head, int key_head, const Rotary& rotary,
-                 int position)
-        : queries(qkv + first_head * SIZE),
-          key(qkv + (query_heads + key_head) * SIZE),
-          value(qkv + (query_heads + key_heads + key_head) * SIZE),
+    DEVICE Heads(const float* qkv, int row, int query_heads, int key_heads, int first_head, int key_head,
+                 const Rotary& rotary, int position, const Fresh& fresh)
+        : queries(qkv + row * (query_heads + 2ll * key_heads) * SIZE + first_head * SIZE),
+          stored(qkv + (query_heads + (has_keys() ? 0 : key_heads) + key_head) * SIZE),
+          width((query_heads + 2ll * key_heads) * SIZE),
           rotary(rotary),
-          turn(rotary, position) {}
+          fresh(fresh),
+          turn(rotary, position) {
+        if (ROWS > 1)
+#pragma unroll
+            for (int i = 0; i < STORED; ++i) {
+                const int at = fresh.of(row_of(i));
+                turns[i] = Turn(rotary, at, at >= 0 && has_keys());
+            }
+    }
 
-    // `put_query(h, head)` takes the block's queries, `put_key(head)` and `put_value(head)` the last block's key and value.
+    // `put_query(h, head)` takes the block's queries, `put_key(row, position, head)` and `put_value` what is fresh.
     template <class PutQuery, class PutKey, class PutValue>
-    DEVICE void prepare(bool last, PutQuery put_query, PutKey put_key, PutValue put_value) const {
-        static_assert(WARPS > 1, "a warp has the key, another one the value");
-        const int warp = static_cast<int>(threadIdx.x) / 32;
-        const bool has_key = warp == WARPS - 1;
-        Head stored(has_key ? key : value, last && warp >= WARPS - 2);
+    DEVICE void prepare(PutQuery put_query, PutKey put_key, PutValue put_value) const {
+        Head heads[STORED];
+#pragma unroll
+        for (int i = 0; i < STORED; ++i) heads[i] = Head(stored + row_of(i) * width, fresh.of(row_of(i)) >= 0);
 #pragma unroll
         for (int from = 0; from < HEADS; from += WARPS) {
-            const int head = from + warp;
+            const int head = from + warp();
             if (head >= HEADS) break;
             Head query(queries + head * SIZE, true);
             query.prepare(rotary.q_gain, rotary.eps, turn);
             put_query(head, query);
         }
-        if (last && has_key) {
-            stored.prepare(rotary.k_gain, rotary.eps, turn);
-            put_key(stored);
-        } else if (last && warp == WARPS - 2) {
-            put_value(stored);
+#pragma unroll
+        for (int i = 0; i < STORED; ++i) {
+            const int at = fresh.of(row_of(i));
+            if (at < 0) continue;
+            if (has_keys()) {
+                heads[i].prepare(rotary.k_gain, rotary.eps, ROWS > 1 ? turns[i] : turn);
+                put_key(row_of(i), at, heads[i]);
+            } else {
+                put_value(row_of(i), at, heads[i]);
+            }
         }
         __syncthreads();
     }
+
+private:
+    DEVICE static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+    DEVICE static bool has_keys() { return (WARPS - 1 - warp()) % 2 == 0; }
+    // Of the i-th key or value of this warp.
+    DEVICE static int row_of(int i) { return (WARPS - 1 - warp()) / 2 + i * PAIRED; }
 };
 
 // COUNT partial softmaxes in one, as far as entry i of the head goes; `at(p)` is the p-th.

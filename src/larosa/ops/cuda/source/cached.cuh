@@ -13,7 +13,7 @@ struct alignas(4) Scales {
     BFloat16 value;
 };
 
-// This position's key and value, which the block has just made.
+// A row's key and value, which the block has just made.
 struct Own {
     alignas(16) CACHE key[SIZE];
     alignas(16) CACHE value[SIZE];
@@ -24,25 +24,30 @@ struct Own {
 // such a scale, and 0 times it is rounded to 0.
 DEVICE float inverse_scale(float scale) { return scale > 1e-37f ? reciprocal(scale) : 0.0f; }
 
-// For a warp: rounds a key or value for the cache, and keeps it at hand.
+// For a warp: rounds a key or value for the cache, and keeps it at hand. One block of them all writes it.
 template <class T>
-DEVICE void put(const Head& head, T* at_hand, T* in_cache, BFloat16&, BFloat16*) {
+DEVICE void put(const Head& head, bool writes, T* at_hand, T* in_cache, BFloat16&, BFloat16*) {
     head.each([&](int i, float x) {
         narrow(x, at_hand[i]);
-        in_cache[i] = at_hand[i];
+        if (writes) in_cache[i] = at_hand[i];
     });
 }
 
 template <>
-DEVICE void put(const Head& head, Int8* at_hand, Int8* in_cache, BFloat16& scale_at_hand, BFloat16* scale_in_cache) {
+DEVICE void put(const Head& head, bool writes, Int8* at_hand, Int8* in_cache, BFloat16& scale_at_hand,
+                BFloat16* scale_in_cache) {
     BFloat16 scale;
     narrow(head.largest() * (1.0f / 127.0f), scale);
     const float inverse = inverse_scale(widen(scale));
     head.each([&](int i, float x) {
         const int digit = max(-127, min(127, rounded(x * inverse)));
-        at_hand[i].bits = in_cache[i].bits = static_cast<unsigned char>(digit);
+        at_hand[i].bits = static_cast<unsigned char>(digit);
+        if (writes) in_cache[i] = at_hand[i];
     });
-    if (threadIdx.x % 32 == 0) scale_at_hand = *scale_in_cache = scale;
+    if (threadIdx.x % 32 == 0) {
+        scale_at_hand = scale;
+        if (writes) *scale_in_cache = scale;
+    }
 }
 
 // A thread's piece of a query, for a cache of T.

@@ -4,6 +4,9 @@
 // part of the list, each group of LANES threads every GROUPS-th entry of that part, 16 bytes a thread. Where LANES is no
 // power of two, groups go across warps, and the last few threads have nothing to do. Partial sums meet in shared memory,
 // first of the block, then of the cluster, each output's in the block that finishes it.
+//
+// Of several vectors that are read whole, ROWS of them, each piece of a column is read once and added to all their sums.
+// The sum of a row is made in the order of one row alone.
 #ifndef LAROSA_COLUMNS
 #define LAROSA_COLUMNS
 
@@ -11,6 +14,9 @@
 
 #ifndef WEIGHT
 #error "WEIGHT, LANES, CLUSTER, ALIGNED and SWIGLU are given by the launcher"
+#endif
+#ifndef ROWS
+#define ROWS 1
 #endif
 
 constexpr int THREADS = 512;
@@ -24,6 +30,13 @@ constexpr bool IN_WARPS = 32 % LANES == 0;              // groups, of which a wa
 constexpr int PARTS = IN_WARPS ? WARPS : GROUPS;        // of a sum in a block
 static_assert(TILE <= THREADS, "a thread adds up the parts of an output");
 static_assert(LANES % SIDES == 0, "a thread is on one side");
+// Rows whose parts meet in shared memory at once: as many as leave room for other blocks.
+constexpr int MEETING = (ROWS <= 4 ? 16 : 32) * 1024 / (PARTS * TILE * 4);
+constexpr int AT_ONCE = MEETING < 1 ? 1 : MEETING > ROWS ? ROWS : MEETING;
+constexpr int FINISHES = (ROWS * SHARE + THREADS - 1) / THREADS;  // results of a thread
+static_assert(AT_ONCE * TILE <= THREADS, "a thread adds up the parts of an output of a row");
+
+using Sum = float[ROWS][WIDTH<WEIGHT>];  // a thread's, for each row and output
 
 struct alignas(8) Entry {
     float value;
@@ -32,6 +45,48 @@ struct alignas(8) Entry {
     // Written to shared memory where `wanted`, without a branch.
     DEVICE void put(Entry* to, bool wanted) const { store_pair(&to->value, value, offset, wanted); }
 };
+
+// What ROWS vectors have at one place, where they are read whole.
+struct alignas(ROWS % 4 == 0 ? 16 : ROWS % 2 == 0 ? 8 : 4) Across {
+    float row[ROWS];
+};
+
+// These in shared memory, from place `first` on: where a column is follows from its number.
+struct Every {
+    struct Item {
+        const Across& value;
+        unsigned offset;
+    };
+    const Across* entries;
+    unsigned first;
+    unsigned stride;
+
+    DEVICE Item operator[](int i) const { return {entries[i], (first + i) * stride}; }
+};
+
+// What a product holds of what it reads: of one vector entries of a list, of several all that they have at a place.
+#if ROWS == 1
+using Held = Entry;
+template <class Load>
+DEVICE Held held(unsigned offset, Load load) { return {load(0), offset}; }
+// Of those held in shared memory, from place `first` on.
+DEVICE const Entry* listed(const Entry* entries, int, unsigned) { return entries; }
+#else
+using Held = Across;
+template <class Load>
+DEVICE Held held(unsigned, Load load) {
+    Across across;
+#pragma unroll
+    for (int row = 0; row < ROWS; ++row) across.row[row] = load(row);
+    return across;
+}
+DEVICE Every listed(const Across* entries, int first, unsigned stride) {
+    return {entries, static_cast<unsigned>(first), stride};
+}
+#endif
+
+DEVICE float of_row(float value, int) { return value; }
+DEVICE float of_row(const Across& value, int row) { return value.row[row]; }
 
 // Entries [begin, end) of a list.
 struct Part {
@@ -63,13 +118,18 @@ struct Pieces {
     DEVICE void load(Piece& piece, unsigned offset) const {
         piece.template load<ALIGNED>(at_offset(first, offset), ALIGNED ? Piece::COUNT : there);
     }
-    DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
+    template <class Value>
+    DEVICE void add(Sum& sum, const Value& value, const Piece& piece) {
         static_assert(Piece::COUNT == WIDTH<WEIGHT>, "one for each of the thread's outputs");
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(value, piece.at(e), sum[e]);
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) {
+            const float weight = piece.at(e);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) sum[r][e] = fmaf(of_row(value, r), weight, sum[r][e]);
+        }
     }
     // When all have been added.
-    DEVICE void end(float (&)[WIDTH<WEIGHT>]) const {}
+    DEVICE void end(Sum&) const {}
 };
 
 // The same of codes with scales. A piece lies in one group, so that its scale is multiplied with the entry.
@@ -85,7 +145,7 @@ struct Codes {
     const BFloat16* scale;     // of the thread's piece in the first column
     unsigned stride, apart;    // bytes between columns of codes, and of scales
     int there;
-    float multiplied = 0.0f;  // the sum of what codes have been multiplied by
+    float multiplied[ROWS] = {};  // the sum of what codes have been multiplied by
 
     DEVICE static Codes of(const Matrix& matrix, int mine, int there) {
         const int group = min(mine, static_cast<int>(matrix.outputs) - 1) / static_cast<int>(matrix.group);
@@ -99,19 +159,29 @@ struct Codes {
         piece.codes.template load<ALIGNED>(at_column(first, column, stride), ALIGNED ? WIDTH<WEIGHT> : there);
         load_once(piece.scale, at_column(scale, column, apart));
     }
-    DEVICE void add(float (&sum)[WIDTH<WEIGHT>], float value, const Piece& piece) {
+    template <class Value>
+    DEVICE void add(Sum& sum, const Value& value, const Piece& piece) {
         constexpr int IN_WORD = WIDTH<WEIGHT> / 4;
-        float factor = value * widen(piece.scale);
-        if (Number::LIFTED != 0.0f) multiplied += factor;
-        factor *= 1.0f / Number::UNIT;
+        float factor[ROWS];
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e)
-            sum[e] = fmaf(factor, Number::at(piece.codes.data.word[e / IN_WORD], e % IN_WORD), sum[e]);
+        for (int r = 0; r < ROWS; ++r) {
+            factor[r] = of_row(value, r) * widen(piece.scale);
+            if (Number::LIFTED != 0.0f) multiplied[r] += factor[r];
+            factor[r] *= 1.0f / Number::UNIT;
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH<WEIGHT>; ++e) {
+            const float code = Number::at(piece.codes.data.word[e / IN_WORD], e % IN_WORD);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) sum[r][e] = fmaf(factor[r], code, sum[r][e]);
+        }
     }
-    DEVICE void end(float (&sum)[WIDTH<WEIGHT>]) const {
+    DEVICE void end(Sum& sum) const {
         if (Number::LIFTED != 0.0f)
 #pragma unroll
-            for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = fmaf(-Number::LIFTED, multiplied, sum[e]);
+            for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[r][e] = fmaf(-Number::LIFTED, multiplied[r], sum[r][e]);
     }
 };
 
@@ -165,8 +235,8 @@ struct Nothing {
 // Adds entries of a list in shared memory that SHARING groups of threads take in turns: the `from`-th of them begins with
 // entry `from`. Where a piece of a column has been added the next takes its registers, so that DEEP are under way from first
 // to last. (The compiler waits for all of them at once.) `meanwhile` is told when the last ones have been asked for.
-template <int SHARING, int DEEP = DEPTH, class Columns, class Meanwhile = const Nothing>
-DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int from, int count, Columns& columns,
+template <int SHARING, int DEEP = DEPTH, class Entries, class Columns, class Meanwhile = const Nothing>
+DEVICE void add_listed(Sum& sum, Entries entries, int from, int count, Columns& columns,
                        Meanwhile& meanwhile = Nothing()) {
     using Piece = typename Columns::Piece;
     constexpr int BATCH = DEEP * SHARING;
@@ -205,60 +275,84 @@ DEVICE void add_listed(float (&sum)[WIDTH<WEIGHT>], const Entry* entries, int fr
 }
 
 struct Sums {
-    float parts[PARTS][TILE];
-    float found[CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
+    float parts[AT_ONCE][PARTS][TILE];
+    float found[ROWS][CLUSTER][SIDES * SHARE];  // by the blocks of the cluster, for this one
     Mailbox mailbox;
 };
 
 // Says that the block has begun, which gets its sums of all blocks.
 DEVICE void begin(Sums& sums) {
     const int finished = min(SHARE, SIDE - cluster_rank<CLUSTER>() * SHARE);
-    cluster_begin<CLUSTER>(sums.mailbox, CLUSTER * SIDES * max(finished, 0));
+    cluster_begin<CLUSTER>(sums.mailbox, ROWS * CLUSTER * SIDES * max(finished, 0));
 }
 
 // Writes residual + (sum * factor + bias), or silu of that of the first side times that of the second where SWIGLU: groups
 // of the block, blocks of the cluster. One thread of the cluster finishes each result; what it adds to the sum is on its
-// way while sums meet.
-DEVICE void finish(Sums& sums, const Outputs& tile, float (&sum)[WIDTH<WEIGHT>], float factor, const float* residual,
-                   float* result) {
+// way while sums meet. Results of a row, as of the residual, are `outputs` behind those of the row before.
+DEVICE void finish(Sums& sums, const Outputs& tile, Sum& sum, float factor, const float* residual, float* result,
+                   long long outputs) {
     const int thread = static_cast<int>(threadIdx.x);
     const int rank = cluster_rank<CLUSTER>();
-    const int finished = rank * SHARE + thread;
-    const bool finishes = thread < SHARE && finished < SIDE && tile.first + finished < tile.side->outputs;
-    const long long place = tile.side->first + tile.first + finished;
-    float bias[SIDES] = {};
-    float before = 0.0f;
-    if (finishes && residual) before = load_fresh(residual + place);
+    const int at = tile.first + rank * SHARE;  // of the block's first result
+    bool finishes[FINISHES];
+    long long place[FINISHES];
+    float bias[FINISHES][SIDES] = {};
+    float before[FINISHES] = {};
 #pragma unroll
-    for (int side = 0; side < SIDES; ++side)
-        if (finishes) bias[side] = tile.side[side].bias.at(tile.first + finished, 0.0f);
+    for (int i = 0; i < FINISHES; ++i) {
+        const int which = thread + i * THREADS;
+        const int own = ROWS == 1 ? which : which % SHARE;
+        finishes[i] = which < ROWS * SHARE && rank * SHARE + own < SIDE && at + own < tile.side->outputs;
+        place[i] = (ROWS == 1 ? 0 : which / SHARE * outputs) + tile.side->first + at + own;
+        if (finishes[i] && residual) before[i] = load_fresh(residual + place[i]);
+#pragma unroll
+        for (int side = 0; side < SIDES; ++side)
+            if (finishes[i]) bias[i][side] = tile.side[side].bias.at(at + own, 0.0f);
+    }
 
     if (IN_WARPS)
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[e] = warp_sum(sum[e], LANES);
-    const int part = IN_WARPS ? thread / 32 : group();
-    if (part < PARTS && (!IN_WARPS || thread % 32 < LANES))
+        for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-        for (int e = 0; e < WIDTH<WEIGHT>; ++e) sums.parts[part][thread % LANES * WIDTH<WEIGHT> + e] = sum[e];
-    cluster_begun<CLUSTER>();
-    __syncthreads();
-    if (thread < TILE) {
-        float total = 0.0f;
-        for (int part = 0; part < PARTS; ++part) total += sums.parts[part][thread];
-        const int side = thread / SIDE;
-        const int of_side = thread % SIDE;
-        float& mine = sums.found[rank][side * SHARE + of_side % SHARE];
-        cluster_send<CLUSTER>(sums.mailbox, mine, of_side / SHARE, total);
+            for (int e = 0; e < WIDTH<WEIGHT>; ++e) sum[r][e] = warp_sum(sum[r][e], LANES);
+    const int part = IN_WARPS ? thread / 32 : group();
+    const bool has_part = part < PARTS && (!IN_WARPS || thread % 32 < LANES);
+#pragma unroll
+    for (int first = 0; first < ROWS; first += AT_ONCE) {
+        if (first > 0) __syncthreads();  // the parts of other rows have been added up
+#pragma unroll
+        for (int r = first; r < min(first + AT_ONCE, ROWS); ++r)
+            if (has_part)
+#pragma unroll
+                for (int e = 0; e < WIDTH<WEIGHT>; ++e)
+                    sums.parts[r - first][part][thread % LANES * WIDTH<WEIGHT> + e] = sum[r][e];
+        if (first == 0) cluster_begun<CLUSTER>();
+        __syncthreads();
+        const int of_these = AT_ONCE == 1 ? 0 : thread / TILE;
+        if (thread < min(AT_ONCE, ROWS - first) * TILE) {
+            const int output = thread - of_these * TILE;
+            float total = 0.0f;
+            for (int part = 0; part < PARTS; ++part) total += sums.parts[of_these][part][output];
+            const int side = output / SIDE;
+            const int of_side = output % SIDE;
+            float& mine = sums.found[first + of_these][rank][side * SHARE + of_side % SHARE];
+            cluster_send<CLUSTER>(sums.mailbox, mine, of_side / SHARE, total);
+        }
     }
     cluster_received<CLUSTER>(sums.mailbox);
-    if (finishes) {
+#pragma unroll
+    for (int i = 0; i < FINISHES; ++i) {
+        if (!finishes[i]) continue;
+        const int which = thread + i * THREADS;
+        const int row = ROWS == 1 ? 0 : which / SHARE;
         float total[SIDES] = {};
 #pragma unroll
         for (int side = 0; side < SIDES; ++side) {
-            for (int from = 0; from < CLUSTER; ++from) total[side] += sums.found[from][side * SHARE + thread];
-            total[side] = fmaf(total[side], factor, bias[side]);
+            for (int from = 0; from < CLUSTER; ++from)
+                total[side] += sums.found[row][from][side * SHARE + which - row * SHARE];
+            total[side] = fmaf(total[side], factor, bias[i][side]);
         }
-        result[place] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : before + total[0];
+        result[place[i]] = SWIGLU ? silu_mul(total[0], total[SIDES - 1]) : before[i] + total[0];
     }
 }
 

@@ -3,13 +3,16 @@
 //
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while the list is still being made, and
 // goes into the same sums.
+//
+// Of ROWS vectors, where they are more than one, all entries are meant: a block reads its columns once for all of them.
 #ifndef ADAPTER
-#error "ADAPTER is given by the launcher"
+#error "ADAPTER and ROWS are given by the launcher"
 #endif
 #ifdef LOADS
 constexpr int DEPTH = LOADS;  // loads in flight in each thread
 #else
-constexpr int DEPTH = ALONE ? 5 : 4;
+// Two blocks of a multiprocessor have registers for so many of them beside the sums of up to four rows.
+constexpr int DEPTH = ROWS > 4 ? 4 : ALONE ? 5 : ROWS == 4 ? 2 : ROWS == 3 ? 3 : 4;
 #endif
 
 #include "adapter.cuh"
@@ -19,20 +22,25 @@ constexpr int DEPTH = ALONE ? 5 : 4;
 constexpr int TEAMS = ALONE ? 2 : 1;
 constexpr int MATES = THREADS / TEAMS;           // threads of a team
 constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries, 16 KB, that the first team takes of the list instead
-constexpr int CHUNK = ALONE ? 3072 : 2048;       // entries of the list that a team holds in shared memory
+// Entries of the list that a team holds in shared memory.
+constexpr int CHUNK = ROWS == 1 && ALONE ? 3072 : ROWS > 4 && ALONE ? 1024 : 2048;
 static_assert(TEAMS == 1 || MATES % LANES == 0, "a group is in one team");
 
-// The entries that a product reads, without indices all of a vector, and how far apart columns are.
+// The entries that a product reads, without indices all `k` of a vector, or of each row, and how far apart columns are.
 struct Listed {
     const float* values;
     const int* indices;
     unsigned stride;
+    int k;
 
-    DEVICE Entry at(int i) const { return {load_fresh(values + i), (indices ? load_fresh(indices + i) : i) * stride}; }
+    DEVICE Held at(int i) const {
+        const unsigned column = ROWS == 1 && indices ? load_fresh(indices + i) : i;
+        return held(column * stride, [&](int row) { return load_fresh(values + row * k + i); });
+    }
 };
 
 struct Shared {
-    Entry entries[TEAMS][CHUNK];
+    Held entries[TEAMS][CHUNK];
     Sums sums;
 };
 
@@ -41,7 +49,7 @@ SHARED(Shared);
 // Adds entries of a part, those of the thread's team, of which the first has `more` than the second. Both take equally
 // many chunks, or racecheck no longer knows which of their barriers belong together.
 template <int DEEP, class Entries, class Columns>
-DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Part part, int more, Columns columns) {
+DEVICE void add(Sum& sum, Shared& shared, Entries entries, Part part, int more, Columns columns) {
     const int team = static_cast<int>(threadIdx.x) / MATES;
     const int mate = static_cast<int>(threadIdx.x) % MATES;
     const int middle = part.begin + (part.size() + more) / 2;
@@ -54,13 +62,14 @@ DEVICE void add(float (&sum)[WIDTH<WEIGHT>], Shared& shared, Entries entries, Pa
         for (int i = mate; i < here; i += MATES) shared.entries[team][i] = entries.at(start + i);
         team_sync<TEAMS, MATES>(team);
         if (here > 0)
-            add_listed<MATES / LANES, DEEP>(sum, shared.entries[team], mate / LANES, here, columns);
+            add_listed<MATES / LANES, DEEP>(sum, listed(shared.entries[team], start, entries.stride), mate / LANES,
+                                            here, columns);
     }
     columns.end(sum);
 }
 
 // Sums of so many outputs as a thread has codes take more than half of the registers.
-KERNEL(THREADS, ALONE || OF_CODES ? 1 : 2)
+KERNEL(THREADS, ALONE || OF_CODES || ROWS > 4 ? 1 : 2)
 sparse_linear(const float* values, const int* indices, int k, const long long* count, Matrices matrices,
               const float* residual, const void* adapter, unsigned adapter_stride, int width,
               SCALE_PARAMETERS float* result, int outputs) {
@@ -70,7 +79,7 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
     Part listed = Part::of_block(k);
 
     begin(shared.sums);
-    float sum[WIDTH<WEIGHT>] = {};
+    Sum sum = {};
     int earlier = 0;
     if constexpr (ADAPTER) {
 #ifdef SCALE
@@ -78,7 +87,7 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
         const CarriedByDigits entries{residual + row * width, adapter_stride, width};
         const Part carried = Part::of_block(digits);
 #else
-        const Carried entries{residual + row * width, adapter_stride};
+        const Carried entries{residual + row * width, adapter_stride, width};
         const Part carried = Part::of_block(width);
 #endif
         earlier = 2 * min(EARLIER, min(carried.size() / LIGHTER, listed.size()) / 2);
@@ -90,12 +99,12 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
     }
     wait_for_inputs();
     if (count) {
-        listed = Part::of_block(min(static_cast<int>(load_fresh(count)), k));
+        listed = Part::of_block(min(static_cast<int>(load_fresh(count + row)), k));
         earlier = min(earlier, listed.size());
     }
-    const Listed entries{values + row * k, indices ? indices + row * k : nullptr, tile.stride()};
+    const Listed entries{values + row * k, indices ? indices + row * k : nullptr, tile.stride(), k};
     add<DEPTH>(sum, shared, entries, listed, earlier, tile.columns());
     release_dependents();
     finish(shared.sums, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
-           result + row * outputs);
+           result + row * outputs, outputs);
 }

@@ -78,7 +78,7 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
     });
     __syncthreads();
     const unsigned count = end - begin + (need + CLUSTER - 1 - rank) / CLUSTER;
-    float sum[WIDTH<WEIGHT>] = {};
+    Sum sum = {};
     Factor last{shared.ranking, activation};
     auto columns = tile.columns();
     if (count > 0)
@@ -87,5 +87,6 @@ top_k_linear(const float* x, int width, int k, Vector gain, float eps, Vector sc
         last.at_last();
     columns.end(sum);
     release_dependents();
-    finish(shared.sums, tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs);
+    finish(shared.sums, tile, sum, last.factor, residual ? residual + row * outputs : nullptr, result + row * outputs,
+           outputs);
 }

@@ -137,7 +137,7 @@ top_k_linear_cut(const float* x, int width, int k, Vector score, Matrices matric
     const Outputs tile(matrices, cluster - 1);
     begin(own.sums);
     if (threadIdx.x == 0) score.fetch(width);
-    float sum[WIDTH<WEIGHT>] = {};
+    Sum sum = {};
     Asked asked(x, score, width, board);
     add_adapter<LISTED * THREADS>(sum, own.entries, residual, adapter, adapter_stride, carried, SCALE_ARGUMENTS tile, asked);
     if (threadIdx.x == 0) own.cut = posted(board, asked.shown);
@@ -150,6 +150,6 @@ top_k_linear_cut(const float* x, int width, int k, Vector score, Matrices matric
         leaving.at_last();
     columns.end(sum);
     release_dependents();
-    finish(own.sums, tile, sum, 1.0f, nullptr, result);
+    finish(own.sums, tile, sum, 1.0f, nullptr, result, 0);
     if (threadIdx.x == 0) leave(board, leaving.before, gridDim.x - CLUSTER);
 }
