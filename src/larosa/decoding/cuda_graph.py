@@ -1,19 +1,93 @@
-"""The loop from token to token on a GPU: one CUDA graph a token, and no waiting in between."""
+"""Steps on a GPU as CUDA graphs, and the loop from token to token over one of them, with no waiting in between."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from larosa.decoding.engine import Engine
+from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.loop import checked
 from larosa.decoding.sampling import Sampler
 from larosa.ops.cuda.launch import early_launches
 
+_T = TypeVar("_T")
+
 #: Tokens that the GPU may be ahead of the host. It hides the host's pauses; as many are thrown away after a stop.
 _AHEAD = 8
+
+
+class StepGraphs:
+    """An engine's steps of 1 to `MAX_ROWS` tokens on a GPU, one CUDA graph for each number of rows.
+
+    Each is captured when it is first wanted. All share one memory, so that they are for one stream.
+
+    Args:
+        engine: on a GPU; one `beside` it, with other weights, has graphs of its own over the same cache.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        #: What the next step runs, the first rows of each [MAX_ROWS] int64: written before it on the same stream.
+        self.tokens, self.positions, self.texts = torch.zeros(3, MAX_ROWS, dtype=torch.int64, device=engine.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @torch.inference_mode()
+    def step(self, rows: int) -> torch.Tensor:
+        """Run the first `rows` of `tokens` at `positions` of `texts`, without waiting; see `Engine.step`.
+
+        Returns:
+            [rows, vocabulary] float32 logits, which the next step of as many rows overwrites.
+        """
+        with torch.cuda.device(self._engine.device):
+            if rows not in self._graphs:
+                with early_launches():
+                    self._graphs[rows] = capture(lambda: self._run(rows), self._engine, self._pool)
+            graph, logits = self._graphs[rows]
+            graph.replay()
+        return logits
+
+    def _run(self, rows: int) -> torch.Tensor:
+        return self._engine.step(self.tokens[:rows], self.positions[:rows], self.texts[:rows])
+
+
+def capture(
+    run: Callable[[], _T],
+    engine: Engine,
+    pool: Any = None,
+    generator: torch.Generator | None = None,
+    before: Callable[[], object] = lambda: None,
+) -> tuple[torch.cuda.CUDAGraph, _T]:
+    """The graph of `run`, and what it returns, in memory that replays write again.
+
+    It is run twice first, which must do no harm: that compiles kernels and takes what workspace libraries want, which
+    capturing must not.
+
+    Args:
+        run: operators of `engine`'s step and others, on the current device.
+        pool: of memory, which graphs may share that are never replayed side by side.
+        generator: that `run` draws from.
+        before: puts right what the runs have changed, before the capture.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    # Beside ranks NCCL's own thread asks the GPU for news meanwhile, which only concerns that thread.
+    mode = "global" if engine.weights.shard is None else "thread_local"
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+        result = run()
+    return graph, result
 
 
 class GraphLoop:
@@ -35,7 +109,8 @@ class GraphLoop:
         # A step's operators follow each other as early launches ask for it.
         with torch.cuda.device(engine.device), sampler.unchanged(), early_launches():
             sampler.start(torch.zeros(1, 0, dtype=torch.int64), engine.vocabulary)  # its memory, before it is captured
-            self._graph = self._capture()
+            # What trying a step leaves in the cache stands where the next prompt is written.
+            self._graph, _ = capture(self._step, engine, generator=sampler.generator, before=self._position.zero_)
 
     @torch.inference_mode()
     def continue_prompt(self, prompt: torch.Tensor, max_new_tokens: int, stop: Collection[int] = ()) -> Iterator[int]:
@@ -77,23 +152,6 @@ class GraphLoop:
         self._graph.replay()
 
     @torch.inference_mode()
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """The graph of one token. What trying it leaves in the cache stands where the next prompt is written."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles kernels and takes what workspace libraries want, which capturing must not
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._position.zero_()
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._sampler.generator)
-        # Beside ranks NCCL's own thread asks the GPU for news meanwhile, which only concerns that thread.
-        mode = "global" if self._engine.weights.shard is None else "thread_local"
-        with torch.cuda.graph(graph, capture_error_mode=mode):
-            self._step()
-        return graph
-
     def _step(self) -> None:
         # After NO_TOKEN, drawn from logits that are not finite, the first token is run: the host will find it and stop.
         token = self._sampler(self._engine.step(self._token, self._position))

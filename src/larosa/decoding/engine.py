@@ -42,7 +42,8 @@ class Engine:
         form = CacheDtype.parse(kv_cache_dtype).beside(weights.dtype)
         self._cache = KeyValueCache(weights.config, max_length, form, weights.device, texts)
         self._tables = weights.tables(max_length)
-        self._past_of = [self._past(self._cache.of(text), None) for text in range(texts)]
+        #: What attention reads of the only text; None where there are several.
+        self._one = self._past(self._cache.of(0), None) if texts == 1 else None
         # What a step starts from, at places that a CPU's graph can read again.
         self._hidden = torch.zeros(MAX_ROWS, weights.embedding.shape[1], dtype=torch.float32, device=weights.device)
         self._position, self._text = torch.zeros(2, MAX_ROWS, dtype=torch.int64, device=weights.device)
@@ -107,16 +108,18 @@ class Engine:
         self._cache.copy(other._cache, length, source, text)
 
     @torch.inference_mode()
-    def step(self, token: torch.Tensor, position: torch.Tensor, texts: Sequence[int] | None = None) -> torch.Tensor:
+    def step(
+        self, token: torch.Tensor, position: torch.Tensor, texts: Sequence[int] | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run some tokens, of one text or of several, and keep their keys and values.
 
         Each gives what it gives alone, to the bit: those of one text behind those before them. Nothing in it waits for
-        the device or looks at the values of tokens and positions.
+        the device or looks at the values of tokens, positions and texts, so that a GPU's graph can hold it.
 
         Args:
             token: [B] int64, up to `MAX_ROWS`; on a GPU the first token stands in for `NO_TOKEN`.
             position: [B] int64, how many tokens came before each; less than `max_length`. Those of one text differ.
-            texts: which one each token is of; None where all are of the first.
+            texts: which one each token is of, for a graph [B] int64 on the device; None where all are of the first.
 
         Returns:
             [B, vocabulary] float32, the logits of the tokens that follow.
@@ -124,22 +127,18 @@ class Engine:
         rows = len(token)
         if not 0 < rows <= MAX_ROWS:
             raise ValueError(f"a step runs 1 to {MAX_ROWS} tokens, not {rows}")
-        texts = texts or (0,) * rows
+        if self._one is not None:
+            past = self._one
+        elif isinstance(texts, torch.Tensor) and self.device.type != "cpu":
+            past = self._past(self._cache.layers, texts)
+        else:
+            text = self._text[:rows].copy_(torch.as_tensor((0,) * rows if texts is None else texts))
+            past = self._past(self._cache.layers, text)
         if self.device.type != "cpu":
-            # Attention has one row there.
-            logits = [
-                self._run(torch.ops.larosa.embed(self.weights.embedding, one), at, self._past_of[text])
-                for one, at, text in zip(token.split(1), position.split(1), texts, strict=True)
-            ]
-            return logits[0] if rows == 1 else torch.cat(logits)
+            return self._run(torch.ops.larosa.embed(self.weights.embedding, token), position, past)
         hidden, at = self._hidden[:rows], self._position[:rows]
         hidden.copy_(torch.embedding(self.weights.embedding, token))
         at.copy_(position)
-        if len(self._past_of) == 1:
-            past = self._past_of[0]
-        else:
-            text = self._text[:rows].copy_(torch.tensor(texts))
-            past = self._past(self._cache.layers, text)
         return self._replayed(hidden, at, past).clone() if self._replays else self._run(hidden, at, past)
 
     def _past(self, entries: list[Entries], cache: torch.Tensor | None) -> list[Past]:

@@ -23,7 +23,7 @@ from larosa.parallel.shard import TopKOfAll, adapter_inputs
 
 _ops: Any = torch.ops.larosa
 
-#: Tokens of one step at most: a CPU reads weights once for all of them.
+#: Tokens of one step at most: weights are read once for all of them where nothing is skipped, on a CPU elsewhere too.
 MAX_ROWS = 8
 
 
@@ -166,10 +166,10 @@ class LargestOfAll:
 class Site:
     """One site of one layer: how its activation comes about, what is kept of it, and the linears that read it.
 
-    With neither `k` nor `threshold` everything is kept, and the linears are read whole: as listed where `every` lists
-    all columns, for one row, for two and so on. Where `fused` is there, one operator makes the activation, selects
-    entries and multiplies with them, and where the linears are an MLP's gate and up (`swiglu`) it makes silu(gate) * up
-    of them. With `of_all` the k entries are those of all ranks.
+    With neither `k` nor `threshold` everything is kept, and the linears are read whole: on a CPU as `every` lists all
+    columns, where it does, for one row, for two and so on. Where `fused` is there, one operator makes the activation,
+    selects entries and multiplies with them, and where the linears are an MLP's gate and up (`swiglu`) it makes
+    silu(gate) * up of them. With `of_all` the k entries are those of all ranks.
     """
 
     source: _Source
@@ -199,8 +199,10 @@ class Site:
             return self
         if isinstance(self.linears, LowBitLinears):
             return replace(self, k=None, threshold=None, score=None, of_all=None)
-        every = _columns(self.linears.weights[0], MAX_ROWS)
-        return replace(self, k=None, threshold=None, score=None, fused=None, every=every, of_all=None)
+        weight = self.linears.weights[0]
+        every = None if _on_gpu(weight) else _columns(weight, MAX_ROWS)
+        kept = replace(self, k=None, threshold=None, score=None, of_all=None)
+        return replace(kept, every=every, fused=None, swiglu=False)
 
     def rounded(self, form: ColumnFormat, where: str) -> Site:
         """The same over a copy of its linears of few bits, or over those that it has where they are so already."""
@@ -321,7 +323,10 @@ class DecodeLayer:
 
     def whole(self) -> DecodeLayer:
         """The same, with nothing left out."""
-        return replace(self, **{name: getattr(self, name).whole() for name in SITES})
+        sites = {name: getattr(self, name).whole() for name in SITES}
+        if self.h3.swiglu and not sites["h3"].swiglu:
+            sites["h4"] = replace(sites["h4"], source=_Gated(), fused=None)
+        return replace(self, **sites)
 
     def rounded(self, form: ColumnFormat, where: str) -> DecodeLayer:
         """The same over a copy of its linears of few bits; `where` names the layer in errors."""
@@ -397,20 +402,18 @@ def norm(module: Any) -> Norm:
 
 def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
-    on_gpu = _on_gpu(linears[0])
-    read = read_linears(linears, by_columns=bool(kept) or on_gpu)
-    every, fused = None, None
-    if on_gpu and isinstance(read, Linears) and not kept:
-        every = _columns(read.weights[0], 1)  # [1, D] int32: all columns are read faster than all rows
-    elif on_gpu and "of_all" not in kept and not isinstance(source, _Gated):
+    on_gpu = _on_gpu(next(linears[0].parameters()))
+    read = read_linears(linears, by_columns=bool(kept) or on_gpu)  # a GPU reads all columns faster than all rows
+    fused = None
+    if on_gpu and (kept or isinstance(read, LowBitLinears)) and "of_all" not in kept and not isinstance(source, _Gated):
         # Launching one kernel less is worth selecting in every block of a product.
         fused = source
-    return Site(source, read, every=every, fused=fused, **kept)
+    return Site(source, read, fused=fused, **kept)
 
 
-def _on_gpu(linear: Any) -> bool:
-    """Whether it is a GPU's kernels that read a linear."""
-    return next(linear.parameters()).device.type != "cpu"
+def _on_gpu(weight: torch.Tensor) -> bool:
+    """Whether it is a GPU's kernels that read a weight."""
+    return weight.device.type != "cpu"
 
 
 def _columns(weight: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
@@ -448,6 +451,6 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | None:
     module = getattr(layer, name, None)
     if module is None:
         return None
-    along = _on_gpu(module)
+    along = _on_gpu(module.weight)
     lay_out(module, by_columns=along)
     return Adapter(module.weight.data, own(getattr(module, "scale", None)), along)

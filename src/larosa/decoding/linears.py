@@ -23,13 +23,16 @@ Carried = tuple[torch.Tensor | None, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Linears:
-    """Linears in the model's own dtype, over its own memory."""
+    """Linears in the model's own dtype, over its own memory: all laid out by rows, or all by columns."""
 
     weights: list[torch.Tensor]
     biases: list[torch.Tensor | None]
+    by_columns: bool = False
 
     def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Outputs [B, sum of N_i] for x [B, D], on top of a residual: weights are read by rows."""
+        """Outputs [B, sum of N_i] for x [B, D], on top of a residual; of what stands by columns on a GPU alone."""
+        if self.by_columns:
+            return self.listed(x, None, residual, (None, None), None)
         by_rows: torch.Tensor = _ops.linear(x, self.weights, self.biases, residual)
         return by_rows
 
@@ -49,7 +52,10 @@ class Linears:
         along: Carried,
         count: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Outputs for the vector that has `values` at `indices`, as many as `count` says: columns are read."""
+        """Outputs for vectors that have `values` at `indices`, as many as `count` says: columns are read.
+
+        Without indices all of them are, on a GPU.
+        """
         inputs = values, indices, self.weights, self.biases, residual, *along
         by_columns: torch.Tensor = _ops.sparse_linear(*inputs, count)
         return by_columns
@@ -66,7 +72,7 @@ class LowBitLinears:
     biases: list[torch.Tensor | None]
 
     def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """As of `Linears`, but by columns too."""
+        """As of `Linears`, by columns."""
         return self.listed(x, None, residual, (None, None), None)
 
     def listed(
@@ -77,7 +83,7 @@ class LowBitLinears:
         along: Carried,
         count: torch.Tensor | None,
     ) -> torch.Tensor:
-        """As of `Linears`; without indices all columns are."""
+        """As of `Linears`, but without indices on every device."""
         outputs: torch.Tensor = _ops.low_bit_linear(values, indices, *self.weights, residual, count, *along)
         return outputs
 
@@ -111,7 +117,7 @@ def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLi
     if not isinstance(first, QuantizedLinear):
         for linear in linears:
             lay_out(linear, by_columns)
-        return Linears([linear.weight.data for linear in linears], biases)
+        return Linears([linear.weight.data for linear in linears], biases, by_columns)
     parts = [linear.codes for linear in linears] + [linear.scales for linear in linears]
     if parts[0].is_cpu:
         for part, laid_out in zip(parts, rows_side_by_side([part.data for part in parts]), strict=True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from larosa.decoding import CacheDtype, Engine, layers
+from larosa.decoding.cuda_graph import StepGraphs
 from larosa.ops.backend import OPERATORS
 
 TOKENS = 6
@@ -14,10 +15,10 @@ def engine(target, monkeypatch):
     """engine(model): an engine over the target's operators, which reads weights as on a GPU."""
     for name in OPERATORS:
         monkeypatch.setattr(torch.ops.larosa, name, getattr(target.kernels, name))
-    monkeypatch.setattr(layers, "_on_gpu", lambda linear: True)
+    monkeypatch.setattr(layers, "_on_gpu", lambda weight: True)
     # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
     monkeypatch.setattr(Engine, "_replayed", Engine._run)
-    return lambda model, *options: Engine(model.to(target.device), TOKENS, *options)
+    return lambda model, *options, **more: Engine(model.to(target.device), TOKENS, *options, **more)
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
@@ -108,3 +109,83 @@ def test_weights_of_few_bits(target, engine, make_model, quick_convert, token_id
         at = torch.tensor([position], device=target.device)
         found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
     torch.testing.assert_close(torch.cat(found), expected[2:], rtol=1e-4, atol=1e-4)
+
+
+def rows_of(runner, target, tokens, positions, texts):
+    """Logits of rows run together, and of each alone in the order of positions."""
+    moved = [torch.tensor(each, device=target.device) for each in (tokens, positions, texts)]
+    together = runner.step(*moved[:2], texts).cpu()
+    if target.device.type != "cpu":
+        assert torch.equal(runner.step(*moved).cpu(), together)
+    alone = torch.empty_like(together)
+    for row in sorted(range(len(tokens)), key=positions.__getitem__):
+        one = slice(row, row + 1)
+        alone[row] = runner.step(moved[0][one], moved[1][one], texts[one])[0]
+    return together, alone
+
+
+@pytest.mark.usefixtures("selects_from_short_ones")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sparsity": 0.0},
+        {"sparsity": 0.5},
+        {"sparsity": 0.5, "selection": "threshold"},
+        {"sparsity": 0.0, "weights": "int4", "weight_group": 32, "quantizer": "rtn"},
+    ],
+    ids=["dense", "counts", "thresholds", "codes"],
+)
+def test_rows_of_a_step_give_what_they_give_alone(target, engine, make_model, quick_convert, token_ids, options):
+    """Of two texts, in any order; and so do the same weights whole."""
+    sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 16, "num_hidden_layers": 2}
+    model = quick_convert(make_model("llama", **sizes), **options)
+    runner, prompt = engine(model, texts=2), token_ids(1, 2, seed=3).to(target.device)
+    for each in (runner, runner.beside(runner.weights.whole())):
+        for text in (0, 1):
+            each.extend(prompt, 0, text)
+        together, alone = rows_of(each, target, [3, 5, 7, 5], [3, 2, 2, 4], [0, 0, 1, 0])
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("form", ["dense", "rounded"])
+def test_whole_weights_are_those_of_before_conversion(target, engine, make_model, quick_convert, token_ids, form):
+    from larosa.formats import Int4
+
+    model, tokens = make_model("llama", head_dim=16, num_hidden_layers=2), token_ids(1, TOKENS, seed=3)
+    with torch.inference_mode():
+        expected = model(tokens).logits[0]
+    runner = engine(quick_convert(model, sparsity=0.5))
+    whole = runner.weights.whole()
+    runner = runner.beside(whole if form == "dense" else whole.rounded(Int4(32), Int4(32)))
+    runner.prefill(tokens[:, :3].to(target.device))
+    at = torch.arange(3, TOKENS, device=target.device)
+    found = runner.step(tokens[0, 3:].to(target.device), at).cpu()
+    if form == "dense":
+        torch.testing.assert_close(found, expected[3:], rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.nn.functional.cosine_similarity(found, expected[3:]).min() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_graphs_of_steps(make_model, quick_convert, token_ids, sparsity):
+    """Replays give what steps one operator after the other give, whatever was captured in between."""
+    device, length = torch.device("cuda"), 32
+    model = make_model("llama", hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=2)
+    model = quick_convert(model, sparsity=sparsity).to(device).bfloat16()
+    engine = Engine(model, length, texts=2)
+    graphs, prompt = StepGraphs(engine), token_ids(1, 4, seed=3).to(device)
+    for text in (0, 1):
+        engine.extend(prompt, 0, text)
+    kept, lengths = {}, [4, 4]
+    for rows in (2, 3, 1, 2, 8, 3):
+        texts = [row % 2 for row in range(rows)]
+        positions = [lengths[text] + row // 2 for row, text in enumerate(texts)]
+        lengths = [length + texts.count(text) for text, length in enumerate(lengths)]
+        tokens, positions, texts = (torch.tensor(x, device=device) for x in (range(3, rows + 3), positions, texts))
+        expected = engine.step(tokens, positions, texts)
+        for to, given in ((graphs.tokens, tokens), (graphs.positions, positions), (graphs.texts, texts)):
+            to[:rows] = given
+        kept[rows] = graphs.step(rows), expected
+        for found, before in kept.values():
+            assert torch.equal(found, before)
