@@ -35,6 +35,7 @@ SECONDS = {
     (LAROSA, 0.25): [3.0, 3.0, 3.1],
     (LAROSA, 0.5): [2.0, 2.0, 2.0],
 }
+TEXTS = 3  # of the last of them
 MACHINE = {"gpu": "a GPU", "torch": "2", "kernels": "cuda"}
 
 
@@ -47,12 +48,17 @@ def small_read_test(monkeypatch):
     monkeypatch.setattr("larosa.benchmarks.gpu_decode.READ_BYTES", READ)
 
 
+def texts_of(name, sparsity):
+    return TEXTS if (name, sparsity) == (LAROSA, 0.5) else 1
+
+
 @pytest.fixture
 def measured(family_config):
     """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
     rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
     for (name, sparsity), seconds in SECONDS.items():
-        rows.add(name, sparsity, "float16", CacheFormat(torch.float16), 1000, lambda: None)
+        texts = texts_of(name, sparsity)
+        rows.add(name, sparsity, "float16", CacheFormat(torch.float16), 1000, lambda: None, texts)
         rows._rows[-1].seconds += seconds
     return Benchmark(MACHINE, 1e6, list(rows.results(1e6)))
 
@@ -61,11 +67,14 @@ def test_rows_are_what_the_times_come_to(measured):
     cache = 2 * 3 * 2 * 8 * (4 + 4) * 2  # layers, key heads, size, the mean position, float16
     for row, ((name, sparsity), seconds) in zip(measured.rows, SECONDS.items(), strict=True):
         assert (row.row, row.sparsity, row.dtype, row.tokens) == (name, sparsity, "float16", 8)
+        texts = texts_of(name, sparsity)
+        assert row.batch == texts
         assert row.tokens_per_second == pytest.approx(1 / median(seconds))
-        assert row.bytes_per_token == 1000 + cache
-        assert row.floor_fraction == pytest.approx((1000 + cache) / 1e6 / median(seconds))
-        assert row.speedup == pytest.approx(5 / median(seconds))
-        assert row.speedup_over_teal == (pytest.approx(4 / median(seconds)) if sparsity == 0.5 else None)
+        assert row.total_tokens_per_second == pytest.approx(texts / median(seconds))
+        assert row.bytes_per_token == 1000 + texts * cache
+        assert row.floor_fraction == pytest.approx((1000 + texts * cache) / 1e6 / median(seconds))
+        assert row.speedup == pytest.approx(5 * texts / median(seconds))
+        assert row.speedup_over_teal == (pytest.approx(4 * texts / median(seconds)) if sparsity == 0.5 else None)
 
 
 def test_rows_are_shown_and_written(measured, tmp_path, capsys):
@@ -74,7 +83,8 @@ def test_rows_are_shown_and_written(measured, tmp_path, capsys):
     assert "a GPU" in shown
     assert all(name in shown for name in (COMPILED, TEAL, DENSE, LAROSA))
     report = json.loads((tmp_path / "d.json").read_text("utf-8"))
-    assert [row["speedup_over_teal"] for row in report["rows"]] == [None, 1, None, None, 2]
+    assert [row["speedup_over_teal"] for row in report["rows"]] == [None, 1, None, None, 2 * TEXTS]
+    assert "speedups of all texts together" in shown
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -168,6 +178,18 @@ def test_rows_of_a_shape(monkeypatch, family_config):
         *[(LAROSA, 0.5), (LAROSA, 0.0), (LAROSA, 0.75)],
     ]
     assert all(0 < row.ms_per_token <= row.ms_per_token_p95 for row in result.rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", Selection)
+def test_rows_of_several_texts(monkeypatch, family_config, selection):
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama"))
+    result = measure_gpu_shape(
+        "tiny",
+        **{"device": torch.device("cuda"), "sparsities": (0.5,), "prompt_tokens": 5, "tokens": 40},
+        **{"compiled": False, "selection": selection, "batches": (1, 3, 8)},
+    )
+    assert [(row.sparsity, row.batch) for row in result.rows] == [(s, b) for s in (0.0, 0.5) for b in (1, 3, 8)]
 
 
 @pytest.mark.gpu

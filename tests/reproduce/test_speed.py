@@ -116,7 +116,7 @@ def on_gpu(tokens, milliseconds):
             **{"shape": "tiny", "dtype": "float16", "prompt_tokens": 128, "tokens": tokens},
             kv_cache_dtype="float16",
             **{"row": row, "sparsity": sparsity, "speedup_over_teal": None},
-            speedup=milliseconds[0] / time,
+            **{"speedup": milliseconds[0] / time, "batch": 1, "total_tokens_per_second": 1e3 / time},
             **per_token([time / 1e3] * 2, 1000, 1e6),
         )
         for (row, sparsity), time in zip(

@@ -142,7 +142,7 @@ def measure_config(
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
     check_ranks(ranks, layout)
-    _check_batches(batches)
+    check_batches(batches)
     low_bit = layout.quantization is not None
     copies = sparse_copies(sparsities) + low_bit
     held = weight_bytes(config, dtype), *[weight_bytes(config, dtype, layout)] * copies
@@ -182,7 +182,7 @@ def measure_checkpoints(
             too little memory.
     """
     check_counts(prompt_tokens, tokens)
-    _check_batches(batches)
+    check_batches(batches)
     (name, dense), *converted = load_alike(checkpoints, dtype, torch.device("cpu"), needs_dense=True, ranks=ranks)
     subjects = _Subjects(name + ranks_name(ranks), prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(dense)
@@ -191,7 +191,12 @@ def measure_checkpoints(
     return subjects.measure()
 
 
-def _check_batches(batches: tuple[int, ...]) -> None:
+def check_batches(batches: tuple[int, ...]) -> None:
+    """Refuse numbers of texts that no step can run.
+
+    Raises:
+        LarosaError: one of them, or there is none.
+    """
     if not batches or not all(1 <= batch <= MAX_ROWS for batch in batches):
         given = ",".join(map(str, batches)) or "none"
         raise LarosaError(f"--batch takes numbers of texts from 1 to {MAX_ROWS}, not {given}")

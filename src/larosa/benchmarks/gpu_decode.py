@@ -22,7 +22,7 @@ from larosa.benchmarks.compiled_decoder import (
     compiled_step,
     decoder_bytes,
 )
-from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, larosa_row, weights_name
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, check_batches, larosa_row, weights_name
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
 from larosa.benchmarks.int4_kernel import GROUP, int4_products
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
@@ -44,10 +44,12 @@ from larosa.benchmarks.shapes import (
 )
 from larosa.config import Selection, check_sparsity
 from larosa.decoding.cache import cache_bytes
-from larosa.decoding.cuda_graph import GraphLoop
+from larosa.decoding.cuda_graph import GraphLoop, capture
 from larosa.decoding.engine import Engine
 from larosa.decoding.sampling import Sampler
+from larosa.decoding.weights import DecoderWeights
 from larosa.formats import CacheDtype, CacheFormat, WeightFormat
+from larosa.ops.cuda.launch import early_launches
 from larosa.parallel import Ranks, whole_config
 from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance, track
@@ -62,11 +64,15 @@ _TRIAL = 16
 
 @dataclass(frozen=True, kw_only=True)
 class GpuDecodeRow(DecodeRow):
-    """One decoder at one sparsity; `speedup` is over compiled PyTorch.
+    """One decoder at one sparsity, with so many texts at once (`batch`), each of which a step gives one token.
 
-    `speedup_over_teal` is over TEAL's kernel at the same sparsity; None where that was not measured.
+    `tokens_per_second` and milliseconds are a text's, `total_tokens_per_second` is of all, and speedups are of that:
+    `speedup` over compiled PyTorch, which has one text, `speedup_over_teal` over TEAL's kernel at the same sparsity;
+    None where that was not measured. What several texts read of sparse weights is that of one or more.
     """
 
+    batch: int
+    total_tokens_per_second: float
     speedup_over_teal: float | None
 
 
@@ -88,6 +94,7 @@ def measure_gpu_shape(
     tokens: int = 256,
     compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """Measure a shape with random weights, LaRoSA with adapters and scores.
@@ -107,6 +114,7 @@ def measure_gpu_shape(
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
         kv_cache_dtype: how the engine keeps keys and values.
+        batches: how many texts the engine continues at once, a row each.
         ranks: that run the model, of which this process is one; None where it is alone. Compiled PyTorch is alone.
 
     Raises:
@@ -125,6 +133,7 @@ def measure_gpu_shape(
         teal_sparsities=teal_sparsities,
         compiled=compiled,
         kv_cache_dtype=kv_cache_dtype,
+        batches=batches,
         ranks=ranks,
     )
 
@@ -143,6 +152,7 @@ def measure_gpu_config(
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """The same for any configuration, which rows call `name`."""
@@ -150,9 +160,10 @@ def measure_gpu_config(
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
     check_ranks(ranks, layout)
+    check_batches(batches)
     compiled = compiled and ranks is None
     teal_sparsities = teal_sparsities if compiled else ()
-    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype, ranks)
+    rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype, batches, ranks)
     sparse = weight_bytes(config, dtype, layout)
     form = layout.quantization
     low_bit = form is not None
@@ -169,16 +180,16 @@ def measure_gpu_config(
         if tinygemm:
             rows.add_tinygemm()
         dense = random_model(config, dtype, device, ranks=ranks)
-        rows.add_engine(DENSE, dense, rows.engine(dense))
+        rows.add_engines(DENSE, dense, rows.engines(dense))
         if low_bit:
             narrow = random_dense_model(config, dtype, device, layout)
-            rows.add_engine(DENSE_LOW_BIT, narrow, rows.engine(narrow))
+            rows.add_engines(DENSE_LOW_BIT, narrow, rows.engines(narrow))
         if ranks is None:
             models = sparse_models(config, dtype, device, sparsities, layout, selection)
         else:
             models = sparsified_shards(dense, sparsities, layout, selection)
         for _, model in models:
-            rows.add_engine(larosa_row(selection), model, rows.engine(model))
+            rows.add_engines(larosa_row(selection), model, rows.engines(model))
         return rows.measure()
 
 
@@ -190,6 +201,7 @@ def measure_gpu_checkpoints(
     prompt_tokens: int = 128,
     tokens: int = 256,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+    batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
 ) -> GpuDecodeBenchmark:
     """Measure checkpoints of one shape, at most one of them dense, beside compiled PyTorch with that shape.
@@ -201,6 +213,7 @@ def measure_gpu_checkpoints(
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
         kv_cache_dtype: how the engine keeps keys and values.
+        batches: how many texts the engine continues at once, a row each.
         ranks: that run the models, of which this process is one; None where it is alone. Compiled PyTorch is alone.
 
     Raises:
@@ -208,24 +221,47 @@ def measure_gpu_checkpoints(
             formats, or too little memory.
     """
     check_counts(prompt_tokens, tokens)
+    check_batches(batches)
     models = load_alike(checkpoints, dtype, device, needs_dense=False, ranks=ranks)
     name, first = models[0]
     name += ranks_name(ranks)
-    rows = _Rows(name, whole_config(first), device, first.dtype, prompt_tokens, tokens, kv_cache_dtype, ranks)
+    rows = _Rows(name, whole_config(first), device, first.dtype, prompt_tokens, tokens, kv_cache_dtype, batches, ranks)
     check_room(rows.bytes_needed(int(ranks is None), len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
-    engines = [rows.engine(model) for _, model in models]
+    engines = [rows.engines(model) for _, model in models]
     with torch.cuda.device(device):
         if ranks is None:
             rows.add_compiled()
-        for (path, model), engine in zip(models, engines, strict=True):
-            rows.add_engine(path if is_converted(model.config) else DENSE, model, engine)
+        for (path, model), of_model in zip(models, engines, strict=True):
+            rows.add_engines(path if is_converted(model.config) else DENSE, model, of_model)
         return rows.measure()
+
+
+class _Together:
+    """Texts behind prompts [B, length], each of which a graph's replay gives its likeliest token."""
+
+    @torch.inference_mode()
+    def __init__(self, engine: Engine, prompts: torch.Tensor) -> None:
+        self._engine = engine
+        hidden = [engine.extend(prompt[None], 0, text)[-1:] for text, prompt in enumerate(prompts)]
+        self._tokens = torch.ops.larosa.greedy(engine.weights.logits(torch.cat(hidden)))
+        self._texts = torch.arange(len(prompts), device=engine.device)
+        self._positions = torch.full_like(self._texts, prompts.shape[1])
+        with early_launches():
+            self._graph, _ = capture(self._step, engine, before=lambda: self._positions.fill_(prompts.shape[1]))
+
+    def advance(self) -> None:
+        """Run the last token of each text and draw the next, without waiting for it."""
+        self._graph.replay()
+
+    def _step(self) -> None:
+        self._tokens.copy_(torch.ops.larosa.greedy(self._engine.step(self._tokens, self._positions, self._texts)))
+        self._positions.add_(1)
 
 
 @dataclass
 class _Row:
-    """One row as it is measured: `advance` runs one token, without waiting for it."""
+    """One row as it is measured: `advance` runs one token of each text, without waiting for it."""
 
     name: str
     sparsity: float
@@ -234,6 +270,7 @@ class _Row:
     bytes: int
     advance: Callable[[], object]
     seconds: list[float]
+    batch: int = 1
 
     def run(self, tokens: int) -> None:
         """Run so many tokens, and one before them that is not counted."""
@@ -259,6 +296,7 @@ class _Rows:
         prompt_tokens: int,
         tokens: int,
         kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
+        batches: tuple[int, ...] = (1,),
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = 1 if ranks is None else ranks.size
@@ -266,7 +304,7 @@ class _Rows:
         self._config = deepcopy(config)
         self._config.dtype = dtype
         self._prompt_tokens, self._tokens = prompt_tokens, tokens
-        self._kv_cache_dtype = kv_cache_dtype
+        self._kv_cache_dtype, self._batches = kv_cache_dtype, batches
         self._engine_cache = kv_cache_dtype.beside(dtype)
         #: Positions that an engine or decoder needs: each round runs a token that is not counted.
         self.length = prompt_tokens + tokens + math.ceil(tokens / _ROUND) + 2
@@ -275,16 +313,21 @@ class _Rows:
         torch.compiler.reset()
 
     def bytes_needed(self, decoders: int, engines: int) -> int:
-        """What is held at once beside the engines' models: compiled decoders, caches, and the test of the bandwidth."""
+        """What is held at once beside the engines' models: compiled decoders, caches, and the test of the bandwidth.
+
+        `engines` have a text each, for each of the batches as many as it has.
+        """
+        texts = engines * sum(self._batches)
         return (
             decoders * decoder_bytes(self._config, self.length, self._dtype)
-            + engines * cache_bytes(self._config, self._engine_cache, self.length) // self._ranks
+            + texts * cache_bytes(self._config, self._engine_cache, self.length) // self._ranks
             + READ_BYTES
         )
 
-    def engine(self, model: Any) -> Engine:
-        """What `add_engine` takes: an engine with room for all tokens, and the cache that rows are measured with."""
-        return Engine(model, self.length, self._kv_cache_dtype)
+    def engines(self, model: Any) -> list[Engine]:
+        """What `add_engines` takes: for each batch one with room for all tokens, over the same weights."""
+        weights = DecoderWeights(model)
+        return [Engine(weights, self.length, self._kv_cache_dtype, batch) for batch in self._batches]
 
     def add_compiled(self) -> None:
         """The decoder of plain PyTorch."""
@@ -358,21 +401,34 @@ class _Rows:
         position.fill_(self._prompt_tokens)
         return statistics.median(trial.seconds), run
 
-    def add_engine(self, name: str, model: Any, engine: Engine) -> None:
-        """The engine, from a prompt of random tokens on."""
-        loop = GraphLoop(engine, Sampler(device=self._device, kernels=True))
-        generator = torch.Generator().manual_seed(0)
-        loop.start(torch.randint(model.config.vocab_size, (1, self._prompt_tokens), generator=generator))
+    def add_engines(self, name: str, model: Any, engines: list[Engine]) -> None:
+        """The engine with each batch, from prompts of random tokens on."""
         report = inspect_config(whole_config(model))
         weights = (report.bytes_sparse_total + report.head_bytes) // self._ranks
-        self.add(name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights, loop.advance)
+        row = name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights
+        for batch, engine in zip(self._batches, engines, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            prompts = torch.randint(model.config.vocab_size, (batch, self._prompt_tokens), generator=generator)
+            if batch == 1:
+                loop = GraphLoop(engine, Sampler(device=self._device, kernels=True))
+                loop.start(prompts)
+                self.add(*row, loop.advance)
+            else:
+                self.add(*row, _Together(engine, prompts).advance, batch)
 
     def add(
-        self, name: str, sparsity: float, dtype: str, cache: CacheFormat, weights: int, run: Callable[[], object]
+        self,
+        name: str,
+        sparsity: float,
+        dtype: str,
+        cache: CacheFormat,
+        weights: int,
+        run: Callable[[], object],
+        batch: int = 1,
     ) -> None:
-        """A row of what reads so many bytes of weights for each token, which `run` runs without waiting for it."""
+        """A row of what reads so many bytes of weights for a token, which `run` runs without waiting for it."""
         kept = cache_bytes(self._config, cache, self._prompt_tokens + self._tokens // 2) // self._ranks
-        self._rows.append(_Row(name, sparsity, dtype, cache, weights + kept, run, []))
+        self._rows.append(_Row(name, sparsity, dtype, cache, weights + batch * kept, run, [], batch))
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
         token = torch.ones(1, dtype=torch.int64, device=self._device)
@@ -403,8 +459,10 @@ class _Rows:
                 sparsity=row.sparsity,
                 prompt_tokens=self._prompt_tokens,
                 tokens=self._tokens,
-                speedup=base / median,
-                speedup_over_teal=None if teal is None else teal / median,
+                batch=row.batch,
+                total_tokens_per_second=row.batch / median,
+                speedup=base * row.batch / median,
+                speedup_over_teal=None if teal is None else teal * row.batch / median,
                 **per_token(row.seconds, row.bytes, bandwidth),
             )
 

@@ -54,9 +54,7 @@ def decode(
     dtype: options.DtypeOption = options.Dtype.AUTO,
     prompt_tokens: Annotated[int, typer.Option(help="Random tokens before the measured ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure for each row.")] = 64,
-    batch: Annotated[
-        str, typer.Option(help="Texts to continue at once on a CPU, numbers separated by commas: 1,2,4,8.")
-    ] = "1",
+    batch: Annotated[str, typer.Option(help="Texts to continue at once, numbers separated by commas: 1,2,4,8.")] = "1",
     lossless: Annotated[
         bool,
         typer.Option("--lossless", help="Instead: --lossless of a model, on ordinary texts."),
@@ -89,8 +87,6 @@ def decode(
     ranks = ranks_of(device, top_k_over)
     where = find_device(device) if ranks is None else ranks.device
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
-    if where.type == "cuda" and batches != (1,):
-        raise LarosaError("--batch is for the CPU: the GPU's engine runs one text at a time")
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -103,13 +99,13 @@ def decode(
         bench_lossless.show(measure_lossless(model, tokenizer, **named), path, json)
         return
     settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
-    settings["ranks"] = ranks
+    settings |= {"ranks": ranks, "batches": batches}
     if shape is None:
         settings["dtype"] = dtype
         if where.type == "cuda":
             bench_gpu.show_decode(measure_gpu_checkpoints(checkpoints or [], device=where, **settings), json)
         else:
-            _show(measure_checkpoints(checkpoints or [], batches=batches, **settings), json)
+            _show(measure_checkpoints(checkpoints or [], **settings), json)
         return
     fractions = options.numbers(
         "--sparsity", "0.25,0.5" if sparsity is None else sparsity, float, "fractions separated by commas, 0.25,0.5"
@@ -123,7 +119,7 @@ def decode(
             settings["teal_sparsities"] = ()
         bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)
     else:
-        _show(measure_shape(shape, batches=batches, **settings), json)
+        _show(measure_shape(shape, **settings), json)
 
 
 def _show(result: DecodeBenchmark, json: Path | None) -> None:

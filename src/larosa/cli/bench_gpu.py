@@ -31,23 +31,26 @@ def kernels(shape: str, device: torch.device, json: Path | None, **settings: Any
 
 def _decode_table(result: GpuDecodeBenchmark) -> Table:
     first = result.rows[0]
+    several = any(row.batch > 1 for row in result.rows)
     table = Table(
         title=f"{options.decode_title(result.rows[-1])}, {first.tokens} tokens after {first.prompt_tokens}, "
-        "time of one in ms",
+        f"time of one in ms{'; speedups of all texts together' if several else ''}",
         title_justify="left",
     )
     table.add_column("row", no_wrap=True)
-    for column in ("sparsity", "tokens/s", "median", "p95", "floor", "of floor", "speedup", "over TEAL"):
+    # What several texts read together is not known, so that they have no floor.
+    own = ("texts", "of all") if several else ("floor", "of floor")
+    for column in ("sparsity", "tokens/s", "median", "p95", *own, "speedup", "over TEAL"):
         table.add_column(column, justify="right")
     for row in result.rows:
+        floor = f"{row.floor_ms:.3f}", f"{row.floor_fraction:.0%}"
         table.add_row(
             row.row,
             f"{row.sparsity:.0%}",
             f"{row.tokens_per_second:.1f}",
             f"{row.ms_per_token:.3f}",
             f"{row.ms_per_token_p95:.3f}",
-            f"{row.floor_ms:.3f}",
-            f"{row.floor_fraction:.0%}",
+            *((str(row.batch), f"{row.total_tokens_per_second:.1f}") if several else floor),
             f"{row.speedup:.2f}x",
             "" if row.speedup_over_teal is None else f"{row.speedup_over_teal:.2f}x",
         )
