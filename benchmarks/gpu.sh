@@ -51,6 +51,7 @@ for weights in int4 int8; do
             --sparsity 0.25,0.5 --tokens 256 --json "$results/decode-$shape-$weights.json"
     done
 done
+"$python" benchmarks/rows.py --shape llama-3-8b | tee "$results/rows-llama-3-8b.log"
 bench decode --device cuda --shape llama-3-70b --layers 4 --sparsity 0.5 --tokens 128 --json "$results/decode-llama-3-70b-4-layers.json"
 
 say "Kernels in Triton"

@@ -19,6 +19,7 @@ from larosa.decoding import CacheDtype, Engine
 from larosa.ops.cuda.launch import early_launches
 
 TOKENS = 3
+ROWS = 5
 CACHE = 300  # positions, for which blocks of a cluster share a head
 
 
@@ -36,6 +37,10 @@ def main(device: torch.device, shapes: list[str]) -> None:
                 for position in range(TOKENS):
                     token = torch.tensor([position], device=device)
                     logits = engine.step(token, torch.tensor([position], device=device))
+                # Several at once, and with everything read.
+                several = torch.arange(TOKENS, TOKENS + ROWS, device=device)
+                for each in (engine, engine.beside(engine.weights.whole())):
+                    logits = torch.cat([logits, each.step(several, several)])
             what = f"with {selection}, and keys and values in {kv_cache_dtype}"
             if not logits.isfinite().all():
                 raise SystemExit(f"{shape}: logits are not finite {what}")
