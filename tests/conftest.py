@@ -214,8 +214,25 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(norm, "forward", forward)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _trace_what_differs(items)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _trace_what_differs(items: list[pytest.Item]) -> None:
+    """Take coverage of a test's cases only until each value of its parameters has been seen.
+
+    What others run is combinations of the same; tracing takes about as long as half of what it traces.
+    """
+    seen: dict[object, set[object]] = {}
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None:
+            test = item.nodeid.partition("[")[0], item.get_closest_marker("slow") is None
+            values = {(name, id(value)) for name, value in case.params.items()}
+            if values <= seen.setdefault(test, set()):
+                item.add_marker(pytest.mark.no_cover)
+            seen[test] |= values
