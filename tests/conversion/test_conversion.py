@@ -37,6 +37,7 @@ def relative_error(found, expected):
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+@pytest.mark.one_of(2)
 def test_exact_at_zero_sparsity_in_float64(make_model, quick_convert, token_ids, family, overrides, rotation):
     model, ids = make_model(family, torch.float64, **overrides), token_ids(2, 24)
     expected = model(ids).logits
@@ -46,6 +47,7 @@ def test_exact_at_zero_sparsity_in_float64(make_model, quick_convert, token_ids,
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
+@pytest.mark.one_of(3)
 def test_exact_at_zero_sparsity_in_float32(make_model, quick_convert, token_ids, family, overrides, rotation):
     model, ids = make_model(family, **overrides), token_ids(2, 24)
     expected = model(ids).logits
@@ -57,6 +59,7 @@ def test_exact_at_zero_sparsity_in_float32(make_model, quick_convert, token_ids,
 @pytest.mark.parametrize("layers_per_rotation", [2, 3, 4])
 @pytest.mark.parametrize("layers", [1, 3, 5])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.one_of(4)
 def test_exact_where_layers_share_a_rotation(make_model, quick_convert, token_ids, family, layers, layers_per_rotation):
     model, ids = make_model(family, torch.float64, num_hidden_layers=layers), token_ids(2, 24)
     expected = model(ids).logits
@@ -342,6 +345,7 @@ def test_decoding_after_a_prompt_equals_the_papers_equations(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.77, 0.9])
+@pytest.mark.one_of(3)
 def test_every_site_keeps_exactly_its_count(make_model, quick_convert, token_ids, family, sparsity):
     model = quick_convert(make_model(family), sparsity=sparsity)
     seen = []

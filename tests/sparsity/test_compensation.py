@@ -47,6 +47,7 @@ def refitted(model, architecture, sequences):
     [{}, {"rotation": "block"}, {"layers_per_rotation": 2}, {"method": "topk"}],
     ids=["larosa", "block", "shared", "topk"],
 )
+@pytest.mark.one_of(3)
 def test_equals_least_squares(make_model, quick_convert, text_file, tokenizer, family, options):
     architecture = find_architecture(family)
     model = quick_convert(make_model(family, torch.float64), compensation="linear", **options)
