@@ -14,7 +14,7 @@ from larosa.models import selectors, set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.sensitivity import cheapest
 
-from .test_conversion import PLAIN, ROTATIONS, VARIANTS, Reference, calibration_ids, plain, relative_error
+from .reference import PLAIN, ROTATIONS, VARIANTS, Reference, calibration_ids, plain, relative_error
 
 FISHER = {"score": "fisher", "value_rotation": True, "rotation_objective": "fisher"}
 
