@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,37 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(norm, "forward", forward)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    _thin(items)
+    _trace_what_differs(items)
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _thin(items: list[pytest.Item]) -> None:
+    """Leave one of every `n` cases of a test marked `one_of(n)` in `make test`."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("one_of")) and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
+
+
+def _trace_what_differs(items: list[pytest.Item]) -> None:
+    """Take coverage of a test's cases only until each value of its parameters has been seen.
+
+    What others run is combinations of the same; tracing takes about as long as half of what it traces.
+    """
+    seen: dict[object, set[object]] = {}
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None:
+            test = item.nodeid.partition("[")[0], item.get_closest_marker("slow") is None
+            values = {(name, id(value)) for name, value in case.params.items()}
+            if values <= seen.setdefault(test, set()):
+                item.add_marker(pytest.mark.no_cover)
+            seen[test] |= values

@@ -2,7 +2,8 @@
 
 from hypothesis import settings
 
-settings.register_profile("quick", deadline=None, max_examples=20)
+# The same in every run, so that kernels that they need are compiled once.
+settings.register_profile("quick", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("thorough", deadline=None)
 
 

@@ -49,6 +49,7 @@ def tiny(monkeypatch, family_config):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.one_of(3)
 def test_rows_of_a_shape(tiny, family, tied):
     tiny(family, tie_word_embeddings=tied)
     result = measure_shape("tiny", sparsities=(0.25, 0.5), dtype=torch.float32, prompt_tokens=5, tokens=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,21 +52,31 @@ def refused(cli: Callable[..., Outcome]) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Any], tokenizer: Any) -> dict[str, Path]:
+    """What `checkpoint` and `converted` are copies of."""
+    folder = tmp_path_factory.mktemp("models")
+    dense, output = folder / "dense", folder / "converted"
+    make_model("llama", tie_word_embeddings=True).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["larosa", "convert", str(dense), str(output), *QUICK])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code
+    return {"dense": dense, "converted": output}
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path, make_model: Callable[..., Any], tokenizer: Any) -> Path:
+def checkpoint(models: dict[str, Path], tmp_path: Path) -> Path:
     """A dense Llama of 3 layers with a tied head, in its own folder."""
-    folder = tmp_path / "dense"
-    make_model("llama", tie_word_embeddings=True).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return shutil.copytree(models["dense"], tmp_path / "dense")
 
 
 @pytest.fixture
-def converted(cli: Callable[..., Outcome], checkpoint: Path, tmp_path: Path) -> Path:
+def converted(models: dict[str, Path], checkpoint: Path, tmp_path: Path) -> Path:
     """`checkpoint` at 50%."""
-    folder = tmp_path / "converted"
-    assert cli("convert", checkpoint, folder, *QUICK).code == 0
-    return folder
+    return shutil.copytree(models["converted"], tmp_path / "converted")
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -1,4 +1,4 @@
-"""`larosa chat` and `larosa generate --chat`, for real: through a pipe, and at a terminal with Ctrl-C."""
+"""`larosa chat` and `larosa generate --chat`: by standard input, and at a real terminal with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -63,15 +62,13 @@ def piped(cli, monkeypatch):
     return run
 
 
-def test_a_conversation_through_a_pipe(talker, answers):
-    message = 'w10 w11\n\n  \nw12\n/clear\n"""w13\nw14\n"""\n/exit\nw15\n'
-    command = [*COMMAND, "chat", str(talker), "--system", "w9", "--max-new-tokens", "8", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input=message, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_a_conversation_through_a_pipe(piped, talker, answers):
+    message = b'w10 w11\n\n  \nw12\n/clear\n"""w13\nw14\n"""\n/exit\nw15\n'
+    done = piped(message, "chat", talker, "--system", "w9", "--max-new-tokens", 8, "--device", "cpu")
+    assert done.code == 0, done.err
     expected = [*answers("w9", "w10 w11", "w12"), *answers("w9", "w13\nw14")]
-    assert done.stdout == "".join(text + "\n" for text in expected)
-    assert len(re.findall(r"^\d+ tokens(, [\d.]+ tokens/s)?, larosa engine$", done.stderr, re.M)) == 3
+    assert done.out == "".join(text + "\n" for text in expected)
+    assert len(re.findall(r"^\d+ tokens(, [\d.]+ tokens/s)?, larosa engine$", done.err, re.M)) == 3
 
 
 def test_the_end_of_the_input_ends_the_conversation(piped, talker, answers):

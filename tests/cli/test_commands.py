@@ -273,6 +273,7 @@ def test_version(cli):
     ],
     ids=["topk", "topk-grid", "teal", "teal-greedy", "cats", "larosa", "larosa-rotated", "larosa-counts"],
 )
+@pytest.mark.one_of(2)
 def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, method, options):
     output, sparsity = tmp_path / "out", 0.3 if method == "cats" else 0.5
     counts = method == "topk" or "top-k" in options

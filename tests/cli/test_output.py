@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
+from larosa.cli.main import main
 from larosa.data.bundled import bundled_model
 
 from .conftest import QUICK
@@ -41,34 +42,23 @@ def test_a_prompt_that_is_not_utf_8(refused, checkpoint):
     assert message == "--prompt: not UTF-8 text (character 4)"
 
 
-_IN_TURNS = """
-import json, sys
-from larosa.cli.main import main
-codes = []
-for sys.argv in json.loads(sys.argv[1]):
-    try:
-        main()
-    except SystemExit as ended:
-        codes.append(ended.code)
-print(codes)
-"""
-
-
-def test_a_terminal_that_is_not_utf_8(checkpoint, tmp_path):
+def test_streams_that_are_not_utf_8(checkpoint, tmp_path, monkeypatch):
     """Commands one after the other in a process whose standard streams are ASCII."""
     renamed = checkpoint.rename(tmp_path / "ខ្មែរ")
-    commands = (
-        ("generate", bundled_model(), "--prompt", "日本 é", "--max-new-tokens", 4),
-        ("convert", renamed, tmp_path / "日本", *QUICK),
-        ("inspect", tmp_path / "日本"),
-        ("inspect", tmp_path / "nowhere é"),
-    )
-    arguments = json.dumps([["larosa", *map(str, command)] for command in commands])
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    outcome = subprocess.run([sys.executable, "-c", _IN_TURNS, arguments], capture_output=True, env=environment)
-    assert outcome.returncode == 0, outcome.stderr
-    assert b"Traceback" not in outcome.stderr
-    assert outcome.stdout.splitlines()[-1] == b"[0, 0, 0, 1]", outcome.stderr
+    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", errors) for errors in ("strict", "backslashreplace"))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    for *command, code in (
+        ("generate", bundled_model(), "--prompt", "日本 é", "--max-new-tokens", 4, 0),
+        ("convert", renamed, tmp_path / "日本", *QUICK, 0),
+        ("inspect", tmp_path / "日本", 0),
+        ("inspect", tmp_path / "nowhere é", 1),
+    ):
+        monkeypatch.setattr(sys, "argv", ["larosa", *map(str, command)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code, err.buffer.getvalue()
+    assert out.buffer.getvalue()
 
 
 @pytest.mark.parametrize("size", ["5G", "5", "GB", "-1GB", "0GB", "1.5GB", ""])

@@ -2,13 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import larosa
-
-TINY = Path(larosa.__file__).parent / "assets" / "larosa-tiny"
 SHORT = ("--max-sequences", "1", "--sequence-length", "64")
 
 
@@ -26,9 +22,9 @@ def run():
 
 
 @pytest.fixture(scope="module")
-def converting(run, tmp_path_factory):
+def converting(run, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quiet") / "out"
-    return folder, run("convert", TINY, folder, "--num-sequences", "2", "--sequence-length", "32")
+    return folder, run("convert", models["dense"], folder, "--num-sequences", "2", "--sequence-length", "32")
 
 
 def test_convert_warns_of_nothing(converting):
@@ -37,14 +33,14 @@ def test_convert_warns_of_nothing(converting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--kv-cache-dtype", "int8")])
-def test_eval_warns_of_nothing(run, converting, options):
-    assert run("eval", converting[0], *SHORT, "--reference", TINY, *options) == ""
+def test_eval_warns_of_nothing(run, models, converting, options):
+    assert run("eval", converting[0], *SHORT, "--reference", models["dense"], *options) == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["larosa", "transformers"])
-def test_generate_prints_its_speed_alone(run, converting, engine):
-    for model in (TINY, converting[0]):
-        lines = run("generate", model, "--prompt", "The", "--max-new-tokens", "8", "--engine", engine).splitlines()
+def test_generate_prints_its_speed_alone(run, models, converting, engine):
+    for model in (models["dense"], converting[0]):
+        lines = run("generate", model, "--prompt", "w9", "--max-new-tokens", "8", "--engine", engine).splitlines()
         assert len(lines) == 1
         assert lines[0].endswith(f"{engine} engine")

@@ -23,34 +23,22 @@ MAIN = [
 ]
 
 
-def test_serves_losslessly(checkpoint, converted):
-    """What the converted model keeps of the dense one's weights: all of them, and 8 bits draft."""
-    options = ["--port", "0", "--max-model-len", "64", "--lossless", "--draft", "int8"]
-    with subprocess.Popen([*MAIN, converted, *options], stderr=subprocess.PIPE, text=True) as server:
-        url = re.search(r"http://127\.0\.0\.1:\d+", server.stderr.readline())[0]
-        with httpx.Client(base_url=url, timeout=60, verify=False) as client:
-            (card,) = client.get("/v1/models").json()["data"]
-            assert card["weights_read"] == 1
-            model, tokenizer = larosa.load(str(converted), device="cpu")
-            expected = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=30, lossless=True).text
-            body = {"model": card["id"], "prompt": "w9 w10", "max_tokens": 30, "temperature": 0}
-            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 128 + signal.SIGTERM
-
-
-def test_serves_until_it_is_told_to_end(checkpoint, tokenizer, tmp_path):
+def test_serves_until_it_is_told_to_end(checkpoint, converted, tmp_path):
+    """The dense model beside what a converted one keeps of its weights: all of them, and 8 bits draft."""
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
     options = ["--port", "0", "--api-key", "k", "--served-model-name", "tiny", "--max-model-len", "64"]
-    command = [*MAIN, checkpoint, "--reference", checkpoint, *options, "--chat-template", template]
+    options += ["--lossless", "--draft", "int8"]
+    command = [*MAIN, converted, "--reference", checkpoint, *options, "--chat-template", template]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         line = server.stderr.readline()
         url = re.fullmatch(r"Serving tiny, dense at (http://127\.0\.0\.1:\d+)\n", line)[1]
         with httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}, timeout=60, verify=False) as client:
-            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny", "dense"]
-            expected = larosa.generate(*larosa.load(str(checkpoint), device="cpu"), "w9 w10", max_new_tokens=8).text
-            body = {"model": "tiny", "prompt": "w9 w10", "max_tokens": 8, "temperature": 0}
+            cards = client.get("/v1/models").json()["data"]
+            assert [(card["id"], card["weights_read"]) for card in cards] == [("tiny", 1), ("dense", 1)]
+            model, tokenizer = larosa.load(str(converted), device="cpu")
+            expected = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=30, lossless=True).text
+            body = {"model": "tiny", "prompt": "w9 w10", "max_tokens": 30, "temperature": 0}
             assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
             chat = {
                 "model": "dense",
@@ -59,7 +47,8 @@ def test_serves_until_it_is_told_to_end(checkpoint, tokenizer, tmp_path):
                 "temperature": 0,
             }
             answer = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"]
-            assert answer == expected
+            dense = larosa.load(str(checkpoint), device="cpu")
+            assert answer == larosa.generate(*dense, "w9 w10", max_new_tokens=8).text
             assert client.post("/v1/completions", json=body | {"max_tokens": 63}).status_code == 400
             page = client.get("/")
             assert "<title>larosa</title>" in page.text

@@ -18,6 +18,8 @@ from larosa.evaluation.zeros import ZeroCounter
 from larosa.models import selectors
 from larosa.sparsity import SiteSizes
 
+from .reference import calibration_ids, relative_error
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 #: Of the tiny models' weights, what CATS can skip is about a half.
 OPTIONS = {
@@ -30,14 +32,6 @@ OPTIONS = {
 
 def options_of(name):
     return {"method": name.partition("-")[0], **OPTIONS[name]}
-
-
-def relative_error(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def calibration_ids(text_file, tokenizer):
-    return torch.tensor(tokenizer(text_file.read_text())["input_ids"]).view(4, 32)
 
 
 def linears(layer):
@@ -198,6 +192,7 @@ def test_decoding_after_a_dense_prompt(make_model, quick_convert, token_ids, nam
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.one_of(3)
 def test_saving_what_was_loaded_changes_nothing(make_model, quick_convert, tmp_path, token_ids, family, name):
     first, second = tmp_path / "first", tmp_path / "second"
     model = quick_convert(make_model(family), **options_of(name))

@@ -56,6 +56,7 @@ def assert_same_logits(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.one_of(3)
 def test_logits_are_the_forwards(make, clear_ids, step_logits, family, conversion):
     model = make(family, conversion)
     ids = clear_ids(model, LENGTH)
@@ -93,6 +94,7 @@ def test_dense_prompts_as_the_configuration_says(make_model, quick_convert, clea
         (torch.bfloat16, "teal"),
     ],
 )
+@pytest.mark.one_of(2)
 def test_narrow_weights(make, token_ids, step_logits, family, dtype, conversion):
     # The same weights in float32 are the reference: the engine rounds less than the forward in the narrow type does.
     model, ids = make(family, conversion, dtype), token_ids(1, LENGTH)

@@ -85,6 +85,7 @@ def dense_tokens(model, prompt, tokens=TOKENS, sampling=None):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("conversion", "draft", "eager"), CASES)
+@pytest.mark.one_of(3)
 def test_greedy_is_dense_decoding_token_for_token(
     make, make_draft, token_ids, monkeypatch, family, conversion, draft, eager
 ):

@@ -109,6 +109,7 @@ def test_long_windows_are_scored_whole(make_model, quick_convert, tokenizer, tex
 
 @pytest.mark.parametrize("options", [{}, {"prefill": "dense"}, {"dense_first_token": True}, {"method": "teal"}])
 @pytest.mark.parametrize("prompt", [1, 7, None, 18])
+@pytest.mark.one_of(3)
 def test_continuation_is_what_decoding_behind_a_dense_prompt_does(
     make_model, quick_convert, tokenizer, text, options, prompt
 ):

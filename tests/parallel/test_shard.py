@@ -67,12 +67,14 @@ def check(model, folder, ids, on_ranks, load_here, step_logits, size=2, over=Ove
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.one_of(2)
 def test_every_family(saved, on_ranks, load_here, clear_ids, step_logits, family):  # noqa: F811
     model, folder = saved(family, "block, 8 bits")
     check(model, folder, clear_ids(model, LENGTH), on_ranks, load_here, step_logits)
 
 
 @pytest.mark.parametrize("conversion", ["dense", "layer", "thresholds", "magnitude"])
+@pytest.mark.one_of(2)
 def test_every_conversion(saved, on_ranks, load_here, clear_ids, step_logits, conversion):  # noqa: F811
     model, folder = saved("llama", conversion, tie_word_embeddings=conversion == "dense", vocab_size=128)
     check(model, folder, clear_ids(model, LENGTH), on_ranks, load_here, step_logits)

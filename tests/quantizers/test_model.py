@@ -272,6 +272,7 @@ def test_another_format_is_a_class(make_model, quick_convert, token_ids, monkeyp
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", ["full", "int8"])
 @pytest.mark.parametrize("weights", ["full", "int4"])
+@pytest.mark.one_of(3)
 def test_asks_for_the_space_that_it_takes(make_model, tokenizer, tmp_path, monkeypatch, tied, head, weights):
     make_model("llama", torch.bfloat16, tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

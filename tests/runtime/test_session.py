@@ -55,6 +55,7 @@ def ids(token_ids, length, seed=0):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.one_of(3)
 def test_pieces_are_the_prompt(make, clear_ids, family, conversion):
     model = make(family, conversion)
     prompt = clear_ids(model, 3 * PIECE + 3)
@@ -68,6 +69,7 @@ def test_pieces_are_the_prompt(make, clear_ids, family, conversion):
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("cache", ["auto", "int8"])
 @pytest.mark.parametrize("shared", [0, 5, PIECE, 2 * PIECE + 1, 3 * PIECE])
+@pytest.mark.one_of(3)
 def test_a_prefix_is_reused_to_the_bit(make, token_ids, conversion, cache, shared):
     weights = DecoderWeights(make("qwen3", conversion))
     first = ids(token_ids, 3 * PIECE)

@@ -43,6 +43,8 @@ class ColumnFormat(ABC):
     #: What a search of scales tries to map a group's largest magnitude to, sign included.
     targets: ClassVar[tuple[float, ...]]
     codes_dtype: ClassVar[torch.dtype]
+    #: Outputs of an element of `codes`.
+    outputs_each: ClassVar[int]
     #: Outputs that share a scale where the user does not say.
     usual_group: ClassVar[int]
 
@@ -96,6 +98,7 @@ class Int8(ColumnFormat):
     lowest, highest = -127, 127
     targets = (127.0,)
     codes_dtype = torch.int8
+    outputs_each = 1
     usual_group = 128
 
     def codes_width(self, outputs: int) -> int:
@@ -123,6 +126,7 @@ class Int4(ColumnFormat):
     # The lowest is one farther from 0 than the highest, and cutting the largest off serves the others.
     targets = tuple(-(70 + 2 * step) / 10 for step in range(13)) + tuple((60 + 2 * step) / 10 for step in range(13))
     codes_dtype = torch.uint8
+    outputs_each = 2
     usual_group = 32
 
     def codes_width(self, outputs: int) -> int:
@@ -140,6 +144,10 @@ class Int4(ColumnFormat):
         """Two whole numbers of each byte."""
         digits = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)[:, :outputs]
         return digits.to(torch.int8) + self.lowest
+
+
+#: By the dtype of codes, which is all that an operator sees of a format. Kernels know each by the name of its class.
+OF_CODES: dict[torch.dtype, type[ColumnFormat]] = {form.codes_dtype: form for form in (Int8, Int4)}
 
 
 def check_group(group: int) -> int:

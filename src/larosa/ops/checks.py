@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from larosa.formats import GROUPS, SCALE_DTYPE
+from larosa.formats import GROUPS, OF_CODES, SCALE_DTYPE
 
 if TYPE_CHECKING:
     from larosa.ops.low_bit import LowBitWeights
@@ -121,11 +121,11 @@ def low_bit(weights: LowBitWeights, biases: Sequence[torch.Tensor | None], width
         raise ValueError(
             f"{len(codes)} codes with {len(scales)} scales, {len(outputs)} outputs and {len(biases)} biases"
         )
-    pair = {torch.uint8: 2, torch.int8: 1}.get(codes[0].dtype)
-    if pair is None or any(each.dtype != codes[0].dtype for each in codes):
+    form = OF_CODES.get(codes[0].dtype)
+    if form is None or any(each.dtype != codes[0].dtype for each in codes):
         raise ValueError("codes must all be uint8, two outputs each, or all be int8")
     for each, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
-        _in_columns("codes", each, width, -(-size // pair))
+        _in_columns("codes", each, width, -(-size // form.outputs_each))
         if scale.dtype is not SCALE_DTYPE:
             raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {scale.dtype}")
         _in_columns("scales", scale, width, -(-size // group))

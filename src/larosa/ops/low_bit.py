@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from larosa.formats import ColumnFormat, Int4, Int8
+from larosa.formats import OF_CODES, ColumnFormat
 from larosa.ops.linear import Biases, Weights, sparse_linear_reference
 from larosa.ops.schema import define
 
@@ -86,7 +86,7 @@ def low_bit_linear_reference(
         [B, sum of N_i] like `values`.
     """
     weights = [
-        _format(matrix, group).dequantize(matrix, scale, size, values.dtype).t()
+        OF_CODES[matrix.dtype](group).dequantize(matrix, scale, size, values.dtype).t()
         for matrix, scale, size in zip(codes, scales, outputs, strict=True)
     ]
     if indices is None:
@@ -120,17 +120,13 @@ def low_bit_linear_in_integers(
     for value, index, k in zip(values, indices.long(), meant, strict=True):
         value, index = value[:k], index[:k]
         parts = [
-            _segments(value, matrix[index], scale[index].float(), _format(matrix, group), size)
+            _segments(value, matrix[index], scale[index].float(), OF_CODES[matrix.dtype](group), size)
             + (0 if bias is None else bias.float())
             for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True)
         ]
         rows.append(torch.cat(parts))
     result = torch.stack([values.new_empty(sum(outputs)), *rows])[1:]  # a stack of nothing is an error
     return result if residual is None else result + residual
-
-
-def _format(codes: torch.Tensor, group: int) -> ColumnFormat:
-    return Int4(group) if codes.dtype is torch.uint8 else Int8(group)
 
 
 def _segments(

@@ -72,14 +72,17 @@ def _triton_kernels() -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first case of each test stands for its others in Triton's interpreter, which takes seconds for many."""
+    """The first case of each test stands for its others in Triton's interpreter, which takes seconds for many.
+
+    Of a test marked `slow_in_triton` none does: another test runs the same kernels there in less time.
+    """
     seen = set()
     for item in items:
         given = getattr(item, "callspec", None)
         if given is None or given.params.get("target") != "interpreted triton":
             continue
         test = item.location[0], item.originalname
-        if test in seen:
+        if test in seen or item.get_closest_marker("slow_in_triton"):
             item.add_marker(pytest.mark.slow)
         seen.add(test)
 

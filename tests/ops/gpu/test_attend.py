@@ -159,6 +159,7 @@ def test_digits_in_windows(target, window):
         check_digits(target, 2, 1, 16, 300, position, window=window)
 
 
+@pytest.mark.slow_in_triton
 def test_more_digits_than_are_copied_ahead(target):
     check_digits(target, 2, 1, 128, 1500, 1499)
     check_digits(target, 4, 2, 128, 1500, 1300)

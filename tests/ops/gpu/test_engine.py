@@ -27,6 +27,7 @@ def engine(target, monkeypatch):
     [{}, {"selection": "threshold"}, {"selection": "threshold", "rotation": "none"}],
     ids=["counts", "thresholds", "thresholds without adapters"],
 )
+@pytest.mark.slow_in_triton
 def test_large_layers(target, engine, make_model, quick_convert, token_ids, options):
     """Of a size that fills the GPU that stands in for a large one: blocks select for themselves, or one for all."""
     sizes = {"hidden_size": 192, "intermediate_size": 360, "head_dim": 16, "num_hidden_layers": 2}
@@ -72,6 +73,7 @@ def test_steps_are_the_models_forward(target, engine, make_model, quick_convert,
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.slow_in_triton
 def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits, family):
     model = make_model(family, head_dim=16, num_hidden_layers=2)
     tokens = token_ids(1, TOKENS, seed=3)
@@ -96,6 +98,7 @@ def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits
     ],
     ids=["whole", "adapters of digits", "adapters", "thresholds", "plain"],
 )
+@pytest.mark.slow_in_triton
 def test_weights_of_few_bits(target, engine, make_model, quick_convert, token_ids, weights, options):
     """The model's own forward makes its weights of the same codes."""
     model = make_model("llama", head_dim=16, num_hidden_layers=2)

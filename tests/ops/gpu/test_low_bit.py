@@ -128,6 +128,7 @@ def listed(depth: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
+@pytest.mark.slow_in_triton
 def test_long_lists(target, form):
     """Longer than what a block holds of them at a time."""
     given = drawn(form, [2300], 2400, *listed(2400, 2300))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from larosa.formats import GROUPS, SCALE_DTYPE
+from larosa.formats import GROUPS, OF_CODES, SCALE_DTYPE
 from larosa.ops.linear import Biases, Weights
 
 #: `larosa_dtype`.
@@ -21,8 +21,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VECTOR = struct.Struct("=2q")
 _MATRIX = struct.Struct("=3q")  # and bias and scale, two vectors
 _LOW_BIT = struct.Struct("=7q")  # and bias
-#: Bits and outputs of an element of codes.
-_CODES = {torch.uint8: (4, 2), torch.int8: (8, 1)}
 _INT8 = 3
 _NO_VECTOR = _VECTOR.pack(0, 0)
 
@@ -91,16 +89,16 @@ def low_bit(
         raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
     packed: list[bytes] = []
     for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
-        if matrix.dtype not in _CODES:
+        form = OF_CODES.get(matrix.dtype)
+        if form is None:
             raise ValueError(f"codes must be uint8, two outputs each, or int8, not {_of(matrix)}")
-        bits, pair = _CODES[matrix.dtype]
-        _by_columns("codes", matrix, depth, -(-size // pair))
+        _by_columns("codes", matrix, depth, -(-size // form.outputs_each))
         if scale.dtype is not SCALE_DTYPE:
             raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {_of(scale)}")
         _by_columns("scales", scale, depth, -(-size // group))
         strides = matrix.stride(0), scale.stride(0)
         packed += (
-            _LOW_BIT.pack(matrix.data_ptr(), scale.data_ptr(), *strides, bits, group, size),
+            _LOW_BIT.pack(matrix.data_ptr(), scale.data_ptr(), *strides, form.bits, group, size),
             vector("bias", bias, size),
         )
     if not packed:

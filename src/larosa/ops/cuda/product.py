@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from larosa.errors import LarosaError
+from larosa.formats import OF_CODES
 from larosa.ops.cuda.launch import Argument, Grid
 from larosa.ops.cuda.parameters import CODE_NAMES, TYPE_NAMES, Matrices, address, flag
 from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan
@@ -95,7 +96,7 @@ def adapter_arguments(
 
 def codes_width(codes: torch.Tensor) -> int:
     """How many codes 16 bytes hold."""
-    return 32 if codes.dtype is torch.uint8 else 16
+    return 16 * OF_CODES[codes.dtype].outputs_each
 
 
 def _codes_aligned(weights: LowBitWeights, adapter: torch.Tensor | None) -> str:
