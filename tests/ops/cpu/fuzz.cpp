@@ -1,5 +1,9 @@
 // Random calls of the C interface on heap blocks of exactly the size that each takes, so that the address sanitizer
-// sees every step outside; results against plain loops in double precision. Usage: fuzz CASES SEED
+// sees every step outside; results against plain loops in double precision.
+//
+// Usage: fuzz CASES SEED [digests]. With digests a line for each case has the instruction set, what the case is, and a
+// digest of the results, to be compared with those of another build; some cases have NaN and infinities in them then, for
+// which there is no other check.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,6 +20,8 @@ namespace {
 
 std::mt19937_64 engine;
 std::string what;  // the case, for the message
+bool special = false;  // whether it has NaN and infinities, of which there are digests alone
+uint64_t digest = 0;   // of the case's results (FNV-1a), all NaN being one
 
 int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
 
@@ -30,11 +36,11 @@ int64_t width() {
 }
 
 void check(bool good, const char *why) {
-    if (!good) fail(why);
+    if (!good && !special) fail(why);
 }
 
 void check_near(double result, double exact, double bound) {
-    if (!(std::fabs(result - exact) <= bound)) fail(std::to_string(result) + " is not " + std::to_string(exact));
+    if (!special && !(std::fabs(result - exact) <= bound)) fail(std::to_string(result) + " is not " + std::to_string(exact));
 }
 
 // Exactly as large as asked for, which std::vector does not promise; malloc's alignment is given up for the element's.
@@ -60,11 +66,31 @@ class Heap {
     T *data_;
 };
 
+template <class T>
+void add_digest(const Heap<T> &results) {
+    for (int64_t i = 0; i < results.size(); ++i) {
+        uint64_t word = 0;
+        if (results[i] == results[i]) std::memcpy(&word, &results[i], sizeof(T));
+        else word = 0x7fc00000;
+        digest = (digest ^ word) * 0x100000001b3;
+    }
+}
+
+// About normal, the same on every machine.
+float normal() {
+    int64_t sum = 0;
+    for (int i = 0; i < 3; ++i) sum += integer(-(1 << 20), 1 << 20);
+    return std::ldexp(float(sum), -20);
+}
+
+constexpr float kSpecial[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 3.4e38f};
+
 Heap<float> floats(int64_t count) {
     Heap<float> heap(count);
-    std::normal_distribution<float> normal;
     const bool ties = integer(0, 2) == 0;
-    for (int64_t i = 0; i < count; ++i) heap[i] = ties ? std::round(2 * normal(engine)) : normal(engine);
+    for (int64_t i = 0; i < count; ++i) heap[i] = ties ? std::round(2 * normal()) : normal();
+    if (special)
+        for (int64_t i = integer(0, 2); i > 0 && count > 0; --i) heap[integer(0, count - 1)] = kSpecial[integer(0, 7)];
     return heap;
 }
 
@@ -86,8 +112,9 @@ struct Typed {
                 narrow[i] = uint16_t(word >> 16);
                 word &= 0xffff0000u;
                 std::memcpy(&wide[i], &word, sizeof word);
-            } else if (dtype == LAROSA_FLOAT16) {  // any finite pattern, subnormal ones included
-                narrow[i] = uint16_t(integer(0, 1) << 15 | integer(0, 0x43ff));
+            } else if (dtype == LAROSA_FLOAT16) {  // subnormal ones included
+                const bool infinite = special && integer(0, 999) == 0;
+                narrow[i] = uint16_t(integer(0, 1) << 15 | (infinite ? integer(0x7c00, 0x7fff) : integer(0, 0x43ff)));
                 wide[i] = float(half(narrow[i]));
             } else {
                 wide[i] = random[i];
@@ -160,6 +187,7 @@ void products() {
         check(larosa_linear(x.get(), rows, depth, matrices.data(), count, added, out.get(), threads) == LAROSA_OK,
               "refused");
     }
+    add_digest(out);
     for (int64_t row = 0; row < rows; ++row) {
         const Heap<float> alone(outputs);
         const float *of_row = added ? added + row * outputs : nullptr;
@@ -192,8 +220,7 @@ void selections() {
     const int64_t rows = integer(0, 3), width = ::width(), k = integer(0, 4) ? integer(0, width) : width;
     what = "top_k rows " + std::to_string(rows) + " width " + std::to_string(width) + " k " + std::to_string(k);
     const Heap<float> x = floats(rows * width);
-    static const float special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 3.4e38f};
-    for (int64_t i = 0; i < x.size() / 8; ++i) x[integer(0, x.size() - 1)] = special[integer(0, 7)];
+    for (int64_t i = 0; i < x.size() / 8; ++i) x[integer(0, x.size() - 1)] = kSpecial[integer(0, 7)];
     std::unique_ptr<Typed> score = maybe(width);
     if (score) {
         for (int64_t i = 0; i < width; ++i) score->wide[i] = std::fabs(score->wide[i]);
@@ -203,6 +230,7 @@ void selections() {
     const Heap<float> values(rows * k);
     const Heap<int32_t> indices(rows * k);
     larosa_top_k(x.get(), rows, width, k, &weights, values.get(), indices.get());
+    add_digest(values), add_digest(indices);
     const auto rank = [&](int64_t row, int64_t i) {
         const float magnitude = std::fabs(x[row * width + i] * (score ? score->wide[i] : 1));
         return std::isnan(magnitude) ? INFINITY : std::isinf(magnitude) ? 1e39 : double(magnitude);
@@ -227,6 +255,7 @@ void selections() {
     const Heap<int64_t> counts(rows);
     const larosa_vector unscored = {nullptr, LAROSA_FLOAT32};
     larosa_above(x.get(), rows, width, 1.0f, &unscored, kept.get(), where.get(), counts.get());
+    add_digest(kept), add_digest(where), add_digest(counts);
     for (int64_t row = 0; row < rows; ++row) {
         int64_t expected = 0;
         for (int64_t i = 0; i < width; ++i)
@@ -280,6 +309,7 @@ void put_off() {
     const Heap<float> carried(width), out(width), later(width), result(width);
     run(larosa_linear, carried, out);
     run(larosa_linear_meanwhile, later, result);
+    add_digest(result);
     check(std::memcmp(later.get(), carried.get(), width * sizeof(float)) == 0, "put off, the product is another");
     check(std::memcmp(result.get(), out.get(), width * sizeof(float)) == 0, "put off, the sum is another");
 }
@@ -296,6 +326,7 @@ void adapters() {
     const std::unique_ptr<Typed> scale(new Typed(outputs, integer(0, 2)));
     const larosa_matrix matrix = {weight.get(), LAROSA_INT8, outputs, {nullptr, 0}, vector_of(scale)};
     check(larosa_adapt(x.get(), rows, width, depth, &matrix, out.get(), threads) == LAROSA_OK, "refused");
+    add_digest(out);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < outputs; ++n) {
             double total = 0, bound = 0;
@@ -321,6 +352,8 @@ void low_bits() {
     const int64_t rows = integer(0, 2), depth = width(), k = integer(0, 2) ? integer(0, depth) : depth;
     const int64_t threads = integer(1, 5), count = integer(1, 3), group = int64_t(32) << integer(0, 3);
     const bool every = k == depth && integer(0, 1);
+    const bool largest = integer(0, 4) == 0;  // whole numbers and codes of the largest magnitude alone
+    static const uint8_t extreme[] = {0x80, 0x7f, 0x00, 0xff};
     what = "low_bit_linear rows " + std::to_string(rows) + " depth " + std::to_string(depth) + " k " +
            std::to_string(k) + " group " + std::to_string(group);
     std::vector<Heap<uint8_t>> codes;
@@ -333,20 +366,25 @@ void low_bits() {
         const int64_t bytes = (some * bits + 7) / 8, stride = bytes + integer(0, 3), apart = groups + integer(0, 3);
         // The last column has no gap behind it.
         codes.emplace_back((depth - 1) * stride + bytes);
-        for (int64_t j = 0; j < codes.back().size(); ++j) codes.back()[j] = uint8_t(integer(0, 255));
+        const uint8_t same = extreme[integer(0, 3)];
+        for (int64_t j = 0; j < codes.back().size(); ++j) codes.back()[j] = largest ? same : uint8_t(integer(0, 255));
         scales.emplace_back((depth - 1) * apart + groups, LAROSA_BFLOAT16);
+        for (int64_t j = 0; largest && j < scales.back().wide.size(); ++j)
+            scales.back().wide[j] = 1, scales.back().narrow[j] = 0x3f80;
         biases.push_back(maybe(some));
         matrices.push_back({codes.back().get(), scales.back().narrow.get(), stride, apart, bits, group, some,
                             vector_of(biases.back())});
         outputs += some;
     }
     const Heap<float> x = floats(rows * k), residual = floats(rows * outputs), out(rows * outputs);
+    if (largest) std::fill_n(x.get(), x.size(), integer(0, 1) ? 1.0f : -1.0f);
     Heap<int32_t> indices(every ? 0 : rows * k);
     for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
     const float *added = integer(0, 1) ? residual.get() : nullptr;
     check(larosa_low_bit_linear(x.get(), every ? nullptr : indices.get(), rows, k, depth, matrices.data(), count, added,
                                 out.get(), nullptr, threads) == LAROSA_OK,
           "refused");
+    add_digest(out);
     int64_t offset = 0;
     for (int64_t m = 0; m < count; offset += matrices[m++].outputs)
         for (int64_t row = 0; row < rows; ++row)
@@ -380,6 +418,7 @@ void norms() {
     const larosa_vector gains = vector_of(gain);
     const Heap<float> out(rows * width);
     larosa_rms_norm(x.get(), &gains, 1e-5, rows, width, out.get());
+    add_digest(out);
     for (int64_t row = 0; row < rows; ++row) {
         double squares = 0;
         for (int64_t i = 0; i < width; ++i) squares += double(x[row * width + i]) * x[row * width + i];
@@ -389,6 +428,7 @@ void norms() {
         }
     }
     larosa_silu_mul(gate_up.get(), rows, width, out.get());
+    add_digest(out);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t i = 0; i < width; ++i) {
             const double gate = gate_up[row * 2 * width + i], up = gate_up[row * 2 * width + width + i];
@@ -442,6 +482,9 @@ void attention() {
         rotate ? cos.get() : nullptr, rotate ? sin.get() : nullptr, vector_of(q_gain), vector_of(k_gain),
         heads, key_heads, capacity, size, dtype, window, rows, caches, 1e-6, scale};
     check(larosa_attend(&attention, out.get(), threads) == LAROSA_OK, "refused");
+    add_digest(out), add_digest(scales);
+    for (int which = 0; which < 2; ++which)
+        add_digest(digits[which]), add_digest(numbers[which].narrow), add_digest(numbers[which].wide);
     const auto bfloat16 = [](uint16_t bits) {
         const uint32_t word = uint32_t(bits) << 16;
         float value;
@@ -504,16 +547,21 @@ void attention() {
 }  // namespace
 
 int main(int argc, char **argv) {
-    if (argc != 3) return std::printf("usage: fuzz CASES SEED\n"), 2;
+    const bool digests = argc == 4 && std::strcmp(argv[3], "digests") == 0;
+    if (argc != 3 && !digests) return std::printf("usage: fuzz CASES SEED [digests]\n"), 2;
     const int64_t cases = std::atoll(argv[1]);
     check(larosa_set_isa("nonsense") == 1, "nonsense is an instruction set");
     int64_t run = 0;
-    for (const char *isa : {"portable", "avx2", "avx512", "avx512vnni"}) {
+    for (const char *isa : {"portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondotprod"}) {
         if (larosa_set_isa(isa) != 0) continue;
         engine.seed(std::strtoull(argv[2], nullptr, 10));
         for (int64_t i = 0; i < cases; ++i, ++run) {
             void (*const tests[])() = {products, products, selections, norms, attention, put_off, adapters, low_bits};
+            special = digests && integer(0, 2) == 0;
+            digest = 0xcbf29ce484222325;
             tests[i % 8]();
+            if (digests)
+                std::printf("%s %s %016llx\n", isa, what.c_str(), static_cast<unsigned long long>(digest));
         }
     }
     std::printf("%lld cases\n", static_cast<long long>(run));

@@ -1,4 +1,4 @@
-"""How the library is chosen, set up and missed; and its own test program under the sanitizers."""
+"""How the library is chosen, set up and missed."""
 
 import ctypes
 import hashlib
@@ -107,23 +107,3 @@ def test_signatures_are_those_of_the_header():
 def test_threads_of_pytorch_are_shared_where_it_has_openmp():
     has_openmp = "OpenMP" in torch.__config__.parallel_info().partition("backend:")[2]
     assert library.threads() == ("openmp" if has_openmp and sys.platform == "linux" else "own")
-
-
-@pytest.fixture(scope="session")
-def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-alone test program, built with the sanitizers."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    cmake = [sys.executable, "-m", "cmake"]
-    source = Path(__file__).parent / "fuzz.cpp"
-    settings = ["-DLAROSA_FUZZ=ON", f"-DLAROSA_FUZZ_SOURCE={source}"]
-    subprocess.run([*cmake, "-S", str(SOURCES), "-B", str(folder), *settings], check=True)
-    subprocess.run([*cmake, "--build", str(folder), "--parallel", "2"], check=True)
-    return folder / "larosa_cpu_fuzz"
-
-
-@pytest.mark.slow
-def test_no_call_reads_or_writes_outside_or_does_what_is_undefined(fuzz):
-    """3,000 random calls an instruction set, against double precision, on threads of the library's own."""
-    result = subprocess.run([str(fuzz), "3000", "1"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert int(result.stdout.split()[0]) == 3000 * len(ISAS)
