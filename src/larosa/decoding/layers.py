@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -25,16 +25,6 @@ _ops: Any = torch.ops.larosa
 
 #: Tokens of one step at most: weights are read once for all of them where nothing is skipped, on a CPU elsewhere too.
 MAX_ROWS = 8
-
-
-class _Source(Protocol):
-    """What makes a site's activation: all of it or, fused with the selection, its k largest entries or those above."""
-
-    def every(self, x: torch.Tensor) -> torch.Tensor: ...
-
-    def largest(self, x: torch.Tensor, k: int, score: torch.Tensor | None) -> Selection: ...
-
-    def above(self, x: torch.Tensor, threshold: float, score: torch.Tensor | None) -> CountedSelection: ...
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ class Site:
     silu(gate) * up of them. With `of_all` the k entries are those of all ranks.
     """
 
-    source: _Source
+    source: Norm | _AsItIs | _Gated
     linears: Linears | LowBitLinears
     k: int | None = None
     score: torch.Tensor | None = None
@@ -197,18 +187,24 @@ class Site:
         """The same, keeping everything."""
         if not self.skips:
             return self
-        if isinstance(self.linears, LowBitLinears):
-            return replace(self, k=None, threshold=None, score=None, of_all=None)
-        weight = self.linears.weights[0]
-        every = None if _on_gpu(weight) else _columns(weight, MAX_ROWS)
-        kept = replace(self, k=None, threshold=None, score=None, of_all=None)
-        return replace(kept, every=every, fused=None, swiglu=False)
+        every = _columns(self.linears.weights[0], MAX_ROWS) if isinstance(self.linears, Linears) else None
+        return replace(self, k=None, threshold=None, score=None, every=every, of_all=None).arranged()
 
     def rounded(self, form: ColumnFormat, where: str) -> Site:
         """The same over a copy of its linears of few bits, or over those that it has where they are so already."""
         if not isinstance(self.linears, Linears):
             return self
-        return replace(self, linears=self.linears.rounded(form, where), every=None)
+        return replace(self, linears=self.linears.rounded(form, where), every=None).arranged()
+
+    def arranged(self) -> Site:
+        """On a GPU, as its operators read it best."""
+        if not _on_gpu(self.linears.device):
+            return self
+        fused = None
+        if (self.skips or isinstance(self.linears, LowBitLinears)) and self.of_all is None:
+            # Launching one kernel less is worth selecting in every block of a product.
+            fused = None if isinstance(self.source, _Gated) else self.source
+        return replace(self, every=None, fused=fused)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, adapter: Adapter | None = None
@@ -323,15 +319,15 @@ class DecodeLayer:
 
     def whole(self) -> DecodeLayer:
         """The same, with nothing left out."""
-        sites = {name: getattr(self, name).whole() for name in SITES}
-        if self.h3.swiglu and not sites["h3"].swiglu:
-            sites["h4"] = replace(sites["h4"], source=_Gated(), fused=None)
-        return replace(self, **sites)
+        return self._of({name: getattr(self, name).whole() for name in SITES})
 
     def rounded(self, form: ColumnFormat, where: str) -> DecodeLayer:
         """The same over a copy of its linears of few bits; `where` names the layer in errors."""
-        sites = {name: getattr(self, name).rounded(form, f"{where}, site {name}") for name in SITES}
-        return replace(self, **sites)
+        return self._of({name: getattr(self, name).rounded(form, f"{where}, site {name}") for name in SITES})
+
+    def _of(self, sites: dict[str, Site]) -> DecodeLayer:
+        h3, h4 = _mlp(sites["h3"], sites["h4"], _AsItIs())
+        return replace(self, h1=sites["h1"], h2=sites["h2"], h3=h3, h4=h4)
 
     def __call__(self, x: torch.Tensor, position: torch.Tensor, past: Past) -> torch.Tensor:
         """The residual stream [B, D] float32 after this layer."""
@@ -377,10 +373,7 @@ def read_layers(model: Any, architecture: Architecture) -> list[DecodeLayer]:
 
     def decode_layer(index: int, layer: nn.Module) -> DecodeLayer:
         h3 = site("h3", index, norm(architecture.norm(layer, "h3")))
-        if h3.fused is None:
-            h4 = site("h4", index, _Gated())
-        else:
-            h3, h4 = replace(h3, swiglu=True), site("h4", index, _Long(board))
+        h3, h4 = _mlp(h3, site("h4", index, _Gated()), _Long(board))
         return DecodeLayer(
             h1=site("h1", index, norm(architecture.norm(layer, "h1"))),
             attention=_attention(model, architecture, layer, index),
@@ -402,18 +395,27 @@ def norm(module: Any) -> Norm:
 
 def _site(linears: Sequence[Any], selector: Selector | None, source: Norm | _AsItIs | _Gated) -> Site:
     kept = {} if selector is None else _kept(selector, linears[0].in_features)
-    on_gpu = _on_gpu(next(linears[0].parameters()))
+    on_gpu = _on_gpu(next(linears[0].parameters()).device)
     read = read_linears(linears, by_columns=bool(kept) or on_gpu)  # a GPU reads all columns faster than all rows
-    fused = None
-    if on_gpu and (kept or isinstance(read, LowBitLinears)) and "of_all" not in kept and not isinstance(source, _Gated):
-        # Launching one kernel less is worth selecting in every block of a product.
-        fused = source
-    return Site(source, read, fused=fused, **kept)
+    return Site(source, read, **kept).arranged()
 
 
-def _on_gpu(weight: torch.Tensor) -> bool:
-    """Whether it is a GPU's kernels that read a weight."""
-    return weight.device.type != "cpu"
+def _mlp(h3: Site, h4: Site, after: _AsItIs) -> tuple[Site, Site]:
+    """An MLP's sites: one operator makes silu(gate) * up with h3's product where it is fused, else h4 begins with it.
+
+    Args:
+        after: what h4 begins with behind a fused h3 that has not been so before.
+    """
+    if h3.fused is None:
+        source: _AsItIs | _Gated = _Gated()
+    else:
+        source = h4.source if isinstance(h4.source, _AsItIs) else after
+    return replace(h3, swiglu=h3.fused is not None), replace(h4, source=source).arranged()
+
+
+def _on_gpu(device: torch.device) -> bool:
+    """Whether it is a GPU's kernels that read what is there."""
+    return device.type != "cpu"
 
 
 def _columns(weight: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
@@ -451,6 +453,6 @@ def _adapter(layer: nn.Module, name: str) -> Adapter | None:
     module = getattr(layer, name, None)
     if module is None:
         return None
-    along = _on_gpu(module.weight)
+    along = _on_gpu(module.weight.device)
     lay_out(module, by_columns=along)
     return Adapter(module.weight.data, own(getattr(module, "scale", None)), along)

@@ -29,6 +29,11 @@ class Linears:
     biases: list[torch.Tensor | None]
     by_columns: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.weights[0].device
+
     def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Outputs [B, sum of N_i] for x [B, D], on top of a residual; of what stands by columns on a GPU alone."""
         if self.by_columns:
@@ -38,11 +43,12 @@ class Linears:
 
     def rounded(self, form: ColumnFormat, where: str) -> LowBitLinears:
         """A copy of few bits, each group of weights rounded by itself; `where` names them in errors."""
-        stored = [round_to_nearest(weight, form, where) for weight in self.weights]
-        laid_out = rows_side_by_side([codes for codes, _ in stored] + [scales for _, scales in stored])
-        outputs = [len(weight) for weight in self.weights]
-        count = len(stored)
-        return LowBitLinears(laid_out[:count], laid_out[count:], outputs, form.group, self.biases)
+        codes, scales = zip(*(round_to_nearest(weight, form, where) for weight in self.weights), strict=True)
+        parts = [*codes, *scales]
+        if self.device.type == "cpu":
+            parts = rows_side_by_side(parts)
+        outputs, count = [len(weight) for weight in self.weights], len(codes)
+        return LowBitLinears(parts[:count], parts[count:], outputs, form.group, self.biases)
 
     def listed(
         self,
@@ -70,6 +76,11 @@ class LowBitLinears:
     outputs: list[int]
     group: int
     biases: list[torch.Tensor | None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.codes[0].device
 
     def every(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """As of `Linears`, by columns."""

@@ -7,8 +7,9 @@ import torch
 from larosa.errors import LarosaError
 from larosa.formats import SCALE_DTYPE, ColumnFormat
 
-#: Weights rounded at a time, with every scale that is tried.
-_PIECE = 2**18
+#: Weights rounded at a time, with every scale that is tried: on a CPU so few that a core's cache holds them, elsewhere
+#: so many that launches take no time.
+_PIECE, _PIECE_ELSEWHERE = 2**18, 2**26
 
 
 def round_groups(weights: torch.Tensor, form: ColumnFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,8 @@ def round_to_nearest(weight: torch.Tensor, form: ColumnFormat, where: str) -> tu
     """
     outputs, inputs = weight.shape
     codes, scales = form.empty(outputs, inputs, weight.device)
-    step = max(_PIECE // (len(form.targets) * outputs), 1)
+    piece = _PIECE if weight.is_cpu else _PIECE_ELSEWHERE
+    step = max(piece // (len(form.targets) * outputs), 1)
     for at in range(0, inputs, step):
         columns = slice(at, at + step)
         scales[columns], q = round_groups(grouped(weight[:, columns], form), form)

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+from larosa.architectures import find_architecture
+from larosa.config import SITES
 from larosa.decoding import CacheDtype, Engine, layers
 from larosa.decoding.cuda_graph import StepGraphs
+from larosa.decoding.weights import DecoderWeights
+from larosa.formats import Int4, Int8
 from larosa.ops.backend import OPERATORS
+from larosa.quantizers import round_to_nearest
 
 TOKENS = 6
 
@@ -18,7 +23,20 @@ def engine(target, monkeypatch):
     monkeypatch.setattr(layers, "_on_gpu", lambda weight: True)
     # On a CPU a step is recorded by what it calls of the CPU's library, and these kernels call nothing of it.
     monkeypatch.setattr(Engine, "_replayed", Engine._run)
-    return lambda model, *options, **more: Engine(model.to(target.device), TOKENS, *options, **more)
+
+    def build(model, *options, **more):
+        return Engine(model if isinstance(model, DecoderWeights) else model.to(target.device), TOKENS, *options, **more)
+
+    return build
+
+
+def logits_of(runner, tokens, target):
+    """Those after each of tokens [1, length] from the third on."""
+    found = [runner.prefill(tokens[:, :3]).cpu()]
+    for position in range(3, TOKENS):
+        at = torch.tensor([position], device=target.device)
+        found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
+    return torch.cat(found)
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
@@ -79,12 +97,9 @@ def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits
     tokens = token_ids(1, TOKENS, seed=3)
     expected = rounded_logits(model, tokens, 3)
     runner = engine(model, CacheDtype.INT8)
-    found = [runner.prefill(tokens[:, :3]).cpu()]
-    for position in range(3, TOKENS):
-        at = torch.tensor([position], device=target.device)
-        found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
+    found = logits_of(runner, tokens, target)
     tolerance = 0.03 if target.truncates else 2e-3  # of scales, or of a digit here and there
-    torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +121,7 @@ def test_weights_of_few_bits(target, engine, make_model, quick_convert, token_id
     tokens = token_ids(1, TOKENS, seed=3)
     with torch.inference_mode():
         expected = model(tokens).logits[0]
-    runner = engine(model)
-    found = [runner.prefill(tokens[:, :3]).cpu()]
-    for position in range(3, TOKENS):
-        at = torch.tensor([position], device=target.device)
-        found.append(runner.step(tokens[0, position : position + 1].to(target.device), at).cpu())
-    torch.testing.assert_close(torch.cat(found), expected[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(engine(model), tokens, target), expected[2:], rtol=1e-4, atol=1e-4)
 
 
 def rows_of(runner, target, tokens, positions, texts):
@@ -192,3 +202,47 @@ def test_graphs_of_steps(make_model, quick_convert, token_ids, sparsity):
         kept[rows] = graphs.step(rows), expected
         for found, before in kept.values():
             assert torch.equal(found, before)
+
+
+SPARSE = {
+    "counts": {"sparsity": 0.5},
+    "thresholds": {"sparsity": 0.5, "selection": "threshold", "rotation": "none"},
+}
+
+
+@pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
+def test_the_dense_pass_of_a_sparse_model(target, engine, make_model, quick_convert, token_ids, options):
+    """Is the model before conversion: nothing is selected, and the MLP's activation is made by other operators."""
+    tokens = token_ids(1, TOKENS, seed=3)
+    dense = make_model("llama", head_dim=16, num_hidden_layers=2)
+    with torch.inference_mode():
+        expected = dense(tokens).logits[0]
+    model = quick_convert(dense, **options).to(target.device)
+    found = logits_of(engine(DecoderWeights(model).whole()), tokens, target)
+    torch.testing.assert_close(found, expected[2:], rtol=1e-4, atol=1e-4)
+
+
+def of_layer(architecture, layer):
+    return [linear for site in SITES for linear in architecture.linears(layer, site)]
+
+
+@pytest.mark.parametrize(
+    ("options", "form"), [(None, Int4(32)), (SPARSE["counts"], Int8(128)), (SPARSE["thresholds"], Int4(32))]
+)
+def test_a_rounded_copy_for_steps(target, engine, make_model, quick_convert, token_ids, options, form):
+    """Is the model with each weight rounded; the prompt's keys and values are of the weights as they were."""
+    model = make_model("llama", head_dim=16, num_hidden_layers=2)
+    model = model if options is None else quick_convert(model, **options)
+    tokens = token_ids(1, TOKENS, seed=3)
+    model, head = model.to(target.device), Int8(form.group)
+    found = logits_of(engine(DecoderWeights(model).rounded(form, head)), tokens, target)
+    steps = engine(model)
+    steps.prefill(tokens[:, :3])
+    architecture = find_architecture("llama")
+    linears = [(linear, form) for layer in architecture.layers(model) for linear in of_layer(architecture, layer)]
+    for linear, stored in [*linears, (architecture.head(model), head)]:
+        codes, scales = round_to_nearest(linear.weight.data, stored, "")
+        linear.weight.data.copy_(stored.dequantize(codes, scales, len(linear.weight), torch.float32).t())
+    at = torch.tensor([3], device=target.device)
+    expected = steps.step(tokens[0, 3:4].to(target.device), at).cpu()
+    torch.testing.assert_close(found[1:2], expected, rtol=1e-4, atol=1e-4)
