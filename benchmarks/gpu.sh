@@ -52,6 +52,8 @@ for weights in int4 int8; do
     done
 done
 "$python" benchmarks/rows.py --shape llama-3-8b | tee "$results/rows-llama-3-8b.log"
+bench decode --device cuda --shape llama-3-8b --lossless --draft int4 --sparsity 0,0.25,0.5 --acceptance 0.9,0.85,0.6 \
+    --json "$results/lossless-llama-3-8b.json"
 bench decode --device cuda --shape llama-3-70b --layers 4 --sparsity 0.5 --tokens 128 --json "$results/decode-llama-3-70b-4-layers.json"
 
 say "Kernels in Triton"

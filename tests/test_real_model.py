@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import larosa
 from larosa.data.text import BUNDLED, TextSplit, read_text
 from larosa.decoding import Engine
+from larosa.decoding.cuda_graph import GraphLoop
 from larosa.decoding.loop import continue_prompt
 from larosa.decoding.lossless import LosslessDecoder
 from larosa.decoding.sampling import Sampler
@@ -85,21 +87,27 @@ def answered(loaded, engine, *messages):
 LOSSLESS = 40
 
 
-@pytest.fixture(scope="module")
-def decoders(loaded):
-    """The dense pass alone, and drafted by 8 and by 4 bits."""
-    dense = Engine(DecoderWeights(loaded.model), 320)
-    return dense, [LosslessDecoder(loaded.model, 320, draft=draft) for draft in ("int8", "int4")]
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def decoders(request):
+    """What continues a prompt by the dense pass alone, and drafted by 8 and by 4 bits; and the tokenizer."""
+    model, tokenizer = larosa.load(str(FOLDER), device=request.param)
+    dense, sampler = Engine(DecoderWeights(model), 320), Sampler(device=request.param, kernels=request.param == "cuda")
+    if request.param == "cuda":
+        alone = GraphLoop(dense, sampler).continue_prompt
+    else:
+        alone = partial(continue_prompt, dense, sampler=sampler)
+    lossless = [LosslessDecoder(model, 320, draft=draft) for draft in ("int8", "int4")]
+    return alone, lossless, sampler, tokenizer
 
 
 @pytest.mark.parametrize("number", range(LOSSLESS))
-def test_lossless_decoding_is_dense_decoding(loaded, decoders, number):
-    dense, lossless = decoders
+def test_lossless_decoding_is_dense_decoding(decoders, number):
+    alone, lossless, sampler, tokenizer = decoders
     paragraphs = [part for part in read_text(BUNDLED, TextSplit.TEST).split("\n\n") if len(part) > 300]
-    prompt = loaded.tokenizer(paragraphs[number][:200], return_tensors="pt").input_ids
-    expected = list(continue_prompt(dense, prompt, 256, Sampler()))
+    prompt = tokenizer(paragraphs[number][:200], return_tensors="pt").input_ids
+    expected = list(alone(prompt, max_new_tokens=256))
     drafted = lossless[number % 2]
     before = drafted.verifications.accepted
-    assert list(drafted.continue_prompt(prompt, 256, Sampler())) == expected
+    assert list(drafted.continue_prompt(prompt, 256, sampler)) == expected
     assert len(expected) == 256
     assert drafted.verifications.accepted > before

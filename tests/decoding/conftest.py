@@ -19,6 +19,17 @@ from larosa.models import Selector, Threshold, TopK
 #: Margins relative to the entry itself. Rounding moves an entry by about 1e-6 of it.
 CLEAR = 2e-5
 
+#: What is decoded losslessly: how a tiny model is converted, or not at all.
+LOSSLESS = {
+    "dense": None,
+    "none": {"rotation": "none"},
+    "layer": {"rotation": "layer"},
+    "int8 adapters": {"adapters": "int8", "rotation": "block"},
+    "thresholds": {"rotation": "layer", "selection": "threshold"},
+    "first token dense": {"dense_first_token": True},
+    "few bits": {"weights": "int4"},
+}
+
 
 @pytest.fixture(scope="session")
 def step_logits() -> Callable[..., torch.Tensor]:
@@ -74,3 +85,23 @@ def clear_ids(token_ids: Callable[..., torch.Tensor], margin: Callable[..., floa
         return next(ids for ids in texts if margin(model, partial(forward, ids)) > CLEAR)
 
     return find
+
+
+@pytest.fixture
+def make_lossless(make_model, quick_convert):
+    def build(family, conversion="none", **overrides):
+        model, options = make_model(family, **overrides), LOSSLESS[conversion]
+        return model if options is None else quick_convert(model, **options)
+
+    return build
+
+
+@pytest.fixture
+def make_draft(make_model, quick_convert):
+    """make_draft(family): a conversion of the same model by 4 bits, with values in the dense model's basis."""
+
+    def build(family, **overrides):
+        model = make_model(family, **overrides)
+        return quick_convert(model, sparsity=0.0, weights="int4", value_rotation=False)
+
+    return build

@@ -14,26 +14,19 @@ from larosa.config import PerSite
 from larosa.decoding import Engine
 from larosa.decoding.drafting import Lookup
 from larosa.decoding.loop import continue_prompt
-from larosa.decoding.lossless import LosslessDecoder
-from larosa.decoding.pace import Acceptance, Pace
+from larosa.decoding.lossless import LosslessDecoder, Verifications
+from larosa.decoding.pace import Acceptance, Pace, Stopwatch
 from larosa.decoding.sampling import Sampler, Sampling, candidates
 from larosa.decoding.weights import DecoderWeights
 from larosa.models import set_keep_counts
 from larosa.sparsity import SiteSizes, keep_counts
 
+from .conftest import LOSSLESS
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-CONVERSIONS = {
-    "dense": None,
-    "none": {"rotation": "none"},
-    "layer": {"rotation": "layer"},
-    "int8 adapters": {"adapters": "int8", "rotation": "block"},
-    "thresholds": {"rotation": "layer", "selection": "threshold"},
-    "first token dense": {"dense_first_token": True},
-    "few bits": {"weights": "int4"},
-}
 #: What is decoded, what drafts (None for what it skips, or for its text alone), and whether it drafts always.
 CASES = [
-    *((conversion, None, True) for conversion in CONVERSIONS),
+    *((conversion, None, True) for conversion in LOSSLESS),
     ("dense", "int4", True),
     ("dense", "model", True),
     ("thresholds", "int8", True),
@@ -41,21 +34,6 @@ CASES = [
     ("none", None, False),
 ]
 TOKENS = 110
-
-
-@pytest.fixture
-def make(make_model, quick_convert):
-    def build(family, conversion="none", **overrides):
-        model, options = make_model(family, **overrides), CONVERSIONS[conversion]
-        return model if options is None else quick_convert(model, **options)
-
-    return build
-
-
-@pytest.fixture
-def make_draft(make_model, quick_convert):
-    """make_draft(family): a conversion of the same model by 4 bits, with values in the dense model's basis."""
-    return lambda family: quick_convert(make_model(family), sparsity=0.0, weights="int4", value_rotation=False)
 
 
 def draft_always(monkeypatch):
@@ -67,34 +45,38 @@ def draft_always(monkeypatch):
 
     def gains(self, acceptance, most, speed, **costs):
         turn = next(lengths)
-        return [1.0 if turn % 5 else -1.0] * min(most, 1 + turn % 7)
+        return [float(count) if turn % 5 else -1.0 for count in range(1, 1 + min(most, 1 + turn % 7))]
 
     monkeypatch.setattr(Pace, "gains", gains)
 
 
 def dense_tokens(model, prompt, tokens=TOKENS, sampling=None):
     """Those of the dense pass alone: nothing drafts."""
-    engine, sampler = Engine(DecoderWeights(model).whole(), 128), Sampler(sampling)
+    engine = Engine(DecoderWeights(model).whole(), 128)
+    sampler = Sampler(sampling, device=engine.device)
     logits, found = engine.prefill(prompt), []
     sampler.start(prompt, logits.shape[-1])
     for at in range(prompt.shape[1], prompt.shape[1] + tokens):
-        found += sampler.accept([], logits)
-        logits = engine.step(torch.tensor(found[-1:]), torch.tensor([at]))
+        found += sampler.accept(logits)
+        logits = engine.step(*torch.tensor([found[-1:], [at]], device=engine.device))
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "in_blocks"), [*((family, False) for family in FAMILIES), pytest.param("llama", True, id="in blocks")]
+)
 @pytest.mark.parametrize(("conversion", "draft", "eager"), CASES)
 @pytest.mark.one_of(3)
 def test_greedy_is_dense_decoding_token_for_token(
-    make, make_draft, token_ids, monkeypatch, family, conversion, draft, eager
+    make_lossless, make_draft, token_ids, monkeypatch, family, conversion, draft, eager, in_blocks
 ):
     if eager:
         draft_always(monkeypatch)
-    model, prompt = make(family, conversion), token_ids(1, 11)
+    model, prompt = make_lossless(family, conversion), token_ids(1, 11)
     dense = Engine(DecoderWeights(model).whole(), 128)
     expected = list(continue_prompt(dense, prompt, TOKENS, Sampler()))
-    decoder = LosslessDecoder(model, 128, draft=make_draft(family) if draft == "model" else draft)
+    drafter = make_draft(family) if draft == "model" else draft
+    decoder = LosslessDecoder(model, 128, draft=drafter, in_blocks=in_blocks)
     assert list(decoder.continue_prompt(prompt, TOKENS, Sampler())) == expected
     found = decoder.verifications
     assert found.tokens == TOKENS - 1
@@ -115,11 +97,14 @@ def test_greedy_is_dense_decoding_token_for_token(
     ids=["all", "top_k", "top_p", "penalty"],
 )
 @pytest.mark.parametrize(("conversion", "draft"), [("none", None), ("dense", "int8")])
-def test_sampled_is_the_dense_pass_with_the_same_noise(make, token_ids, monkeypatch, sampling, conversion, draft):
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["looking", "in blocks"])
+def test_sampled_is_the_dense_pass_with_the_same_noise(
+    make_lossless, token_ids, monkeypatch, sampling, conversion, draft, in_blocks
+):
     """What is drafted, and how much, has no part in it."""
     draft_always(monkeypatch)
-    model, prompt = make("qwen3", conversion), token_ids(1, 11)
-    decoder = LosslessDecoder(model, 128, draft=draft)
+    model, prompt = make_lossless("qwen3", conversion), token_ids(1, 11)
+    decoder = LosslessDecoder(model, 128, draft=draft, in_blocks=in_blocks)
     found = list(decoder.continue_prompt(prompt, TOKENS, Sampler(sampling)))
     assert found == dense_tokens(model, prompt, sampling=sampling)
     assert len(set(found)) > 3  # it does not stand still
@@ -128,9 +113,9 @@ def test_sampled_is_the_dense_pass_with_the_same_noise(make, token_ids, monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", ["none", "layer", "first token dense"])
-def test_the_dense_pass_is_the_model_that_keeps_everything(make, token_ids, step_logits, family, conversion):
+def test_the_dense_pass_is_the_model_that_keeps_everything(make_lossless, token_ids, step_logits, family, conversion):
     """Other sums, for it reads columns and not rows: the same to rounding."""
-    model, ids = make(family, conversion), token_ids(1, 40)
+    model, ids = make_lossless(family, conversion), token_ids(1, 40)
     found = step_logits(Engine(DecoderWeights(model).whole(), 40), ids, 11)
     architecture = find_architecture(model.config.model_type)
     set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), SiteSizes.of(model.config)))
@@ -138,10 +123,10 @@ def test_the_dense_pass_is_the_model_that_keeps_everything(make, token_ids, step
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_a_draft_that_is_right_is_taken_whole(make, token_ids, monkeypatch):
+def test_a_draft_that_is_right_is_taken_whole(make_lossless, token_ids, monkeypatch):
     """With nearly everything kept the sparse pass is all but the dense one."""
     draft_always(monkeypatch)
-    model = make("llama", "none")
+    model = make_lossless("llama", "none")
     architecture, sizes = find_architecture("llama"), SiteSizes.of(model.config)
     set_keep_counts(model, architecture, keep_counts(0.02, PerSite(), sizes))
     decoder = LosslessDecoder(model, 128)
@@ -150,10 +135,10 @@ def test_a_draft_that_is_right_is_taken_whole(make, token_ids, monkeypatch):
     assert decoder.verifications.to_dict()["tokens_per_pass"] > 1.5
 
 
-def test_ties_go_to_the_same_token(make, token_ids, monkeypatch):
+def test_ties_go_to_the_same_token(make_lossless, token_ids, monkeypatch):
     """All logits of equal rows of the head are equal: the first of them wins, in lossless decoding too."""
     draft_always(monkeypatch)
-    model = make("llama", "none", tie_word_embeddings=False)
+    model = make_lossless("llama", "none", tie_word_embeddings=False)
     head = model.get_output_embeddings().weight
     head.data[1::2] = head.data[::2]
     prompt = token_ids(1, 11)
@@ -163,12 +148,13 @@ def test_ties_go_to_the_same_token(make, token_ids, monkeypatch):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_a_repetition_penalty_and_end_tokens(make, token_ids, monkeypatch, penalty):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_repetition_penalty_and_end_tokens(make_lossless, token_ids, monkeypatch, penalty, in_blocks):
     draft_always(monkeypatch)
-    model, prompt, sampling = make("qwen3"), token_ids(1, 11), Sampling(repetition_penalty=penalty)
+    model, prompt, sampling = make_lossless("qwen3"), token_ids(1, 11), Sampling(repetition_penalty=penalty)
     dense = Engine(DecoderWeights(model).whole(), 128)
     expected = list(continue_prompt(dense, prompt, TOKENS, Sampler(sampling)))
-    decoder = LosslessDecoder(model, 128)
+    decoder = LosslessDecoder(model, 128, in_blocks=in_blocks)
     assert list(decoder.continue_prompt(prompt, TOKENS, Sampler(sampling))) == expected
     stop = {expected[40]}
     ended = list(decoder.continue_prompt(prompt, TOKENS, Sampler(sampling), stop))
@@ -202,7 +188,8 @@ def probabilities(logits, sampling):
         pytest.param(Sampling(1.0, min_p=0.1), id="min_p", marks=pytest.mark.slow),
     ],
 )
-def test_tokens_have_the_distribution_of_their_logits(sampling):
+@pytest.mark.parametrize("at_once", [False, True], ids=["looking", "at once"])
+def test_tokens_have_the_distribution_of_their_logits(sampling, at_once):
     """Whatever is proposed; and a proposal from much the same logits is mostly what is drawn."""
     generator = torch.Generator().manual_seed(0)
     logits = 1.5 * torch.randn(3, 8, generator=generator)
@@ -210,8 +197,8 @@ def test_tokens_have_the_distribution_of_their_logits(sampling):
     sampler = Sampler(sampling)
     counts, right = torch.zeros(3, 8, dtype=torch.float64), 0
     for _ in range(2000):
-        proposals = [sampler.propose(row[None], ahead) for ahead, row in enumerate(proposed[:2])]
-        accepted = sampler.accept(proposals, logits)
+        proposals = torch.cat([sampler.propose(row[None], ahead) for ahead, row in enumerate(proposed[:2])])
+        accepted = sampler.accept(logits, proposals, at_once=at_once)
         right += len(accepted) > 1
         for row, token in enumerate(accepted):
             counts[row, token] += 1
@@ -221,10 +208,10 @@ def test_tokens_have_the_distribution_of_their_logits(sampling):
         assert chi_square(counts[row], probabilities(logits[row : row + 1], sampling)) < 5, row
 
 
-def test_sampled_texts_have_the_distribution_of_dense_ones(make, monkeypatch):
+def test_sampled_texts_have_the_distribution_of_dense_ones(make_lossless, monkeypatch):
     """The pairs of tokens that follow a prompt, of three likely ones each, against all that the dense logits say."""
     draft_always(monkeypatch)
-    model, prompt = make("llama", "none"), torch.tensor([[3, 100, 41]])
+    model, prompt = make_lossless("llama", "none"), torch.tensor([[3, 100, 41]])
     decoder, engine = LosslessDecoder(model, 16), Engine(DecoderWeights(model).whole(), 16)
     sampling = Sampling(1.5, top_k=3, seed=1)
     sampler = Sampler(sampling)
@@ -241,8 +228,8 @@ def test_sampled_texts_have_the_distribution_of_dense_ones(make, monkeypatch):
     assert chi_square(counts.flatten(), pairs.flatten()) < 5
 
 
-def test_the_same_seed_gives_the_same_text(make, token_ids):
-    model, prompt = make("qwen2"), token_ids(1, 5)
+def test_the_same_seed_gives_the_same_text(make_lossless, token_ids):
+    model, prompt = make_lossless("qwen2"), token_ids(1, 5)
     texts = [
         list(LosslessDecoder(model, 64).continue_prompt(prompt, 50, Sampler(Sampling(0.9, seed=seed))))
         for seed in (3, 3, 4)
@@ -262,9 +249,9 @@ def test_lookup_finds_what_followed():
     assert lookup.following(text) is None
 
 
-def test_a_text_that_repeats_itself_is_looked_up(make):
+def test_a_text_that_repeats_itself_is_looked_up(make_lossless):
     """A dense model drafts by the text alone, and greedy tiny models repeat themselves."""
-    model = make("llama", "dense")
+    model = make_lossless("llama", "dense")
     decoder = LosslessDecoder(model, 128)
     list(decoder.continue_prompt(torch.tensor([[5, 6, 7] * 4]), TOKENS, Sampler()))
     assert decoder.verifications.accepted > 20
@@ -296,6 +283,33 @@ def test_times_are_medians_of_what_was_measured_and_hopes_for_the_rest():
     assert pace.seconds(8) == pytest.approx(1.56)
 
 
+class CountingClock:
+    """Each mark is a second behind the last; counts how often somebody has waited for one."""
+
+    marks = waits = 0
+
+    def now(self):
+        self.marks += 1
+        return self.marks
+
+    def seconds(self, first, last):
+        self.waits += 1
+        return last - first
+
+
+def test_nobody_waits_for_a_time_before_it_is_asked_for():
+    clock = CountingClock()
+    watch = Stopwatch(clock)
+    for times in (1, 4, 4):
+        with watch.running(times):
+            clock.now()
+    assert clock.waits == 2
+    assert watch.seconds == 0.5  # two seconds for four runs; the first does not count
+    assert clock.waits == 3
+    assert watch.seconds == 0.5
+    assert clock.waits == 3
+
+
 def test_as_many_are_drafted_as_pay():
     """Against the tokens of every number of drafts over their time."""
     acceptance = Acceptance(0.9)
@@ -322,16 +336,34 @@ def test_what_is_accepted_is_learnt_by_how_probable_it_was():
     assert acceptance.average == pytest.approx(0.5, abs=0.03)
 
 
-def test_where_nothing_pays_one_token_is_drafted_now_and_then(make, token_ids, monkeypatch):
-    model, prompt = make("llama", "none"), token_ids(1, 11)
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_where_nothing_pays_one_token_is_drafted_now_and_then(make_lossless, token_ids, monkeypatch, in_blocks):
+    model, prompt = make_lossless("llama", "none"), token_ids(1, 11)
     monkeypatch.setattr(Pace, "gains", lambda self, acceptance, most, speed, **costs: [-1.0] * most)
-    decoder = LosslessDecoder(model, 128)
+    decoder = LosslessDecoder(model, 128, in_blocks=in_blocks)
     list(decoder.continue_prompt(prompt, TOKENS, Sampler()))
-    assert decoder.verifications.drafted == 1
+    found = decoder.verifications
+    assert found.drafted == 1
+    assert found.tokens == found.passes + found.accepted == TOKENS - 1
+    assert found.checked == [1, 0, 0, 0, 0, 0, 0]
 
 
-def test_text_and_options(make, tokenizer):
-    model = make("llama", "none")
+def test_drafts_are_counted_by_place():
+    found = Verifications()
+    found.count(passes=1, drafted=3, tokens=2, by_model=True)  # the second was wrong
+    found.count(passes=1, drafted=3, tokens=4, by_model=True)
+    found.count(passes=1, drafted=2, tokens=3, by_model=False)
+    found.count(passes=4, drafted=0, tokens=4, by_model=False)
+    assert found.accepted_at() == [1, 0.5, 1]
+    assert (found.passes, found.drafted, found.accepted, found.tokens) == (7, 8, 6, 13)
+    both = Verifications()
+    both.add(found)
+    both.add(found)
+    assert (both.tokens, both.checked, both.right) == (26, [4, 4, 2, 0, 0, 0, 0], [4, 2, 2, 0, 0, 0, 0])
+
+
+def test_text_and_options(make_lossless, tokenizer):
+    model = make_lossless("llama", "none")
     result = larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=40, lossless=True)
     assert result.lossless["passes"] + result.lossless["accepted"] == result.tokens - 1
     assert larosa.generate(model, tokenizer, "w9 w10", max_new_tokens=1, lossless=True).lossless["passes"] == 0
@@ -341,7 +373,7 @@ def test_text_and_options(make, tokenizer):
         larosa.generate(model, tokenizer, "w9", draft="int8")
 
 
-def test_drafters_that_do_not_belong(make, make_model):
+def test_drafters_that_do_not_belong(make_lossless, make_model):
     dense = make_model("llama")
     with pytest.raises(LarosaError, match="unknown draft 'int3': one of int8, int4"):
         LosslessDecoder(dense, 32, draft="int3")
@@ -365,8 +397,8 @@ def test_weights_that_were_refit_are_refused(make_model, quick_convert):
         LosslessDecoder(model, 32)
 
 
-def test_logits_that_are_not_finite(make, token_ids):
-    model = make("llama", "none")
+def test_logits_that_are_not_finite(make_lossless, token_ids):
+    model = make_lossless("llama", "none")
     decoder, prompt = LosslessDecoder(model, 64), token_ids(1, 5)
     assert len(list(decoder.continue_prompt(prompt, 10, Sampler()))) == 10
     model.get_output_embeddings().weight.data[:] = float("nan")

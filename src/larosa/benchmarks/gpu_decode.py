@@ -200,6 +200,7 @@ def measure_gpu_checkpoints(
     dtype: str = "auto",
     prompt_tokens: int = 128,
     tokens: int = 256,
+    compiled: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
@@ -212,6 +213,7 @@ def measure_gpu_checkpoints(
         dtype: number format to load them in; `auto` is their own.
         prompt_tokens: random tokens before the first measured one.
         tokens: measured for each row.
+        compiled: without it, the row of compiled PyTorch is left out, and speedups are over the first checkpoint.
         kv_cache_dtype: how the engine keeps keys and values.
         batches: how many texts the engine continues at once, a row each.
         ranks: that run the models, of which this process is one; None where it is alone. Compiled PyTorch is alone.
@@ -222,19 +224,35 @@ def measure_gpu_checkpoints(
     """
     check_counts(prompt_tokens, tokens)
     check_batches(batches)
+    compiled = compiled and ranks is None
     models = load_alike(checkpoints, dtype, device, needs_dense=False, ranks=ranks)
     name, first = models[0]
     name += ranks_name(ranks)
     rows = _Rows(name, whole_config(first), device, first.dtype, prompt_tokens, tokens, kv_cache_dtype, batches, ranks)
-    check_room(rows.bytes_needed(int(ranks is None), len(models)), device, "give fewer checkpoints, or fewer --tokens")
+    check_room(rows.bytes_needed(int(compiled), len(models)), device, "give fewer checkpoints, or fewer --tokens")
     # Before minutes go into compiling the baseline: what the engine refuses, it refuses here.
     engines = [rows.engines(model) for _, model in models]
     with torch.cuda.device(device):
-        if ranks is None:
+        if compiled:
             rows.add_compiled()
         for (path, model), of_model in zip(models, engines, strict=True):
             rows.add_engines(path if is_converted(model.config) else DENSE, model, of_model)
         return rows.measure()
+
+
+def measure_compiled(
+    config: Any, *, device: torch.device, dtype: torch.dtype, prompt_tokens: int, tokens: int
+) -> GpuDecodeRow:
+    """Measure the row of compiled PyTorch alone, for a model of a configuration.
+
+    Raises:
+        LarosaError: too little memory.
+    """
+    rows = _Rows("", config, device, dtype, prompt_tokens, tokens)
+    check_room(rows.bytes_needed(1, 0), device)
+    with torch.cuda.device(device):
+        rows.add_compiled()
+        return rows.measure().rows[0]
 
 
 class _Together:

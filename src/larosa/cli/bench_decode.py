@@ -57,9 +57,27 @@ def decode(
     batch: Annotated[str, typer.Option(help="Texts to continue at once, numbers separated by commas: 1,2,4,8.")] = "1",
     lossless: Annotated[
         bool,
-        typer.Option("--lossless", help="Instead: --lossless of a model, on ordinary texts."),
+        typer.Option(
+            "--lossless", help="Instead: --lossless of a model on ordinary texts, or of --shape with --acceptance."
+        ),
     ] = False,
     draft: options.Draft = None,
+    drafted: Annotated[
+        int | None,
+        typer.Option(
+            help="For --lossless of a model: have so many tokens drafted each time, to see how many are right."
+        ),
+    ] = None,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(
+            help="For --shape --lossless: the share of drafted tokens that are right, for each --sparsity of what "
+            "drafts, separated by commas: 0.9, by place 0.9/0.85, or a JSON file of bench decode MODEL --lossless."
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="On a GPU, measure compiled PyTorch too, whose compilation takes minutes.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
     device: options.Device = "auto",
     top_k_over: options.TopKOver = None,
@@ -80,8 +98,17 @@ def decode(
         )
     if lossless:
         check_alone("bench decode --lossless")
-    if lossless and (shape is not None or len(checkpoints or []) != 1 or batch != "1"):
-        raise LarosaError("--lossless measures one text at a time of one checkpoint: give no --shape and no --batch")
+    if lossless and (len(checkpoints or [shape]) != 1 or batch != "1"):
+        raise LarosaError("--lossless measures one text at a time of one model: give one, and no --batch")
+    if lossless and layout != DEFAULT_LAYOUT:
+        raise LarosaError(
+            "--lossless: --draft says how the drafter of --shape stores its weights, and it has no adapters: leave "
+            "--layers-per-rotation, --adapters and --weights out"
+        )
+    if drafted is not None and (not lossless or shape is not None):
+        raise LarosaError("--drafted is for --lossless of a model: leave it out, --shape finds the best number")
+    if (acceptance is not None) != (lossless and shape is not None):
+        raise LarosaError("--acceptance is what --shape --lossless needs, whose random weights guess nothing")
     if draft is not None and not lossless:
         raise LarosaError(DRAFT_ALONE)
     ranks = ranks_of(device, top_k_over)
@@ -90,31 +117,37 @@ def decode(
     options.check_json_file(json)
     if threads is not None:
         torch.set_num_threads(threads)
-    if lossless:
+    if lossless and shape is None:
         (path,) = checkpoints or []
         drafter = options.drafter(draft, lossless, dtype, device, False)
         model, tokenizer = load(path, dtype=dtype, device=device)
         called = "what it skips, and the text" if draft is None else draft
         named = {"draft": drafter, "draft_name": called, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
-        bench_lossless.show(measure_lossless(model, tokenizer, **named), path, json)
+        bench_lossless.show(measure_lossless(model, tokenizer, compiled=compiled, drafted=drafted, **named), path, json)
         return
     settings: dict[str, Any] = {"prompt_tokens": prompt_tokens, "tokens": tokens, "kv_cache_dtype": kv_cache_dtype}
+    if lossless and shape is not None and acceptance is not None:
+        settings |= {"draft": draft, "layers": layers, "vocab_size": vocab_size, "compiled": compiled}
+        settings["dtype"] = torch.bfloat16 if dtype is options.Dtype.AUTO else getattr(torch, dtype)
+        settings["selection"] = selection or Selection.THRESHOLD
+        bench_lossless.shape(shape, acceptance, sparsity or "0", json, device=where, **settings)
+        return
     settings |= {"ranks": ranks, "batches": batches}
     if shape is None:
         settings["dtype"] = dtype
         if where.type == "cuda":
+            settings["compiled"] = compiled
             bench_gpu.show_decode(measure_gpu_checkpoints(checkpoints or [], device=where, **settings), json)
         else:
             _show(measure_checkpoints(checkpoints or [], **settings), json)
         return
-    fractions = options.numbers(
-        "--sparsity", "0.25,0.5" if sparsity is None else sparsity, float, "fractions separated by commas, 0.25,0.5"
-    )
+    fractions = options.fractions("0.25,0.5" if sparsity is None else sparsity)
     settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size, "layout": layout}
     settings["selection"] = selection or Selection.TOP_K
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":
+        settings["compiled"] = compiled
         if layout.quantization is not None:  # compiling TEAL's kernel takes minutes, and it has 16 bits
             settings["teal_sparsities"] = ()
         bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)

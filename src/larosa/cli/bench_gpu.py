@@ -16,7 +16,7 @@ from larosa.cli.options import console
 
 def show_decode(result: GpuDecodeBenchmark, json: Path | None) -> None:
     """Print what decoding took and write it."""
-    console.print(_machine_line(result.machine, result.bandwidth))
+    console.print(options.machine_line(result.machine, result.bandwidth))
     options.print_whole(_decode_table(result))
     options.write_json(json, result.to_dict())
 
@@ -24,7 +24,7 @@ def show_decode(result: GpuDecodeBenchmark, json: Path | None) -> None:
 def kernels(shape: str, device: torch.device, json: Path | None, **settings: Any) -> None:
     """Measure a shape's operators, print them and write them; `settings` are those of `measure_gpu_kernels`."""
     result = measure_gpu_kernels(shape, device=device, **settings)
-    console.print(_machine_line(result.machine, result.bandwidth))
+    console.print(options.machine_line(result.machine, result.bandwidth))
     options.print_whole(_kernel_table(result, shape))
     options.write_json(json, result.to_dict())
 
@@ -77,9 +77,3 @@ def _kernel_table(result: GpuKernelBenchmark, shape: str) -> Table:
             "" if row.speedup is None else f"{row.speedup:.2f}x",
         )
     return table
-
-
-def _machine_line(machine: dict[str, str | int], bandwidth: float) -> str:
-    return (
-        f"{machine['gpu']}, torch {machine['torch']}, {machine['kernels']} kernels; reads {bandwidth / 1e12:.2f} TB/s"
-    )

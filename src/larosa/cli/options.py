@@ -174,6 +174,11 @@ def numbers(option: str, text: str, kind: Callable[[str], NumberT], form: str) -
         raise LarosaError(f"{option} '{text}': give {form}") from None
 
 
+def fractions(sparsity: str) -> tuple[float, ...]:
+    """What `--sparsity` lists."""
+    return numbers("--sparsity", sparsity, float, "fractions separated by commas, 0.25,0.5")
+
+
 def sparsity_rows(sparsity: Sparsity) -> list[tuple[str, str]]:
     """The three numbers that every report states, each under its name."""
     return [
@@ -191,6 +196,11 @@ def add_sparsity(table: Table, sparsity: Sparsity) -> None:
 
 def machine_line(machine: dict[str, str | int], bandwidth: float) -> str:
     """What a benchmark ran on, in one line."""
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']}, torch {machine['torch']}, {machine['kernels']} kernels; "
+            f"reads {bandwidth / 1e12:.2f} TB/s"
+        )
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, torch {machine['torch']}; "
         f"reads {bandwidth / 1e9:.1f} GB/s"

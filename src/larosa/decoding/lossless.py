@@ -7,7 +7,7 @@ says for which tokens these are worth computing together (speculative decoding: 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -15,17 +15,21 @@ import torch
 
 from larosa.architectures import Heads
 from larosa.config import Compensation, LarosaConfig
-from larosa.decoding.drafting import Draft, Drafter, Lookup, ModelDrafter
+from larosa.decoding.drafting import Draft, Drafter, Lookup, ModelDrafter, no_draft, run_ahead
 from larosa.decoding.engine import Engine
 from larosa.decoding.layers import MAX_ROWS
-from larosa.decoding.pace import Acceptance, Pace
+from larosa.decoding.pace import Acceptance, CudaClock, HostClock, Pace
 from larosa.decoding.sampling import Sampler
+from larosa.decoding.steps import steps_of
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError, choose
 from larosa.formats import CacheDtype, Int4, Int8
 
 #: After so many steps without a model's draft one token is drafted again: the text may have become easier.
 _AGAIN = 64
+
+#: So many plain steps follow each other before one looks at what they give, where that is waiting.
+_BLOCK = 4
 
 #: What is said of a draft for nothing.
 DRAFT_ALONE = "--draft says what drafts for --lossless: add that"
@@ -40,12 +44,41 @@ class RoundedDraft(StrEnum):
 
 @dataclass
 class Verifications:
-    """What became of drafts: dense passes, tokens drafted and accepted, and all tokens that came of the passes."""
+    """What became of drafts: dense passes, tokens drafted and accepted, and all tokens that came of the passes.
+
+    Of the first token of a model's drafts, the second and so on, `checked` counts those before which all were right,
+    and `right` those of them that were right too.
+    """
 
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
+    checked: list[int] = field(default_factory=lambda: [0] * (MAX_ROWS - 1))
+    right: list[int] = field(default_factory=lambda: [0] * (MAX_ROWS - 1))
+
+    def count(self, passes: int, drafted: int, tokens: int, by_model: bool) -> None:
+        """Count dense passes over the same number of rows, of so many drafted tokens, and the tokens they gave."""
+        accepted = tokens - passes
+        self.passes += passes
+        self.drafted += drafted
+        self.accepted += accepted
+        self.tokens += tokens
+        if by_model:
+            for place in range(min(accepted + 1, drafted)):
+                self.checked[place] += 1
+                self.right[place] += place < accepted
+
+    def add(self, other: Verifications) -> None:
+        """Count what another has counted."""
+        for name, counted in vars(other).items():
+            own = getattr(self, name)
+            both = [a + b for a, b in zip(own, counted, strict=True)] if isinstance(own, list) else own + counted
+            setattr(self, name, both)
+
+    def accepted_at(self) -> list[float]:
+        """The share of the model's first tokens that were right, of its second ones and so on, where it drafted any."""
+        return [right / checked for right, checked in zip(self.right, self.checked, strict=True) if checked]
 
     def to_dict(self) -> dict[str, float | None]:
         """The JSON form, with the share of drafted tokens that were accepted and tokens of a pass."""
@@ -64,13 +97,31 @@ class Speculation:
     Args:
         engine: of the dense pass.
         draft: cheaper weights of the same model; None where the texts alone draft.
+        in_blocks: look at tokens only once several have been run, drafted ones once they have been checked, and plain
+            ones every `_BLOCK`; None for what suits the device: on a GPU each look is a wait.
+        drafted: have so many tokens drafted each time, by the model, whatever that is worth; None for what pays.
+
+    Raises:
+        LarosaError: `drafted` without a drafter, or more than a step checks.
     """
 
-    def __init__(self, engine: Engine, draft: DecoderWeights | None) -> None:
-        self._engine = engine
-        self._drafts = None if draft is None else engine.beside(draft)
+    def __init__(
+        self,
+        engine: Engine,
+        draft: DecoderWeights | None,
+        in_blocks: bool | None = None,
+        drafted: int | None = None,
+    ) -> None:
+        if drafted is not None and (draft is None or not 0 < drafted < MAX_ROWS):
+            raise LarosaError(f"--drafted {drafted}: give 1 to {MAX_ROWS - 1}, and a --draft where nothing is skipped")
+        self._always = drafted
+        self._device = engine.device
+        on_gpu = engine.device.type == "cuda"
+        self._in_blocks = on_gpu if in_blocks is None else in_blocks
+        self._steps = steps_of(engine)
+        self._drafts = None if draft is None else steps_of(engine.beside(draft), 1)
         self._acceptance = Acceptance()
-        self._pace = Pace()
+        self._pace = Pace(CudaClock(engine.device) if on_gpu else HostClock())
         self._idle = 0
         #: Of all texts so far.
         self.verifications = Verifications()
@@ -79,9 +130,10 @@ class Speculation:
         """The drafters of a new text, which is that one of the engine's."""
         found: list[Drafter] = [Lookup(self._pace)]
         if self._drafts is not None:
-            found.append(ModelDrafter(self._drafts, text, self._pace, self._acceptance))
+            found.append(ModelDrafter(self._drafts, text, self._pace, self._acceptance, self._in_blocks))
         return found
 
+    @torch.inference_mode()
     def advance(
         self, tokens: Sequence[int], most: int, sampler: Sampler, drafters: Sequence[Drafter], text: int = 0
     ) -> tuple[list[int], torch.Tensor]:
@@ -99,18 +151,24 @@ class Speculation:
         Raises:
             LarosaError: the logits are NaN or Inf.
         """
-        drafter, draft = self._drafted(tokens, min(most, MAX_ROWS) - 1, sampler, drafters)
-        rows, start = torch.tensor([tokens[-1], *draft.tokens]), len(tokens) - 1
-        with self._pace.checking(len(rows)):
-            logits = self._engine.step(rows, torch.arange(start, start + len(rows)), [text] * len(rows))
-            new = sampler.accept(draft.tokens, logits)
+        most = min(most, MAX_ROWS)
+        drafter, draft = self._drafted(tokens, most - 1, sampler, drafters)
+        passes = min(most, _BLOCK) if self._in_blocks and drafter is None else 1
+        if passes > 1:
+            self._idle += passes - 1
+            with self._pace.checking(1, passes):
+                run, logits = run_ahead(self._steps, tokens, passes, sampler, text)
+                new = sampler.accept(logits, run[:-1], at_once=True)
+        else:
+            rows = torch.cat([torch.full((1,), tokens[-1], device=self._device), draft.tokens])
+            first = len(tokens) - 1
+            with self._pace.checking(len(rows)):
+                positions = torch.arange(first, first + len(rows), device=self._device)
+                logits = self._steps(rows, positions, text)
+                new = sampler.accept(logits, draft.tokens, at_once=self._in_blocks)
         if drafter is not None:
-            drafter.acceptance.observe(draft.probabilities, len(new) - 1)
-        found = self.verifications
-        found.passes += 1
-        found.drafted += len(draft.tokens)
-        found.accepted += len(new) - 1
-        found.tokens += len(new)
+            drafter.acceptance.observe(draft.probabilities.tolist(), len(new) - 1)
+        self.verifications.count(passes, len(draft.tokens), len(new), isinstance(drafter, ModelDrafter))
         return new, logits[: len(new)]
 
     def _drafted(
@@ -118,14 +176,18 @@ class Speculation:
     ) -> tuple[Drafter | None, Draft]:
         """The draft that promises most, and whose it is; none where none pays, but for one token now and then."""
         self._idle += 1
+        if self._always is not None and most > 0:
+            model = drafters[-1]
+            assert isinstance(model, ModelDrafter), "there is one"
+            return model, model.block(tokens, min(most, self._always), sampler)
         if most == 0 or not self._pace.known:
-            return None, Draft([], [])
+            return None, no_draft(self._device)
         speed = 1 / self._pace.seconds(1) if self._drafts is None else self._pace.speed(self._acceptance)
         promises = [drafter.promise(tokens, most, speed) for drafter in drafters]
         best = promises.index(max(promises))
         if promises[best] <= 0:
             if self._drafts is None or self._idle < _AGAIN:
-                return None, Draft([], [])
+                return None, no_draft(self._device)
             best, most = len(drafters) - 1, 1
         if isinstance(drafters[best], ModelDrafter):
             self._idle = 0
@@ -139,26 +201,39 @@ class LosslessDecoder:
     conversion, but for what converting rounded.
 
     Args:
-        model: dense or converted, on the CPU.
+        model: dense or converted.
         max_length: tokens there is room for, prompt included.
         kv_cache_dtype: see `Engine`.
         draft: see `draft_weights`.
+        in_blocks, drafted: see `Speculation`.
 
     Raises:
-        LarosaError: a model that the engine cannot run, whose dense pass is not the model before conversion, or that
-            is not on the CPU; a draft that does not belong to it; or too little memory.
+        LarosaError: a model that the engine cannot run, or whose dense pass is not the model before conversion; a
+            draft that does not belong to it; or too little memory.
     """
 
-    def __init__(self, model: Any, max_length: int, kv_cache_dtype: str = CacheDtype.AUTO, draft: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_length: int,
+        kv_cache_dtype: str = CacheDtype.AUTO,
+        draft: Any = None,
+        in_blocks: bool | None = None,
+        drafted: int | None = None,
+    ) -> None:
         weights = DecoderWeights(model)
         check_lossless(weights)
         self._engine = Engine(weights.whole(), max_length, kv_cache_dtype)
-        self._speculation = Speculation(self._engine, draft_weights(weights, draft))
+        self._speculation = Speculation(self._engine, draft_weights(weights, draft), in_blocks, drafted)
 
     @property
     def verifications(self) -> Verifications:
-        """Of all prompts so far."""
+        """Of all prompts so far, or since `count_anew`."""
         return self._speculation.verifications
+
+    def count_anew(self) -> None:
+        """Forget the verifications of earlier prompts."""
+        self._speculation.verifications = Verifications()
 
     @torch.inference_mode()
     def continue_prompt(
@@ -173,7 +248,7 @@ class LosslessDecoder:
         sampler.start(prompt, logits.shape[-1])
         drafters = self._speculation.drafters()
         text = prompt[0].tolist()
-        new = sampler.accept([], logits)
+        new = sampler.accept(logits)
         left = max_new_tokens
         while True:
             for token in new:
@@ -208,13 +283,11 @@ def draft_weights(weights: DecoderWeights, draft: Any) -> DecoderWeights | None:
 
 
 def check_lossless(weights: DecoderWeights) -> None:
-    """Refuse weights whose dense pass is not the model before conversion, or cannot check several tokens.
+    """Refuse weights whose dense pass is not the model before conversion, or that are one rank's.
 
     Raises:
         LarosaError: the message says which.
     """
-    if weights.device.type != "cpu":
-        raise LarosaError("--lossless runs on the CPU alone: a GPU's kernels check one token at a time")
     if weights.shard is not None:
         raise LarosaError("--lossless runs in one process, whose drafts no others have to check: leave torchrun out")
     block = _block(weights.config)
@@ -233,6 +306,8 @@ def _check_alike(weights: DecoderWeights, draft: DecoderWeights) -> None:
     mine, theirs = (_sizes(each) for each in (weights, draft))
     if mine != theirs:
         raise LarosaError(f"--draft: {theirs} cannot draft for {mine}: convert the same model")
+    if draft.device != weights.device:
+        raise LarosaError(f"--draft: a model on {draft.device}, where the other is on {weights.device}")
     if draft.dtype != weights.dtype:
         dtypes = [str(each.dtype).removeprefix("torch.") for each in (draft, weights)]
         raise LarosaError(f"--draft: a model in {dtypes[0]}, where the other is in {dtypes[1]}: give a --dtype")

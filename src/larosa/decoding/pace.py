@@ -8,6 +8,9 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
 
 from larosa.decoding.layers import MAX_ROWS
 
@@ -24,27 +27,82 @@ _BOUNDS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)
 _RIGHT = (0.3, 0.5, 0.6, 0.75, 0.85, 0.93, 0.99)
 
 
+class Clock(Protocol):
+    """Marks moments of what a device runs."""
+
+    def now(self) -> Any:
+        """A mark behind all that has been given to the device, which nobody waits for."""
+        ...
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """The time between two marks; waits for the last."""
+        ...
+
+
+class HostClock:
+    """Of a device that has run what it was given when the call returns."""
+
+    def now(self) -> float:
+        """See `Clock`."""
+        return time.perf_counter()
+
+    def seconds(self, first: float, last: float) -> float:
+        """See `Clock`."""
+        return last - first
+
+
+class CudaClock:
+    """Of a GPU, by events on its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def now(self) -> torch.cuda.Event:
+        """See `Clock`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
+        """See `Clock`."""
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+
 class Stopwatch:
     """The median seconds of the last runs of a step. Its first run does not count: it is recorded then."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._times: deque[float] = deque(maxlen=_KEPT)
         self._has_run = False
-        #: None before the second run.
-        self.seconds: float | None = None
+        self._median: float | None = None
+        self._running: tuple[Any, Any, int] | None = None
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time what is done within."""
-        started = time.perf_counter()
+    def running(self, times: int = 1) -> Iterator[None]:
+        """Time what is done within: so many runs. Nobody waits for the last of them before the time is asked for."""
+        self._stop()
+        started = self._clock.now()
         yield
-        self.add(time.perf_counter() - started)
+        self._running = started, self._clock.now(), times
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one run; None before the second."""
+        self._stop()
+        return self._median
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            (first, last, times), self._running = self._running, None
+            self.add(self._clock.seconds(first, last) / times)
 
     def add(self, seconds: float) -> None:
         """Count a run."""
         if self._has_run:
             self._times.append(seconds)
-            self.seconds = statistics.median(self._times)
+            self._median = statistics.median(self._times)
         self._has_run = True
 
 
@@ -74,9 +132,10 @@ class Acceptance:
 class Pace:
     """What steps take: those that check drafts, by rows, and one that drafts a token."""
 
-    def __init__(self) -> None:
-        self.draft = Stopwatch()
-        self._checks = [Stopwatch() for _ in range(MAX_ROWS)]
+    def __init__(self, clock: Clock | None = None) -> None:
+        clock = clock or HostClock()
+        self.draft = Stopwatch(clock)
+        self._checks = [Stopwatch(clock) for _ in range(MAX_ROWS)]
         self._seconds: list[float] = []
 
     @property
@@ -85,9 +144,9 @@ class Pace:
         return bool(self._seconds)
 
     @contextmanager
-    def checking(self, rows: int) -> Iterator[None]:
-        """Time a step of so many rows."""
-        with self._checks[rows - 1].running():
+    def checking(self, rows: int, times: int = 1) -> Iterator[None]:
+        """Time a step of so many rows, or several one after the other, the wait for what they give included."""
+        with self._checks[rows - 1].running(times):
             yield
         measured = [watch.seconds for watch in self._checks]
         if measured[0] is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -149,7 +149,8 @@ class Sampler:
         self._sampling = sampling or Sampling()
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
         self._kernels = kernels
-        self._device = device
+        #: Of the logits.
+        self.device = device
         self._seen: torch.Tensor | None = None
         #: Of the next tokens of a text that is drafted, [vocabulary] each, as far as they have been looked at.
         self._noise: list[torch.Tensor] = []
@@ -163,13 +164,13 @@ class Sampler:
         if self._sampling.repetition_penalty == 1:
             return
         if self._seen is None or self._seen.shape != (len(prompts), vocabulary):
-            self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self._device)
-        self._seen.zero_().scatter_(1, prompts.to(self._device), True)
+            self._seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self.device)
+        self._seen.zero_().scatter_(1, prompts.to(self.device), True)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """The tokens drawn from logits [B, vocabulary] float32: [B] int64, `NO_TOKEN` where they are unusable."""
         greedy = self._sampling.temperature == 0
-        changed = self._banned is not None or self._sampling.repetition_penalty != 1
+        changed = self._changes
         if greedy and self._kernels and not changed:
             token: torch.Tensor = torch.ops.larosa.greedy(logits)
             return token
@@ -203,68 +204,99 @@ class Sampler:
         if self._seen is not None and seen is not None:
             self._seen.copy_(seen)
 
-    def propose(self, logits: torch.Tensor, ahead: int) -> int:
-        """What `accept` would draw from logits [1, vocabulary], `ahead` tokens behind the text's next one.
+    def propose(self, logits: torch.Tensor, ahead: int) -> torch.Tensor:
+        """What `accept` would draw from logits [1, vocabulary], `ahead` tokens behind the text's next one: [1] int64.
 
-        Raises:
-            LarosaError: the logits are NaN or Inf.
+        `NO_TOKEN` where they are NaN or Inf. On a GPU nothing waits.
         """
         token = self._at(logits, ahead)
-        self._count(token)
+        if self._seen is not None:
+            self._seen.scatter_(1, token[None].clamp_min(0), True)
         return token
 
-    def accept(self, proposed: Sequence[int], logits: torch.Tensor) -> list[int]:
+    def accept(self, logits: torch.Tensor, proposed: torch.Tensor | None = None, *, at_once: bool = False) -> list[int]:
         """A text's next tokens: each drawn from its own row, up to the first that is another than was proposed.
 
         What is drawn depends on the logits and on the token's own noise, which `propose` uses too: so the text is the
         same whatever is proposed, and the same noise makes it likely that what is proposed is drawn.
 
         Args:
-            proposed: tokens that follow each other in one text.
             logits: [proposed + 1, vocabulary] float32, of the text's next token and behind each proposed one.
+            proposed: [n] int64, tokens that follow each other in one text; None for none.
+            at_once: draw from all rows before looking at any, as is best where looking waits.
 
         Raises:
             LarosaError: logits that are drawn from are NaN or Inf.
         """
+        if proposed is None:
+            proposed = torch.empty(0, dtype=torch.int64, device=logits.device)
         new: list[int] = []
-        for ahead, row in enumerate(logits.split(1)):
-            new.append(self._at(row, ahead))
-            self._count(new[-1])
-            if ahead == len(proposed) or new[-1] != proposed[ahead]:
-                break
-        del self._noise[: len(new)]
-        return new
+        for rows in [logits] if at_once else logits.split(1):
+            drawn = self._at(rows, len(new), proposed)
+            told = torch.cat([drawn, proposed[len(new) :]]).tolist()  # of both together, for telling may be waiting
+            for token, guess in zip(told[: len(drawn)], [*told[len(drawn) :], None], strict=False):
+                if token == NO_TOKEN:
+                    raise not_finite("the model's logits are")
+                new.append(token)
+                if self._seen is not None:
+                    self._seen[0, token] = True
+                if token != guess:
+                    del self._noise[: len(new)]
+                    return new
+        raise AssertionError("behind the last row nothing was proposed")
 
-    def _at(self, logits: torch.Tensor, ahead: int) -> int:
-        """The token drawn from logits [1, vocabulary], by the noise of the text's next token or of one behind it.
+    def _at(self, logits: torch.Tensor, ahead: int, proposed: torch.Tensor | None = None) -> torch.Tensor:
+        """The tokens [N] drawn from logits [N, vocabulary], `NO_TOKEN` where they are NaN or Inf.
+
+        Each by its own noise, that of the token `ahead` behind the text's next one and those that follow it. For each
+        but the first what was proposed before it counts as drawn.
 
         The largest of probabilities over exponential noise is a draw in proportion to the probabilities.
         """
-        if not logits.max().isfinite():
-            raise not_finite("the model's logits are")
-        logits = self.changed(logits)
-        if self._sampling.temperature == 0:
-            return int(logits.argmax())
+        greedy, changed = self._sampling.temperature == 0, self._changes
+        if greedy and self._kernels and not changed:
+            likeliest: torch.Tensor = torch.ops.larosa.greedy(logits)
+            return likeliest
+        usable = logits.amax(dim=-1).isfinite()  # of a row with NaN, it is NaN
+        seen = self._seen
+        if seen is not None and proposed is not None and len(logits) > 1:
+            seen = seen.repeat(len(logits), 1)
+            for row, token in enumerate(proposed.clamp_min(0).split(1)[: len(logits) - 1], start=1):
+                seen[row:].index_fill_(1, token, True)
+        if changed:
+            logits = self.changed(logits, seen)
+        if greedy:
+            return torch.where(usable, logits.argmax(dim=-1), NO_TOKEN)
         weights, tokens = candidates(logits, self._sampling)
-        while len(self._noise) <= ahead:
-            noise = torch.empty(logits.shape[-1], dtype=torch.float64, device=logits.device)
-            self._noise.append(noise.exponential_(generator=self.generator).clamp_min_(_LEAST_NOISE))
-        noise = self._noise[ahead] if tokens is None else self._noise[ahead][tokens[0]]
-        best = int((weights[0] / noise).argmax())
-        return best if tokens is None else int(tokens[0, best])
+        while len(self._noise) < ahead + len(logits):
+            own = torch.empty(logits.shape[-1], dtype=torch.float64, device=logits.device)
+            self._noise.append(own.exponential_(generator=self.generator).clamp_min_(_LEAST_NOISE))
+        noise = torch.stack(self._noise[ahead : ahead + len(logits)])
+        if tokens is None:
+            best = (weights / noise).argmax(dim=-1)
+        else:
+            best = (weights / noise.gather(-1, tokens)).argmax(dim=-1)
+            best = tokens.gather(-1, best[:, None])[:, 0]
+        return torch.where(usable, best, NO_TOKEN)
 
-    def _count(self, token: int) -> None:
-        if self._seen is not None:
-            self._seen[0, token] = True
+    @property
+    def _changes(self) -> bool:
+        """Whether `changed` does anything."""
+        return self._banned is not None or self._sampling.repetition_penalty != 1
 
-    def changed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [B, vocabulary] after the penalty and the ban, from which `candidates` goes on."""
+    def changed(self, logits: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, vocabulary] after the penalty and the ban, from which `candidates` goes on.
+
+        Args:
+            seen: [B, vocabulary] bool, which tokens the penalty is for; None for those of the texts.
+        """
         penalty = self._sampling.repetition_penalty
         if penalty != 1:
-            assert self._seen is not None, "a repetition penalty needs start()"
+            seen = self._seen if seen is None else seen
+            assert seen is not None, "a repetition penalty needs start()"
             # An extreme penalty overflows.
             penalised = torch.where(logits < 0, logits * penalty, logits / penalty).nan_to_num()
-            logits = torch.where(self._seen, penalised, logits)
+            logits = torch.where(seen, penalised, logits)
         return logits if self._banned is None else logits.index_fill(-1, self._banned, -torch.inf)
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:

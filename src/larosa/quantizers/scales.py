@@ -9,7 +9,7 @@ from larosa.formats import SCALE_DTYPE, ColumnFormat
 
 #: Weights rounded at a time, with every scale that is tried: on a CPU so few that a core's cache holds them, elsewhere
 #: so many that launches take no time.
-_PIECE, _PIECE_ELSEWHERE = 2**18, 2**26
+_PIECE, _PIECE_ELSEWHERE = 2**18, 2**24
 
 
 def round_groups(weights: torch.Tensor, form: ColumnFormat) -> tuple[torch.Tensor, torch.Tensor]:

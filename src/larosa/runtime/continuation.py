@@ -110,7 +110,7 @@ class Continuation:
             LarosaError: they are NaN or Inf.
         """
         if self._lossless:  # by noise of its own, as drafted ones: whether a token was drafted does not show
-            (token,) = self._sampler.accept([], logits)
+            (token,) = self._sampler.accept(logits)
         else:
             token = checked(self._sampler(logits))[0]
         return self._told(token, logits, prompt_logprobs)

@@ -7,10 +7,14 @@ from larosa.architectures import find_architecture
 from larosa.config import SITES
 from larosa.decoding import CacheDtype, Engine, layers
 from larosa.decoding.cuda_graph import StepGraphs
+from larosa.decoding.loop import continue_prompt
+from larosa.decoding.lossless import LosslessDecoder
+from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.formats import Int4, Int8
 from larosa.ops.backend import OPERATORS
 from larosa.quantizers import round_to_nearest
+from tests.decoding.test_lossless import draft_always
 
 TOKENS = 6
 
@@ -28,6 +32,13 @@ def engine(target, monkeypatch):
         return Engine(model if isinstance(model, DecoderWeights) else model.to(target.device), TOKENS, *options, **more)
 
     return build
+
+
+@pytest.fixture
+def runs(target):
+    """What takes minutes in Triton's interpreter is left to a GPU."""
+    if target.truncates:
+        pytest.skip("takes minutes in Triton's interpreter")
 
 
 def logits_of(runner, tokens, target):
@@ -210,6 +221,7 @@ SPARSE = {
 }
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize("options", SPARSE.values(), ids=SPARSE)
 def test_the_dense_pass_of_a_sparse_model(target, engine, make_model, quick_convert, token_ids, options):
     """Is the model before conversion: nothing is selected, and the MLP's activation is made by other operators."""
@@ -226,6 +238,7 @@ def of_layer(architecture, layer):
     return [linear for site in SITES for linear in architecture.linears(layer, site)]
 
 
+@pytest.mark.usefixtures("runs")
 @pytest.mark.parametrize(
     ("options", "form"), [(None, Int4(32)), (SPARSE["counts"], Int8(128)), (SPARSE["thresholds"], Int4(32))]
 )
@@ -246,3 +259,25 @@ def test_a_rounded_copy_for_steps(target, engine, make_model, quick_convert, tok
     at = torch.tensor([3], device=target.device)
     expected = steps.step(tokens[0, 3:4].to(target.device), at).cpu()
     torch.testing.assert_close(found[1:2], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "draft"),
+    [
+        (SPARSE["thresholds"], "int4"),
+        pytest.param(None, "int8", marks=pytest.mark.slow),
+        pytest.param(SPARSE["counts"], None, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("runs", "engine")
+def test_lossless_decoding(target, make_model, quick_convert, token_ids, monkeypatch, options, draft):
+    """Steps of several rows check what cheaper ones draft, and all of them write the same keys and values."""
+    draft_always(monkeypatch)
+    model = make_model("llama", head_dim=16, num_hidden_layers=1)
+    model = (model if options is None else quick_convert(model, **options)).to(target.device)
+    prompt, new = token_ids(1, 3, seed=3), 8
+    weights = DecoderWeights(model)
+    expected = list(continue_prompt(Engine(weights.whole(), 3 + new), prompt, new, Sampler(device=target.device)))
+    decoder = LosslessDecoder(model, 3 + new, draft=draft, in_blocks=True)
+    assert list(decoder.continue_prompt(prompt, new, Sampler(device=target.device))) == expected
+    assert decoder.verifications.drafted > 2

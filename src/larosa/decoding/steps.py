@@ -1,0 +1,57 @@
+"""Steps of an engine, as those call them who do not wait for each: captured on a GPU, plain on a CPU."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from larosa.decoding.cuda_graph import StepGraphs
+from larosa.decoding.engine import Engine
+from larosa.decoding.layers import MAX_ROWS
+
+
+class Steps(Protocol):
+    """Runs tokens of one of an engine's texts; see `Engine.step`."""
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
+        """Logits [B, vocabulary] for tokens [B] at positions [B] on the engine's device; the caller's to keep."""
+        ...
+
+
+def steps_of(engine: Engine, most: int = MAX_ROWS) -> Steps:
+    """Those of up to so many tokens."""
+    return PlainSteps(engine) if engine.device.type == "cpu" else CapturedSteps(engine, min(most, engine.max_length))
+
+
+class PlainSteps:
+    """`Engine.step` as it is."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
+        """See `Steps`."""
+        return self._engine.step(tokens, positions, [text] * len(tokens))
+
+
+class CapturedSteps:
+    """CUDA graphs for each number of rows, all captured at once: later nobody is kept waiting for that.
+
+    What trying them leaves in the cache stands where a prompt is written next.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._graphs = StepGraphs(engine)
+        self._graphs.positions.copy_(torch.arange(MAX_ROWS))
+        for rows in range(1, most + 1):
+            self._graphs.step(rows)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
+        """See `Steps`."""
+        rows, graphs = len(tokens), self._graphs
+        graphs.tokens[:rows].copy_(tokens)
+        graphs.positions[:rows].copy_(positions)
+        graphs.texts[:rows].fill_(text)
+        return graphs.step(rows).clone()
