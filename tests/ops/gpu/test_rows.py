@@ -22,11 +22,10 @@ def alone(target, name, x, rest, residual=None, *more):
 @pytest.mark.parametrize(
     ("rows", "dtype", "outputs"),
     [
-        *[(rows, torch.bfloat16, [96, 40]) for rows in (2, 3, 4, 8)],
-        (11, torch.bfloat16, [512, 509]),  # more than are read for at once
-        (5, torch.float16, [200, 1]),
-        (3, torch.float32, [96, 40]),
-        (8, torch.float32, [509]),
+        (2, torch.bfloat16, [96, 40]),
+        (4, torch.bfloat16, [96, 40]),
+        (11, torch.float16, [200, 1]),  # more than are read for at once
+        (5, torch.float32, [509]),
     ],
 )
 def test_products_that_read_everything(target, dtype, outputs, rows):
@@ -49,7 +48,6 @@ def test_products_that_read_everything(target, dtype, outputs, rows):
     [
         (5, torch.bfloat16, 200, 500, 700, True),  # whose blocks are alone on a multiprocessor
         (3, torch.float32, 200, 3, 5000, False),
-        (2, torch.bfloat16, 4096, 70, 90, True),
         (8, torch.float16, 4096, 70, 90, False),
     ],
 )
@@ -68,10 +66,9 @@ def test_an_adapter_along(target, rows, dtype, outputs, width, depth, scaled):
 
 
 @pytest.mark.usefixtures("selects_from_short_ones")
-@pytest.mark.parametrize("rows", [2, 5])
 @pytest.mark.parametrize("outputs", [200, 192])
-def test_sites_that_select(target, rows, outputs):
-    width = 600
+def test_sites_that_select(target, outputs):
+    rows, width = 3, 600
     x, along = entries("tied", rows, width, seed=rows), entries("normal", rows, 90, seed=7)
     weight, score = (
         column_major(entries("normal", outputs, width, seed=0).half()),
@@ -98,9 +95,8 @@ def test_sites_that_select(target, rows, outputs):
     assert board.item() == 0
 
 
-@pytest.mark.parametrize("codes", [torch.int8, torch.uint8])
-@pytest.mark.parametrize("rows", [2, 3, 7])
-def test_weights_of_few_bits(target, codes, rows):
+@pytest.mark.parametrize(("rows", "codes"), [(3, torch.uint8), (7, torch.int8)])
+def test_weights_of_few_bits(target, rows, codes):
     depth, outputs, pair = 300, [256, 64], 2 if codes is torch.uint8 else 1
     info = torch.iinfo(codes)
     stored = [torch.randint(info.min, info.max + 1, (depth, n // pair), generator=seeded(n)).to(codes) for n in outputs]
@@ -139,11 +135,9 @@ def test_counted_lists(target):
 @pytest.mark.parametrize(
     ("dtype", "heads", "size"),
     [
-        (torch.float32, (4, 2), 16),
-        (torch.bfloat16, (1, 1), 128),
-        (torch.float16, (6, 2), 80),
+        (torch.float32, (1, 1), 16),
+        (torch.bfloat16, (6, 2), 80),
         (torch.int8, (4, 2), 64),
-        (torch.int8, (1, 1), 16),
     ],
 )
 @pytest.mark.parametrize("caches", [None, [0, 0, 2, 0, 1, 2]])
