@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from larosa.decoding.cuda_graph import GraphLoop
+from larosa.decoding import cuda_graph
 from larosa.decoding.sampling import Sampler
-from larosa.ops.cuda import launch
+from larosa.ops.cuda import kernels, launch
 
 pytest.importorskip("cuda.bindings")
 
@@ -47,13 +47,36 @@ def test_launches_are_early_only_where_asked_for_and_in_that_thread():
     assert not starts_early()
 
 
+@pytest.mark.usefixtures("selects_from_short_ones")
+def test_rows_that_share_a_board_wait_for_each_other(emulator, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "machine", emulator.machine)
+    monkeypatch.setattr(kernels, "launch", lambda *_: seen.append(starts_early()))
+    weight, adapter = (torch.empty_strided((192, width), (1, 192)) for width in (600, 90))
+    along = torch.zeros(3, 90), adapter, None, torch.zeros(1, dtype=torch.int64)
+    with launch.early_launches():
+        kernels.top_k_linear(torch.ones(3, 600), 300, None, [weight], [None], *along)
+    assert seen == [True, False, False]
+    assert not starts_early()
+
+
 def test_the_engines_graph_is_captured_with_early_launches(monkeypatch):
     """Without a GPU: what a step would be launched like, where the loop would try and capture it."""
     seen = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(GraphLoop, "_capture", lambda loop: seen.append(starts_early()))
-    GraphLoop(SimpleNamespace(device=torch.device("cpu"), vocabulary=5), Sampler())
-    assert seen == [True]
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def capture(*_, **__):
+        seen.append(starts_early())
+        return SimpleNamespace(replay=lambda: None), None
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    engine = SimpleNamespace(device=torch.device("cpu"), vocabulary=5)
+    cuda_graph.GraphLoop(engine, Sampler())
+    graphs = cuda_graph.StepGraphs(engine)
+    for rows in (2, 3, 2):
+        graphs.step(rows)
+    assert seen == [True] * 3
     assert not starts_early()
 
 

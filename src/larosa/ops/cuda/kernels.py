@@ -7,6 +7,7 @@ That holds under `launch.early_launches` alone; otherwise a kernel begins when a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from ctypes import c_float, c_int, c_longlong
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 
 from larosa.errors import LarosaError
 from larosa.ops import checks
-from larosa.ops.cuda.launch import Argument, Grid, launch, machine, next_launch_waits
+from larosa.ops.cuda.launch import Argument, Grid, early_launches, launch, machine
 from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, Rotary, Vector, address, flag
 from larosa.ops.cuda.plan import (
     ATTEND_THREADS,
@@ -361,12 +362,11 @@ def top_k_linear(
     macros = {**product.macros, "ALONE": flag(True), **_selection_macros("AS_IS", width, SPARSE_THREADS, None, score)}
     grid = replace(product.grid, x=product.grid.x + plan.cluster)
     for row in range(rows):
-        if row:  # blocks of one row at a time have the board
-            next_launch_waits()
         added, format_ = along.arguments(row)
         operands = address(x[row:]), c_int(width), c_int(k), Vector.of("score", score, width), product.matrices
         arguments = (*operands, *added, address(board), address(result[row:]))
-        _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
+        with early_launches(False) if row else nullcontext():  # blocks of one row at a time have the board
+            _launch(x, "top_k_linear_cut.cu", "top_k_linear_cut", {**macros, **format_}, grid, arguments)
     return result
 
 

@@ -29,13 +29,13 @@ _waits: ContextVar[bool] = ContextVar("waits", default=False)
 
 
 @contextmanager
-def early_launches() -> Iterator[None]:
+def early_launches(early: bool = True) -> Iterator[None]:
     """Let the kernels launched in here, by this thread, begin before those in front of them have finished.
 
     They then read some operands early (see `kernels.py`). So it is for a fixed sequence of operators that is known to
-    write none of those just before: the decode engine's step.
+    write none of those just before: the decode engine's step. Where they are not to be `early`, kernels wait again.
     """
-    token = _early.set(True)
+    token = _early.set(early)
     try:
         yield
     finally:
