@@ -56,7 +56,7 @@ def assert_same_logits(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_logits_are_the_forwards(make, clear_ids, step_logits, family, conversion):
     model = make(family, conversion)
     ids = clear_ids(model, LENGTH)

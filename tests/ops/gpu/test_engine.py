@@ -82,6 +82,7 @@ def test_large_layers(target, engine, make_model, quick_convert, token_ids, opti
         ("qwen3", 0.5, torch.float32),
     ],
 )
+@pytest.mark.one_of(2)
 def test_steps_are_the_models_forward(target, engine, make_model, quick_convert, token_ids, family, sparsity, dtype):
     model = make_model(family, head_dim=16, num_hidden_layers=2)
     if sparsity:
