@@ -230,6 +230,8 @@ def _thin(items: list[pytest.Item]) -> None:
     for item in items:
         if (mark := item.get_closest_marker("one_of")) and not item.get_closest_marker("slow"):
             test = item.nodeid.partition("[")[0]
+            if (case := getattr(item, "callspec", None)) and "target" in case.params:
+                test += str(case.params["target"])  # each set of a GPU's kernels has its first case
             if cases[test] % mark.args[0]:
                 item.add_marker(pytest.mark.slow)
             cases[test] += 1

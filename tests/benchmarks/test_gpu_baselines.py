@@ -83,6 +83,7 @@ def test_attention_is_chosen_where_queries_share_keys():
 )
 @pytest.mark.parametrize("attention", [attend_at_once, attend_by_products])
 @torch.no_grad()
+@pytest.mark.one_of(2)
 def test_the_compiled_step_is_the_decoder(attention, capsys):
     decoder = CompiledDecoder(config(), LENGTH, torch.float32, DEVICE)
     step = compiled_step(decoder, attention)

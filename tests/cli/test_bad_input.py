@@ -357,6 +357,7 @@ def test_a_really_full_disk(cli, checkpoint, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_only_the_search_log_to_go_on_from(cli, checkpoint, tmp_path, text_file):
     output, log = tmp_path / "out", tmp_path / "out.search.jsonl"
     command = ["convert", checkpoint, output, *QUICK, "--no-measure", "--search", "grid", "--calibration", text_file]

@@ -320,6 +320,7 @@ def test_every_method_from_end_to_end(cli, checkpoint, tmp_path, text_file, meth
 
 
 @pytest.mark.parametrize("options", [("--method", "teal", "--search", "greedy"), ("--method", "cats")])
+@pytest.mark.one_of(2)
 def test_offload_gives_the_same_thresholds(cli, checkpoint, tmp_path, text_file, options):
     options = (*options, "--sparsity", 0.3, "--calibration", text_file, *QUICK, "--no-measure")
     assert cli("convert", checkpoint, tmp_path / "a", *options).code == 0

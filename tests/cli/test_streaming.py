@@ -20,10 +20,10 @@ WAYS = {
     "default": ("llama",),
     "unchanged": ("qwen3", "--method", "topk"),
     "blocks": ("llama", "--rotation", "block", "--rotation-objective", "fisher", "--selection", "top-k"),
-    "int8": ("qwen3", "--weights", "int8"),
     "int4, rounded": ("llama", "--weights", "int4", "--quantizer", "rtn", "--rotation", "layer"),
 }
 OTHER_WAYS = {
+    "int8": ("qwen3", "--weights", "int8"),
     "paper": ("qwen3", "--recipe", "paper", "--search", "none"),
     "one rotation": ("qwen3", "--rotation", "model", "--score", "weights", "--compensation", "linear"),
     "teal": ("llama", "--method", "teal"),

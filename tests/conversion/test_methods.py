@@ -192,7 +192,7 @@ def test_decoding_after_a_dense_prompt(make_model, quick_convert, token_ids, nam
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_saving_what_was_loaded_changes_nothing(make_model, quick_convert, tmp_path, token_ids, family, name):
     first, second = tmp_path / "first", tmp_path / "second"
     model = quick_convert(make_model(family), **options_of(name))

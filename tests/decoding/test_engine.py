@@ -56,7 +56,7 @@ def assert_same_logits(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_logits_are_the_forwards(make, clear_ids, step_logits, family, conversion):
     model = make(family, conversion)
     ids = clear_ids(model, LENGTH)
@@ -66,6 +66,7 @@ def test_logits_are_the_forwards(make, clear_ids, step_logits, family, conversio
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.9])
+@pytest.mark.one_of(2)
 def test_any_sparsity(make_model, quick_convert, clear_ids, step_logits, family, sparsity):
     model = quick_convert(make_model(family), sparsity=sparsity)
     ids = clear_ids(model, LENGTH)
@@ -248,6 +249,7 @@ def test_an_engine_outlives_what_others_do_with_the_weights(make, token_ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", ["dense", "larosa-layer"])
+@pytest.mark.one_of(2)
 def test_a_cache_of_8_bits(make, clear_ids, step_logits, rounded_logits, family, conversion):
     model = make(family, conversion)
     ids = clear_ids(model, LENGTH, lambda ids: rounded_logits(model, ids, PROMPT))

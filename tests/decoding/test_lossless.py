@@ -66,7 +66,7 @@ def dense_tokens(model, prompt, tokens=TOKENS, sampling=None):
     ("family", "in_blocks"), [*((family, False) for family in FAMILIES), pytest.param("llama", True, id="in blocks")]
 )
 @pytest.mark.parametrize(("conversion", "draft", "eager"), CASES)
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_greedy_is_dense_decoding_token_for_token(
     make_lossless, make_draft, token_ids, monkeypatch, family, conversion, draft, eager, in_blocks
 ):

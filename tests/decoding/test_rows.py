@@ -45,7 +45,7 @@ def alone(weights, ids, prompt, cache="auto"):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("cache", ["auto", "int8"])
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_texts_that_join_and_leave(make, token_ids, family, conversion, cache):
     """Texts of different lengths, some of which are in a step and some not, in any order."""
     weights, chance = make(family, conversion), random.Random(0)
@@ -73,7 +73,7 @@ def test_texts_that_join_and_leave(make, token_ids, family, conversion, cache):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_positions_of_one_text(make, token_ids, family, conversion, dtype):
     """Rows in pieces of every size, over entries that other tokens have left there: as one by one."""
     weights = make(family, conversion, dtype)

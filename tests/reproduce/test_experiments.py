@@ -432,7 +432,7 @@ def test_nan_in_the_model_is_an_error_and_nothing_is_kept(dense, settings, tmp_p
         ("LLaMA3-8B", "table3", "tokens/s, paper, A100", 131.62),
     ],
 )
-@pytest.mark.one_of(3)
+@pytest.mark.one_of(4)
 def test_the_papers_numbers_stand_beside_ours(
     dense, settings, tmp_path, monkeypatch, few_points, theirs, name, column, expected
 ):

@@ -82,6 +82,7 @@ def test_large_layers(target, engine, make_model, quick_convert, token_ids, opti
         ("qwen3", 0.5, torch.float32),
     ],
 )
+@pytest.mark.one_of(2)
 def test_steps_are_the_models_forward(target, engine, make_model, quick_convert, token_ids, family, sparsity, dtype):
     model = make_model(family, head_dim=16, num_hidden_layers=2)
     if sparsity:
@@ -159,6 +160,7 @@ def rows_of(runner, target, tokens, positions, texts):
     ],
     ids=["dense", "counts", "thresholds", "codes"],
 )
+@pytest.mark.slow_in_triton
 def test_rows_of_a_step_give_what_they_give_alone(target, engine, make_model, quick_convert, token_ids, options):
     """Of two texts, in any order; and so do the same weights whole."""
     sizes = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 16, "num_hidden_layers": 2}
@@ -172,6 +174,7 @@ def test_rows_of_a_step_give_what_they_give_alone(target, engine, make_model, qu
 
 
 @pytest.mark.parametrize("form", ["dense", "rounded"])
+@pytest.mark.slow_in_triton
 def test_whole_weights_are_those_of_before_conversion(target, engine, make_model, quick_convert, token_ids, form):
     from larosa.formats import Int4
 

@@ -47,6 +47,7 @@ def problems(draw):
 
 @settings(max_examples=examples(25))
 @given(problems())
+@pytest.mark.slow_in_triton
 def test_products_of_what_is_selected(target, problem):
     x, gain, score, k, weights, biases, residual = problem
     columns = [column_major(weight) for weight in weights]
@@ -102,6 +103,7 @@ def along(outputs, width, dtype, stored, seed=3):
         *((4096, 640, 900, 7), (192, 64, 16384, 16000), (192, 64, 16385, 8000), (192, 1, 300, 150)),
     ],
 )
+@pytest.mark.one_of(3)
 def test_one_block_selects_for_all(target, dtype, stored, outputs, carried, width, k):
     """Of a small GPU or a large one, or each product for itself; columns that are not kept are NaN."""
     x, score = entries("normal", 1, width, seed=0), entries("normal", width, seed=1).abs().to(dtype)
