@@ -21,6 +21,7 @@ from larosa.config import LarosaConfig, Selection
 from larosa.decoding import Engine
 from larosa.formats import WeightFormat
 from larosa.parallel import Over, whole_config
+from larosa.sparsity.report import inspect_config
 
 SPARSITY = 0.4
 
@@ -77,3 +78,10 @@ def test_what_is_not_made_in_shards_is_refused(on_ranks):
     layout = Layout(quantization=random_quantization(WeightFormat.INT8))
     with pytest.raises(LarosaError, match="on several ranks has no --weights of few bits"):
         on_ranks(2, lambda ranks: check_ranks(ranks, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shard_knows_the_dtype_that_bytes_are_counted_in(config, on_ranks, dtype):
+    found = on_ranks(2, lambda ranks: whole_config(random_model(config, dtype, torch.device("cpu"), ranks=ranks)))
+    expected = inspect_config(random_model(config, dtype, torch.device("cpu")).config).bytes_dense_total
+    assert [inspect_config(each).bytes_dense_total for each in found] == [expected, expected]

@@ -121,7 +121,9 @@ def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
     Raises:
         LarosaError: so many ranks cannot share the model.
     """
-    shard = Shard(ranks, copy.deepcopy(config))
+    whole = copy.deepcopy(config)
+    whole.dtype = dtype
+    shard = Shard(ranks, whole)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_own_config(shard), dtype=dtype)
     architecture = find_architecture(config.model_type)
