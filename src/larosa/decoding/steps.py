@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,10 +13,14 @@ from larosa.decoding.layers import MAX_ROWS
 
 
 class Steps(Protocol):
-    """Runs tokens of one of an engine's texts; see `Engine.step`."""
+    """Runs tokens of an engine's texts; see `Engine.step`."""
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
-        """Logits [B, vocabulary] for tokens [B] at positions [B] on the engine's device; the caller's to keep."""
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, texts: int | Sequence[int]) -> torch.Tensor:
+        """Logits [B, vocabulary] for tokens [B] at positions [B] on the engine's device; the caller's to keep.
+
+        Args:
+            texts: which one all tokens are of, or each.
+        """
         ...
 
 
@@ -30,9 +35,9 @@ class PlainSteps:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, texts: int | Sequence[int]) -> torch.Tensor:
         """See `Steps`."""
-        return self._engine.step(tokens, positions, [text] * len(tokens))
+        return self._engine.step(tokens, positions, [texts] * len(tokens) if isinstance(texts, int) else texts)
 
 
 class CapturedSteps:
@@ -48,10 +53,14 @@ class CapturedSteps:
         for rows in range(1, most + 1):
             self._graphs.step(rows)
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, text: int) -> torch.Tensor:
+    @torch.inference_mode()
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, texts: int | Sequence[int]) -> torch.Tensor:
         """See `Steps`."""
         rows, graphs = len(tokens), self._graphs
         graphs.tokens[:rows].copy_(tokens)
         graphs.positions[:rows].copy_(positions)
-        graphs.texts[:rows].fill_(text)
+        if isinstance(texts, int):
+            graphs.texts[:rows].fill_(texts)
+        else:
+            graphs.texts[:rows].copy_(torch.tensor(texts))
         return graphs.step(rows).clone()

@@ -13,6 +13,7 @@ from larosa.decoding.chat import Messages
 from larosa.decoding.generation import prompt_ids
 from larosa.decoding.loop import stop_tokens
 from larosa.decoding.lossless import DRAFT_ALONE, Speculation, check_lossless, draft_weights
+from larosa.decoding.steps import steps_of
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.runtime.continuation import Continuation, Event, Request
@@ -75,7 +76,8 @@ class LLM:
         """
         engine = Engine(self.weights, self.max_length, self.kv_cache_dtype, count)
         speculation = Speculation(engine, self._draft) if self.lossless else None
-        return [Session(engine, text, speculation) for text in range(count)]
+        steps = steps_of(engine, count)
+        return [Session(engine, text, speculation, steps) for text in range(count)]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The tokens of a text, for an empty one the beginning-of-sequence token, or of a conversation.

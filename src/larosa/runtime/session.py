@@ -11,6 +11,7 @@ from larosa.decoding.drafting import Drafter
 from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.lossless import Speculation
 from larosa.decoding.sampling import Sampler
+from larosa.decoding.steps import PlainSteps, Steps
 from larosa.errors import LarosaError
 
 #: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many
@@ -25,10 +26,14 @@ class Session:
         engine: runs it, and other sessions as well.
         text: which of its texts it is.
         speculation: of that engine, for `step_drafted`; None where nothing is drafted.
+        steps: of that engine; None takes them as they are, not captured.
     """
 
-    def __init__(self, engine: Engine, text: int = 0, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self, engine: Engine, text: int = 0, speculation: Speculation | None = None, steps: Steps | None = None
+    ) -> None:
         self._engine, self._text = engine, text
+        self._steps = steps or PlainSteps(engine)
         self._speculation = speculation
         self._drafters: list[Drafter] = []
         self._prompt: list[int] = []
@@ -160,7 +165,7 @@ def step_together(sessions: Sequence[Session], tokens: Sequence[int]) -> torch.T
             some = rows[first : first + MAX_ROWS]
             drawn = torch.tensor([tokens[row] for row in some], device=engine.device)
             positions = torch.tensor([len(sessions[row].tokens) for row in some], device=engine.device)
-            found = engine.step(drawn, positions, [sessions[row]._text for row in some])
+            found = sessions[some[0]]._steps(drawn, positions, [sessions[row]._text for row in some])
             logits.update(zip(some, found.split(1), strict=True))
     for session, token in zip(sessions, tokens, strict=True):
         session.tokens.append(token)
