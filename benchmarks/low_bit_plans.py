@@ -20,7 +20,8 @@ from larosa.benchmarks.gpu_kernels import low_bit_matrices, random_codes
 from larosa.benchmarks.gpu_timing import time_captured
 from larosa.benchmarks.shapes import shape_config
 from larosa.formats import ColumnFormat, Int4, Int8
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import launch as cuda_launch
+from larosa.ops.cuda import low_bit
 from larosa.ops.cuda.compiler import compiled
 from larosa.ops.cuda.launch import Machine, machine
 from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan, low_bit_plan
@@ -54,8 +55,8 @@ def measure(form: ColumnFormat, outputs: tuple[int, ...], depth: int, sparsity: 
 
     def call(plan: SparsePlan) -> Any:
         def run(copy: int) -> torch.Tensor:
-            kernels.low_bit_plan = lambda *_, **__: plan
-            return kernels.low_bit_linear(values, indices, *weights[copy], [None] * len(outputs))
+            low_bit.low_bit_plan = lambda *_, **__: plan
+            return low_bit.low_bit_linear(values, indices, *weights[copy], [None] * len(outputs))
 
         return run
 
@@ -76,11 +77,11 @@ def measure(form: ColumnFormat, outputs: tuple[int, ...], depth: int, sparsity: 
 def compile_all(calls: list[Any]) -> None:
     """Compile what they launch, side by side."""
     wanted: list[tuple[str, dict[str, str]]] = []
-    launch = kernels.launch
-    kernels.launch = lambda device, source, kernel, macros, grid, arguments: wanted.append((source, dict(macros)))
+    launch = cuda_launch.launch
+    cuda_launch.launch = lambda device, source, kernel, macros, grid, arguments: wanted.append((source, dict(macros)))
     for call in calls:
         call(0)
-    kernels.launch = launch
+    cuda_launch.launch = launch
     architecture = machine(torch.device("cuda", 0)).architecture
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda each: compiled(*each, architecture), wanted))

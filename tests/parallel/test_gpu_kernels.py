@@ -10,6 +10,7 @@ import torch
 from larosa.decoding import Engine, layers
 from larosa.ops.backend import OPERATORS
 from larosa.ops.cuda import kernels
+from larosa.ops.cuda import launch as cuda_launch
 from larosa.parallel import Over
 from tests.ops.gpu.conftest import compiled, emulator, selects_from_short_ones  # noqa: F401 - fixtures
 
@@ -26,8 +27,8 @@ def as_on_gpus(emulator, monkeypatch):  # noqa: F811
         with one_at_a_time:
             emulator.launch(*arguments)
 
-    monkeypatch.setattr(kernels, "launch", launch)
-    monkeypatch.setattr(kernels, "machine", emulator.machine)
+    monkeypatch.setattr(cuda_launch, "launch", launch)
+    monkeypatch.setattr(cuda_launch, "machine", emulator.machine)
     for name in OPERATORS:
         monkeypatch.setattr(torch.ops.larosa, name, getattr(kernels, name))
     monkeypatch.setattr(layers, "_on_gpu", lambda linear: True)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from larosa.ops.cuda import kernels as cuda_kernels
+from larosa.ops.cuda import launch as cuda_launch
+from larosa.ops.cuda import top_k_linear
 from larosa.ops.cuda.launch import Machine
 
 from .cases import Target
@@ -50,8 +52,8 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     if name == "emulated cuda":
         emulator: Emulator = request.getfixturevalue("emulator")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_kernels, "launch", emulator.launch)
-            patch.setattr(cuda_kernels, "machine", emulator.machine)
+            patch.setattr(cuda_launch, "launch", emulator.launch)
+            patch.setattr(cuda_launch, "machine", emulator.machine)
             yield Target(cuda_kernels, torch.device("cpu"))
         return
     if name == "cuda":
@@ -90,7 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def selects_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has one block select for all from short vectors too, which only takes longer than another kernel would."""
-    monkeypatch.setattr(cuda_kernels, "_CUT", (0, 16384))
+    monkeypatch.setattr(top_k_linear, "_CUT", (0, 16384))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from larosa.errors import LarosaError
 from larosa.ops import column_major
 from larosa.ops.above_linear import rms_norm_above_swiglu_reference
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import kernels, launch
 from larosa.ops.linear import sparse_linear_reference
 from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import above_reference
@@ -268,8 +268,8 @@ def test_swiglu_of_what_is_above(target, width, outputs, dtype):
 )
 def test_lengths_that_blocks_compare_for_themselves(emulator, monkeypatch, width, source, files):
     launched = []
-    monkeypatch.setattr(kernels, "machine", emulator.machine)
-    monkeypatch.setattr(kernels, "launch", lambda device, source, *_: launched.append(source))
+    monkeypatch.setattr(launch, "machine", emulator.machine)
+    monkeypatch.setattr(launch, "launch", lambda device, source, *_: launched.append(source))
     x, product = torch.ones(1, width), ([torch.empty_strided((192, width), (1, 192))], [None])
     if source == "AS_IS":
         kernels.above_linear(x, 0.5, None, *product)

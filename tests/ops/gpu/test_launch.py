@@ -50,8 +50,8 @@ def test_launches_are_early_only_where_asked_for_and_in_that_thread():
 @pytest.mark.usefixtures("selects_from_short_ones")
 def test_rows_that_share_a_board_wait_for_each_other(emulator, monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "machine", emulator.machine)
-    monkeypatch.setattr(kernels, "launch", lambda *_: seen.append(starts_early()))
+    monkeypatch.setattr(launch, "machine", emulator.machine)
+    monkeypatch.setattr(launch, "launch", lambda *_: seen.append(starts_early()))
     weight, adapter = (torch.empty_strided((192, width), (1, 192)) for width in (600, 90))
     along = torch.zeros(3, 90), adapter, None, torch.zeros(1, dtype=torch.int64)
     with launch.early_launches():

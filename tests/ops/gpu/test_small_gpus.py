@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from larosa.ops import column_major
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import kernels, launch
 from larosa.ops.cuda.launch import Machine
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
@@ -27,8 +27,8 @@ SMALL_RTX = Machine(capability=(8, 6), multiprocessors=8, shared_memory=99 * 102
 @pytest.fixture
 def small(emulator, monkeypatch) -> Target:
     monkeypatch.setattr(emulator, "gpu", SMALL_RTX)
-    monkeypatch.setattr(kernels, "launch", emulator.launch)
-    monkeypatch.setattr(kernels, "machine", emulator.machine)
+    monkeypatch.setattr(launch, "launch", emulator.launch)
+    monkeypatch.setattr(launch, "machine", emulator.machine)
     return Target(kernels, torch.device("cpu"))
 
 

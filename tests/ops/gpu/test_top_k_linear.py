@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from larosa.ops import column_major
-from larosa.ops.cuda import kernels
+from larosa.ops.cuda import kernels, launch
 from larosa.ops.embed import embed_reference
 from larosa.ops.greedy import greedy_reference
 from larosa.ops.linear import sparse_linear_reference
@@ -154,8 +154,8 @@ def test_one_block_selects_from_vectors_of_any_size(target, width, data):
 def test_lengths_of_which_one_block_selects_for_all(emulator, monkeypatch, width, one_selects):
     """Those of which it takes less time, up to what its threads hold."""
     files = []
-    monkeypatch.setattr(kernels, "machine", emulator.machine)
-    monkeypatch.setattr(kernels, "launch", lambda device, source, *_: files.append(source))
+    monkeypatch.setattr(launch, "machine", emulator.machine)
+    monkeypatch.setattr(launch, "launch", lambda device, source, *_: files.append(source))
     weight = torch.empty_strided((192, width), (1, 192))
     kernels.top_k_linear(torch.ones(1, width), 9, None, [weight], [None], torch.ones(1, 1), weight[:, :1], None, BOARD)
     assert files == (["top_k_linear_cut.cu"] if one_selects else ["select.cu", "sparse_linear.cu"])

@@ -118,6 +118,14 @@ def launch(
         _waits.set(False)
 
 
+def run(
+    x: torch.Tensor, source: str, kernel: str, macros: Mapping[str, str], grid: Grid, arguments: Sequence[Argument]
+) -> None:
+    """The same on the device of x; nothing where the grid is empty."""
+    if grid.x and grid.y:
+        launch(x.device, source, kernel, macros, grid, arguments)
+
+
 @dataclass(frozen=True)
 class _Loaded:
     function: Any

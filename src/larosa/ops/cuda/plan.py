@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from larosa.ops.cuda.launch import Machine
 
+ROW_THREADS = 1024  # of a block, in select.cu, elementwise.cu and greedy.cu
 ATTEND_THREADS = 128  # the same in attend.cu: so few find room beside the blocks of the product before
 SPARSE_THREADS = 512  # the same in sparse_linear.cu
 _TOGETHER = 8  # rows that read their weights together at most
