@@ -118,7 +118,8 @@ class Speculation:
         self._device = engine.device
         on_gpu = engine.device.type == "cuda"
         self._in_blocks = on_gpu if in_blocks is None else in_blocks
-        self._steps = steps_of(engine)
+        #: Of the dense pass, for texts that nobody drafts for too.
+        self.steps = steps_of(engine)
         self._drafts = None if draft is None else steps_of(engine.beside(draft), 1)
         self._acceptance = Acceptance()
         self._pace = Pace(CudaClock(engine.device) if on_gpu else HostClock())
@@ -157,14 +158,14 @@ class Speculation:
         if passes > 1:
             self._idle += passes - 1
             with self._pace.checking(1, passes):
-                run, logits = run_ahead(self._steps, tokens, passes, sampler, text)
+                run, logits = run_ahead(self.steps, tokens, passes, sampler, text)
                 new = sampler.accept(logits, run[:-1], at_once=True)
         else:
             rows = torch.cat([torch.full((1,), tokens[-1], device=self._device), draft.tokens])
             first = len(tokens) - 1
             with self._pace.checking(len(rows)):
                 positions = torch.arange(first, first + len(rows), device=self._device)
-                logits = self._steps(rows, positions, text)
+                logits = self.steps(rows, positions, text)
                 new = sampler.accept(logits, draft.tokens, at_once=self._in_blocks)
         if drafter is not None:
             drafter.acceptance.observe(draft.probabilities.tolist(), len(new) - 1)

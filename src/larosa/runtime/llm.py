@@ -76,7 +76,7 @@ class LLM:
         """
         engine = Engine(self.weights, self.max_length, self.kv_cache_dtype, count)
         speculation = Speculation(engine, self._draft) if self.lossless else None
-        steps = steps_of(engine, count)
+        steps = steps_of(engine, count) if speculation is None else speculation.steps
         return [Session(engine, text, speculation, steps) for text in range(count)]
 
     def encode(self, prompt: str | Messages) -> list[int]:
