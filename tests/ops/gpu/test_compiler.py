@@ -14,7 +14,10 @@ from larosa.ops.cuda import compiler, launch
 
 KERNELS = (
     *(
-        ("sparse_linear.cu", {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", **flags})
+        (
+            "sparse_linear.cu",
+            {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "ROWS": "1", **flags},
+        )
         for weight, lanes, cluster, flags in (
             ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "false"}),
             ("Half", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true"}),
@@ -24,18 +27,25 @@ KERNELS = (
             ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false"}),
             ("float", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "float"}),
             ("float", "4", "1", {"ALIGNED": "false", "ADAPTER": "true", "ALONE": "false", "SCALE": "BFloat16"}),
+            ("BFloat16", "16", "4", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false", "ROWS": "8"}),
+            ("Half", "8", "2", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "Half", "ROWS": "3"}),
         )
     ),
     *(
         (
             "sparse_linear.cu",
-            {**{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "LOADS": "5"}, **flags},
+            {
+                **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "LOADS": "5"},
+                **{"ROWS": "1", **flags},
+            },
         )
         for weight, lanes, cluster, flags in (
             ("Int4", "14", "2", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false"}),
             ("Int8", "32", "1", {"ALIGNED": "false", "ADAPTER": "false", "ALONE": "false"}),
             ("Int4", "8", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "SCALE": "BFloat16"}),
             ("Int8", "16", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "CARRIED": "Half"}),
+            ("Int4", "14", "2", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false", "ROWS": "2"}),
+            ("Int8", "32", "1", {"ALIGNED": "false", "ADAPTER": "false", "ALONE": "false", "ROWS": "4"}),
         )
     ),
     *(
@@ -50,7 +60,15 @@ KERNELS = (
         for source in ("top_k_linear.cu", "above_linear.cu")
         for weight, lanes in (("Int4", "14"), ("Int8", "28"))
     ),
-    *(("linear.cu", {"WEIGHT": weight, "ALIGNED": "true"}) for weight in ("Half", "BFloat16", "float")),
+    *(
+        ("linear.cu", {"WEIGHT": weight, "ALIGNED": "true", "ROWS": rows, "CHUNK": chunk})
+        for weight, rows, chunk in (
+            ("Half", "1", "8192"),
+            ("BFloat16", "1", "8192"),
+            ("float", "1", "8192"),
+            ("BFloat16", "8", "4096"),
+        )
+    ),
     *(
         (
             "select.cu",
@@ -132,8 +150,17 @@ KERNELS = (
     ),
     ("greedy.cu", {"CLUSTER": "8"}),
     ("elementwise.cu", {}),
-    ("attend.cu", {"CACHE": "Half", "SIZE": "128", "HEADS": "4", "CLUSTER": "8", "THREADS": "128"}),
-    ("attend.cu", {"CACHE": "float", "SIZE": "80", "HEADS": "1", "CLUSTER": "1", "THREADS": "128"}),
+    *(
+        (
+            "attend.cu",
+            {"CACHE": cache, "SIZE": size, "HEADS": heads, "CLUSTER": cluster, "THREADS": "128", "ROWS": rows},
+        )
+        for cache, size, heads, cluster, rows in (
+            ("Half", "128", "4", "8", "1"),
+            ("float", "80", "1", "1", "1"),
+            ("Half", "128", "4", "8", "8"),
+        )
+    ),
 )
 
 
