@@ -25,7 +25,7 @@ def test_from_end_to_end(cli, checkpoint, tmp_path, text_file):
     assert cli("convert", checkpoint, tmp_path / "out", "--sparsity", 0.6, *convert).code == 0
     outcome = cli(
         *("recover", tmp_path / "out", tmp_path / "better", "--reference", checkpoint, *QUICK),
-        *("--learning-rate", 0.003, "--json", tmp_path / "r.json"),
+        *("--learning-rate", 0.001, "--json", tmp_path / "r.json"),
     )
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "r.json").read_text())

@@ -37,7 +37,7 @@ def rows(results, name=None):
     return [dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows]
 
 
-def fake_tasks(model, tokenizer, tasks, *, data, limit, seed):
+def fake_tasks(model, tokenizer, tasks, *, data, limit, seed, batch_size):
     """An accuracy that depends on nothing but whether the model is converted."""
     scores = (1, 1, 0, 0) if getattr(model.config, "larosa", None) is None else (1, 0, 0, 0)
     value = sum(scores) / 4
@@ -45,7 +45,7 @@ def fake_tasks(model, tokenizer, tasks, *, data, limit, seed):
         name: TaskResult(name, "acc", 0, value, 0.1, 4, 10, chance=0.4, truncated_prompts=0, scores=scores)
         for name in tasks
     }
-    return TaskResults(results, str(data), limit, 8, seed, "0")
+    return TaskResults(results, str(data), limit, batch_size, seed, "0")
 
 
 @pytest.fixture
