@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from larosa import LarosaError
+from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.sampling import Sampling
 from larosa.runtime import LLM, ClosedError, DeadlineError, QueueFullError, Request, Scheduler
 from larosa.runtime import scheduler as scheduler_module
@@ -218,14 +219,14 @@ def test_a_step_of_many_is_the_steps_of_each(llm, token_ids):
 def test_steps_together_on_a_gpu_are_the_steps_of_each(make_model, quick_convert, tokenizer, token_ids):
     model = quick_convert(make_model("llama", max_position_embeddings=256)).to("cuda", torch.bfloat16)
     llm = LLM(model, tokenizer)
-    prompts = [token_ids(length, seed=length).tolist() for length in (3, 9, 30)]
+    prompts = [token_ids(length, seed=length).tolist() for length in range(3, 4 + MAX_ROWS)]
     expected = []
     for prompt in prompts:
         session = llm.session()
         session.prefill(prompt)
         expected.append([session.step(token) for token in (7, 8, 9)])
-    sessions = llm.sessions(len(prompts))
+    sessions = llm.sessions(len(prompts))  # one more than a step takes
     for session, prompt in zip(sessions, prompts, strict=True):
         session.prefill(prompt)
     for step, token in enumerate((7, 8, 9)):
-        assert torch.equal(llm.step(sessions, [token] * 3), torch.cat([each[step] for each in expected]))
+        assert torch.equal(llm.step(sessions, [token] * len(prompts)), torch.cat([each[step] for each in expected]))

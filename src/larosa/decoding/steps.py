@@ -25,8 +25,10 @@ class Steps(Protocol):
 
 
 def steps_of(engine: Engine, most: int = MAX_ROWS) -> Steps:
-    """Those of up to so many tokens."""
-    return PlainSteps(engine) if engine.device.type == "cpu" else CapturedSteps(engine, min(most, engine.max_length))
+    """Those of up to so many tokens, and no more than a step takes."""
+    if engine.device.type == "cpu":
+        return PlainSteps(engine)
+    return CapturedSteps(engine, min(most, MAX_ROWS, engine.max_length))
 
 
 class PlainSteps:
