@@ -41,7 +41,7 @@ class StepGraphs:
         """Run the first `rows` of `tokens` at `positions` of `texts`, without waiting; see `Engine.step`.
 
         Returns:
-            [rows, vocabulary] float32 logits, which the next step of as many rows overwrites.
+            [rows, vocabulary] float32 logits, which any later step may overwrite.
         """
         with torch.cuda.device(self._engine.device):
             if rows not in self._graphs:
