@@ -14,7 +14,7 @@ from larosa.benchmarks.compiled_decoder import (
     compilation,
     compiled_step,
 )
-from larosa.benchmarks.int4_kernel import GROUP, Int4Products, int4_products
+from larosa.benchmarks.int4_kernel import GROUP, GemliteProducts, Int4Products, gemlite_products, int4_products
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,10 +141,27 @@ def test_the_int4_kernel_multiplies_with_its_codes():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("inputs", [256, 1024])
+def test_gemlite_multiplies_with_its_codes(inputs):
+    pytest.importorskip("gemlite")
+    torch.manual_seed(0)
+    products = GemliteProducts([torch.empty(128, inputs, dtype=torch.bfloat16, device=DEVICE)])
+    torch.manual_seed(0)
+    codes = torch.randint(16, (128, inputs), dtype=torch.uint8, device=DEVICE)
+    x = torch.randn(1, inputs, dtype=torch.bfloat16, device=DEVICE)
+    scale = torch.tensor(0.2 * inputs**-0.5, dtype=torch.bfloat16).item()
+    expected = x.double() @ (codes.double() - 8).t() * scale
+    torch.testing.assert_close(products(x)[0].double(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", [int4_products, gemlite_products])
 @torch.no_grad()
-def test_the_decoder_compiles_with_int4_products():
+def test_the_decoder_compiles_with_int4_products(products):
+    if products is gemlite_products:
+        pytest.importorskip("gemlite")
     settings = config(hidden_size=256, intermediate_size=512, head_dim=64)
-    decoder = CompiledDecoder(settings, LENGTH, torch.bfloat16, DEVICE, int4_products, int4_products)
+    decoder = CompiledDecoder(settings, LENGTH, torch.bfloat16, DEVICE, products, products)
     token, at = torch.tensor([3], device=DEVICE), torch.tensor([0], device=DEVICE)
     logits = decoder(token, at)
     assert logits.shape == (1, 96)

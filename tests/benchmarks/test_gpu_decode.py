@@ -14,6 +14,7 @@ from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
 from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA
 from larosa.benchmarks.gpu_decode import (
     COMPILED,
+    GEMLITE,
     TEAL,
     TINYGEMM,
     measure_gpu_checkpoints,
@@ -21,6 +22,7 @@ from larosa.benchmarks.gpu_decode import (
     measure_gpu_shape,
 )
 from larosa.benchmarks.gpu_kernels import measure_gpu_kernels
+from larosa.benchmarks.int4_kernel import has_gemlite
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import SHAPES, Layout, random_quantization
 from larosa.cli.bench_gpu import show_decode
@@ -226,8 +228,10 @@ def test_rows_of_few_bits(monkeypatch, family_config):
         **{"device": torch.device("cuda"), "sparsities": (0.0, 0.5), "teal_sparsities": ()},
         **{"layout": Layout(quantization=random_quantization(WeightFormat.INT4)), "prompt_tokens": 5, "tokens": 40},
     )
+    others = [TINYGEMM, GEMLITE] if has_gemlite() else [TINYGEMM]
     assert [(row.row, row.sparsity, row.dtype) for row in result.rows] == [
-        *[(COMPILED, 0.0, "float16"), (TINYGEMM, 0.0, "int4"), (DENSE, 0.0, "float16"), (DENSE_LOW_BIT, 0.0, "int4")],
+        *[(COMPILED, 0.0, "float16"), *((other, 0.0, "int4") for other in others)],
+        *[(DENSE, 0.0, "float16"), (DENSE_LOW_BIT, 0.0, "int4")],
         *[(LAROSA, 0.0, "int4"), (LAROSA, 0.5, "int4")],
     ]
 

@@ -18,13 +18,14 @@ from larosa.benchmarks.checkpoints import is_converted, load_alike
 from larosa.benchmarks.compiled_decoder import (
     Attention,
     CompiledDecoder,
+    Products,
     compilation,
     compiled_step,
     decoder_bytes,
 )
 from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, check_batches, larosa_row, weights_name
 from larosa.benchmarks.gpu_timing import READ_BYTES, gpu_machine, gpu_read_bandwidth
-from larosa.benchmarks.int4_kernel import GROUP, int4_products
+from larosa.benchmarks.int4_kernel import GEMLITE_GROUP, GROUP, gemlite_products, has_gemlite, int4_products
 from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_token
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
@@ -55,6 +56,7 @@ from larosa.sparsity.report import inspect_config
 from larosa.utils.progress import advance, track
 
 COMPILED, TEAL, TINYGEMM = "compiled PyTorch", "TEAL's kernel in it", "int4 tinygemm in it"
+GEMLITE = "int4 GemLite in it"
 
 #: Tokens of each row in each round, so many that the first of them, which is not counted, costs little.
 _ROUND = 32
@@ -167,18 +169,21 @@ def measure_gpu_config(
     sparse = weight_bytes(config, dtype, layout)
     form = layout.quantization
     low_bit = form is not None
-    tinygemm = compiled and form is not None and form.weights is WeightFormat.INT4
+    int4 = compiled and form is not None and form.weights is WeightFormat.INT4
+    gemlite = int4 and has_gemlite()
     # Ranks' models of all sparsities are one, the dense one too.
     weights = weight_bytes(config, dtype) + (sparse_copies(sparsities) + low_bit) * sparse if ranks is None else sparse
-    decoders, engines = compiled + tinygemm + len(teal_sparsities), 1 + low_bit + len(sparsities)
+    decoders, engines = compiled + int4 + gemlite + len(teal_sparsities), 1 + low_bit + len(sparsities)
     check_room(rows.bytes_needed(decoders, engines) + rank_bytes(config, weights, dtype, ranks), device)
     with torch.cuda.device(device):  # streams and events are the current device's
         if compiled:
             rows.add_compiled()
         for sparsity in teal_sparsities:
             rows.add_teal(sparsity)
-        if tinygemm:
-            rows.add_tinygemm()
+        if int4:
+            rows.add_int4(TINYGEMM, int4_products, GROUP)
+        if gemlite:
+            rows.add_int4(GEMLITE, gemlite_products, GEMLITE_GROUP)
         dense = random_model(config, dtype, device, ranks=ranks)
         rows.add_engines(DENSE, dense, rows.engines(dense))
         if low_bit:
@@ -376,14 +381,14 @@ class _Rows:
         teal_kernel.set_thresholds(decoder, sparsity, token, position)
         self._add_decoder(TEAL, decoder, sparsity)
 
-    def add_tinygemm(self) -> None:
-        """The same decoder, in bfloat16, with PyTorch's int4 kernel for its products and its head."""
-        decoder = CompiledDecoder(self._config, self.length, torch.bfloat16, self._device, int4_products, int4_products)
+    def add_int4(self, name: str, products: Products, group: int) -> None:
+        """The same decoder, in bfloat16, with another's int4 kernel for its products and its head."""
+        decoder = CompiledDecoder(self._config, self.length, torch.bfloat16, self._device, products, products)
         dense = inspect_config(self._config)
         weights = dense.bytes_dense_total + dense.head_bytes
         # Half a byte a weight, and for each group a scale and what is added.
-        read = weights // self._dtype.itemsize * (GROUP // 2 + 2 * torch.bfloat16.itemsize) // GROUP
-        self._add_compiled(TINYGEMM, decoder, 0.0, read, "int4", CacheFormat(torch.bfloat16))
+        read = weights // self._dtype.itemsize * (group // 2 + 2 * torch.bfloat16.itemsize) // group
+        self._add_compiled(name, decoder, 0.0, read, "int4", CacheFormat(torch.bfloat16))
 
     def _add_decoder(self, name: str, decoder: CompiledDecoder, sparsity: float) -> None:
         dense = inspect_config(self._config)
