@@ -202,7 +202,7 @@ def check_batches(batches: tuple[int, ...]) -> None:
         raise LarosaError(f"--batch takes numbers of texts from 1 to {MAX_ROWS}, not {given}")
 
 
-class _Together:
+class _EngineOfSeveral:
     """An engine with several texts of one length, as the others are that have one."""
 
     def __init__(self, engine: Engine, texts: int) -> None:
@@ -284,7 +284,7 @@ class _Subjects:
         for batch in self._batches:
             length = self._prompt_tokens + self._tokens + rounds
             engine = Engine(weights, length, self._kv_cache_dtype, batch)
-            together = engine if batch == 1 else _Together(engine, batch)
+            together = engine if batch == 1 else _EngineOfSeveral(engine, batch)
             self._add(name, model, together, self._kv_cache_dtype.beside(model.dtype), batch)
 
     def _add(self, name: str, model: Any, engine: StepEngine, cache: CacheFormat, batch: int) -> None:

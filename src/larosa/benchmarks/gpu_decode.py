@@ -260,7 +260,7 @@ def measure_compiled(
         return rows.measure().rows[0]
 
 
-class _Together:
+class _GraphLoopOfSeveral:
     """Texts behind prompts [B, length], each of which a graph's replay gives its likeliest token."""
 
     @torch.inference_mode()
@@ -437,7 +437,7 @@ class _Rows:
                 loop.start(prompts)
                 self.add(*row, loop.advance)
             else:
-                self.add(*row, _Together(engine, prompts).advance, batch)
+                self.add(*row, _GraphLoopOfSeveral(engine, prompts).advance, batch)
 
     def add(
         self,
