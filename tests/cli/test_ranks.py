@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import psutil
 import pytest
 import torch
 
+import larosa
 from larosa.cli import together
+from larosa.decoding import Sampling
+from larosa.runtime import LLM, Request
+
+
+@contextmanager
+def ranks_of(size, *arguments):
+    """A command on so many ranks, as torchrun's process."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", size, "-m", "larosa", *arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                each.kill()
 
 
 def torchrun(size, *arguments):
     """Run a command on so many ranks; what it wrote."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", size, "-m", "larosa", *arguments]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with ranks_of(size, *arguments) as process:
         out, err = process.communicate(timeout=600)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
 
 
@@ -54,6 +63,69 @@ def test_two_gpus_write_what_one_does(cli, converted):
     assert out == alone.out
 
 
+@contextmanager
+def server_of(size, model, *options):
+    """torchrun's process of a server on so many ranks, the processes of the ranks in order, and a client of it."""
+    httpx = pytest.importorskip("httpx")
+    with ranks_of(size, "serve", model, "--port", 0, "--dtype", "float32", *options) as process:
+        lines = []
+        while not lines or not lines[-1].startswith("Serving"):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: int(rank.environ()["RANK"]))
+        with httpx.Client(base_url=lines[-1].split()[-1], timeout=120, verify=False) as client:
+            yield process, ranks, client
+
+
+def check_served(folder, client, device):
+    """Requests side by side, some of which begin alike, get what one process gives alone; one client leaves."""
+    llm = LLM(*larosa.load(str(folder), dtype="float32", device=device))
+
+    def alone(body):
+        request = Request(
+            llm.encode(body["prompt"]), body["max_tokens"], Sampling(body["temperature"], seed=body["seed"])
+        )
+        return "".join(event.text for event in llm.stream(request))
+
+    texts = [f"w5 w9 w{number}" for number in range(7, 13)]
+    bodies = [
+        {"model": folder.name, "prompt": text, "max_tokens": 20, "seed": seed, "temperature": seed % 2}
+        for seed, text in enumerate([*texts, texts[0]])
+    ]
+    with client.stream("POST", "/v1/completions", json=bodies[0] | {"stream": True, "max_tokens": 90}) as left:
+        next(left.iter_lines())
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(lambda body: client.post("/v1/completions", json=body).json(), bodies))
+    assert [answer["choices"][0]["text"] for answer in answers] == [alone(body) for body in bodies]
+
+
+@pytest.mark.slow
+def test_two_ranks_serve_what_one_process_does_until_told_to_end(converted):
+    with server_of(2, converted, "--max-num-seqs", 3) as (process, ranks, client):
+        check_served(converted, client, "cpu")
+        process.send_signal(signal.SIGTERM)
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
+        assert "larosa" not in process.communicate(timeout=60)[1]  # what torchrun says aside, nothing
+
+
+@pytest.mark.slow
+def test_a_server_that_loses_a_rank_ends(converted):
+    with server_of(2, converted) as (process, ranks, _):
+        ranks[1].kill()
+        assert process.wait(60) == 1
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+def test_two_gpus_serve_what_one_does(converted):
+    """Steps of several texts are graphs, which both ranks replay as the first of them says."""
+    with server_of(2, converted, "--max-num-seqs", 3) as (process, ranks, client):
+        check_served(converted, client, "cuda:0")
+        process.send_signal(signal.SIGTERM)
+        assert not psutil.wait_procs(ranks, timeout=60)[1]
+
+
 @pytest.mark.slow
 def test_ranks_that_cannot_share_a_model_say_so_once(checkpoint):
     code, _, err = torchrun(3, "eval", checkpoint)
@@ -73,10 +145,15 @@ def started(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("command", [("convert", "x", "y"), ("serve", "x"), ("bench", "kernels")])
+@pytest.mark.parametrize("command", [("convert", "x", "y"), ("chat", "x"), ("bench", "kernels")])
 def test_what_one_process_does_is_refused(started, refused, command):
     name = " ".join(part for part in command if part not in "xy")
     assert refused(*command) == f"larosa {name} runs in one process: leave torchrun out"
+
+
+@pytest.mark.parametrize("option", [("--lossless",), ("--draft", "int8"), ("--reference", "y")])
+def test_what_a_server_on_ranks_does_without(started, refused, option):
+    assert refused("serve", "x", *option) == f"larosa serve {option[0]} runs in one process: leave torchrun out"
 
 
 def test_a_device_for_each_rank(started, refused, checkpoint):

@@ -7,6 +7,7 @@ import torch
 
 from larosa import LarosaError
 from larosa.decoding import Engine
+from larosa.decoding.steps import PlainSteps
 from larosa.decoding.weights import DecoderWeights
 from larosa.runtime import session as session_module
 from larosa.runtime.session import Session
@@ -49,6 +50,11 @@ def run(session, prompt, steps=6):
     return torch.cat(rows)
 
 
+def session_of(weights, *options):
+    engine = Engine(weights, *options)
+    return Session(engine, PlainSteps(engine))
+
+
 def ids(token_ids, length, seed=0):
     return token_ids(length, seed=seed).tolist()
 
@@ -61,7 +67,7 @@ def test_pieces_are_the_prompt(make, clear_ids, family, conversion):
     prompt = clear_ids(model, 3 * PIECE + 3)
     engine = Engine(model, LENGTH)
     expected = [engine.prefill(prompt), engine.step(torch.tensor([9]), torch.tensor([prompt.shape[1]]))]
-    session = Session(Engine(model, LENGTH))
+    session = session_of(model, LENGTH)
     found = [session.prefill(prompt[0].tolist()), session.step(9)]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-4)
 
@@ -74,13 +80,13 @@ def test_a_prefix_is_reused_to_the_bit(make, token_ids, conversion, cache, share
     weights = DecoderWeights(make("qwen3", conversion))
     first = ids(token_ids, 3 * PIECE)
     second = first[:shared] + ids(token_ids, 3 * PIECE + 5 - shared, seed=1)
-    expected = run(Session(Engine(weights, LENGTH, cache)), second)
-    session = Session(Engine(weights, LENGTH, cache))
+    expected = run(session_of(weights, LENGTH, cache), second)
+    session = session_of(weights, LENGTH, cache)
     run(session, first)
     session.start(second)
     assert len(session.tokens) == shared // PIECE * PIECE
     assert torch.equal(run(session, second), expected)
-    other = Session(Engine(weights, LENGTH, cache))
+    other = session_of(weights, LENGTH, cache)
     other.start(second)
     other.take_prefix(session)
     assert len(other.tokens) == 3 * PIECE
@@ -88,7 +94,7 @@ def test_a_prefix_is_reused_to_the_bit(make, token_ids, conversion, cache, share
 
 
 def test_the_same_prompt_again(weights, token_ids):
-    session, prompt = Session(Engine(weights, LENGTH)), ids(token_ids, 2 * PIECE)
+    session, prompt = session_of(weights, LENGTH), ids(token_ids, 2 * PIECE)
     expected = run(session, prompt)
     session.start(prompt)
     assert len(session.tokens) == PIECE  # the last piece gives the logits
@@ -96,18 +102,18 @@ def test_the_same_prompt_again(weights, token_ids):
 
 
 def test_drawn_tokens_run_again_when_they_are_given(weights, token_ids):
-    session, prompt = Session(Engine(weights, LENGTH)), ids(token_ids, PIECE - 2)
+    session, prompt = session_of(weights, LENGTH), ids(token_ids, PIECE - 2)
     run(session, prompt, steps=6)
     assert len(session.tokens) == PIECE + 4
     assert session.reusable == 0
     given = [*session.tokens, 7, 8]
-    assert torch.equal(session.extend([7, 8]), Session(Engine(weights, LENGTH)).prefill(given))
+    assert torch.equal(session.extend([7, 8]), session_of(weights, LENGTH).prefill(given))
     assert session.tokens == given
 
 
 def test_truncating(weights, token_ids):
     prompt = ids(token_ids, PIECE + 3)
-    session = Session(Engine(weights, LENGTH))
+    session = session_of(weights, LENGTH)
     session.prefill(prompt)
     expected = [session.step(token) for token in (5, 6, 7)]
     session.truncate(len(prompt) + 1)
@@ -116,13 +122,13 @@ def test_truncating(weights, token_ids):
     ] * 2
     session.truncate(PIECE - 1)
     assert session.reusable == 0
-    assert torch.equal(session.prefill(prompt), Session(Engine(weights, LENGTH)).prefill(prompt))
+    assert torch.equal(session.prefill(prompt), session_of(weights, LENGTH).prefill(prompt))
 
 
 def test_sessions_do_not_see_each_other(weights, token_ids):
     prompts = [ids(token_ids, length, seed=length) for length in (5, PIECE, 20)]
-    expected = [run(Session(Engine(weights, LENGTH)), prompt) for prompt in prompts]
-    sessions = [Session(Engine(weights, LENGTH)) for _ in prompts]
+    expected = [run(session_of(weights, LENGTH), prompt) for prompt in prompts]
+    sessions = [session_of(weights, LENGTH) for _ in prompts]
     rows = [[session.prefill(prompt)] for session, prompt in zip(sessions, prompts, strict=True)]
     for _ in range(6):
         for session, row in zip(sessions, rows, strict=True):
@@ -132,7 +138,7 @@ def test_sessions_do_not_see_each_other(weights, token_ids):
 
 
 def test_what_a_session_refuses(weights, token_ids):
-    session = Session(Engine(weights, 16))
+    session = session_of(weights, 16)
     for prompt in ([], ids(token_ids, 17)):
         with pytest.raises(LarosaError, match=f"a prompt of {len(prompt)} tokens does not fit a session of 16"):
             session.prefill(prompt)

@@ -17,7 +17,7 @@ httpx = pytest.importorskip("httpx")
 
 from larosa.checkpoints.io import LoadedModel  # noqa: E402
 from larosa.runtime import LLM, Request  # noqa: E402
-from larosa.serve import Limits, Server, open_model  # noqa: E402
+from larosa.serve import Limits, ServedModel, Server, open_llm  # noqa: E402
 
 KEY = "the key"
 LENGTH = 512
@@ -70,7 +70,8 @@ def loaded(make_model, quick_convert, tokenizer) -> dict[str, LoadedModel]:
 def served(loaded):
     """The models under their names, and the address of the server."""
     models = [
-        open_model(name, one, max_length=LENGTH, max_sequences=4, max_waiting=WAITING) for name, one in loaded.items()
+        ServedModel(name, open_llm(one, max_length=LENGTH), max_sequences=4, max_waiting=WAITING)
+        for name, one in loaded.items()
     ]
     with serve(*models, api_key=KEY, limits=Limits(seconds=120, body_bytes=100_000)) as url:
         yield SimpleNamespace(url=url, schedulers={model.name: model.scheduler for model in models})

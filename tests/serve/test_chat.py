@@ -7,7 +7,7 @@ import pytest
 
 from larosa.checkpoints.io import LoadedModel
 from larosa.decoding.sampling import Sampling
-from larosa.serve import open_model
+from larosa.serve import ServedModel, open_llm
 from larosa.serve.chat import Chat
 from larosa.serve.completions import Completion
 from larosa.serve.reasoning import ReasoningSplitter
@@ -63,7 +63,7 @@ def quiet(loaded):
     """A served model whose own settings end no text."""
     model = copy.deepcopy(loaded["sparse"].model)
     model.generation_config.eos_token_id = None
-    served = open_model("quiet", LoadedModel(model, loaded["sparse"].tokenizer), max_length=64)
+    served = ServedModel("quiet", open_llm(LoadedModel(model, loaded["sparse"].tokenizer), max_length=64))
     yield served
     served.scheduler.close()
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from larosa.decoding.sampling import Sampling
-from larosa.serve import Limits, open_model
+from larosa.serve import Limits, ServedModel, open_llm
 
 from .conftest import KEY, LENGTH, WAITING, serve
 
@@ -136,7 +136,7 @@ def other(loaded):
     """other(**options): a server of its own over the sparse model."""
 
     def make(limits=None, **options):
-        model = open_model("sparse", copy.deepcopy(loaded["sparse"]), max_length=LENGTH, **options)
+        model = ServedModel("sparse", open_llm(copy.deepcopy(loaded["sparse"]), max_length=LENGTH), **options)
         return serve(model, limits=limits), model.scheduler
 
     return make

@@ -28,7 +28,7 @@ from larosa.version import __version__
 
 _INTERRUPTED = 130
 #: What several ranks can do together; of `bench`, `decode`.
-_TOGETHER = ("generate", "eval", "bench")
+_TOGETHER = ("generate", "eval", "serve", "bench")
 
 app = typer.Typer(
     help="Training-free activation sparsity for LLM inference (LaRoSA).",

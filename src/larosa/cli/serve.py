@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from larosa.checkpoints.io import load
 from larosa.cli import options
+from larosa.cli.together import check_alone, give_up, load_model, ranks_of, until_told
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError
+from larosa.parallel import Lead, this_rank
+from larosa.runtime import LLM, follow
 from larosa.utils.progress import stderr
+
+#: Seconds that requests have to end in on ranks, which torchrun kills 30 s after it has told them to end.
+_GRACE_SECONDS = 20
 
 
 def serve(
@@ -44,40 +49,51 @@ def serve(
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
+    top_k_over: options.TopKOver = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a model by OpenAI's HTTP interface, and a page to try it at /."""
     if any(find_spec(needed) is None for needed in ("starlette", "uvicorn")):
         raise LarosaError("larosa serve needs the extra: pip install 'larosa[serve]'")
-    from larosa.serve import Limits, Server, bind, listen, open_model
+    from larosa.serve import Limits, ServedModel, Server, bind, listen, open_llm
 
+    for given, option in ((lossless, "--lossless"), (draft, "--draft"), (reference, "--reference")):
+        if given:
+            check_alone(f"serve {option}")
     template = None if chat_template is None else options.read_file(chat_template, "--chat-template")
-    bound = bind(host, port)
+    bound = bind(host, port) if this_rank() == 0 else None
+    ranks = ranks_of(device, top_k_over)
+    lead = None if ranks is None else Lead(ranks, give_up)
     drafter = options.drafter(draft, lossless, dtype, device, trust_remote_code)
-    models = [
-        open_model(
-            called,
-            load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code),
-            max_length=max_model_len,
-            kv_cache_dtype=kv_cache_dtype,
-            lossless=lossless and number == 0,
-            draft=drafter if number == 0 else None,
-            template=template,
-            max_sequences=max_num_seqs,
-            max_waiting=max_waiting,
+
+    def opened(path: str, **own: Any) -> LLM:
+        loaded = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, over=top_k_over)
+        return open_llm(
+            loaded, max_length=max_model_len, kv_cache_dtype=kv_cache_dtype, template=template, lead=lead, **own
         )
-        for number, (called, path) in enumerate(_named(served_model_name or _name(model), model, reference))
-    ]
+
+    llm = opened(model, lossless=lossless, draft=drafter)
+    if bound is None:
+        with until_told():
+            follow(llm, max_num_seqs)
+        return
+    models = [ServedModel(served_model_name or _name(model), llm, max_num_seqs, max_waiting)]
+    if reference is not None:
+        called = _name(reference)
+        called += "-reference" if called == models[0].name else ""
+        models.append(ServedModel(called, opened(reference), max_num_seqs, max_waiting))
     app = Server(models, api_key, Limits(max_request_seconds, max_request_bytes)).app()
     names = ", ".join(served.name for served in models)
-    listen(app, bound, lambda url: stderr.print(f"Serving {names} at {url}", highlight=False))
 
+    def tell(url: str) -> None:
+        stderr.print(f"Serving {names} at {url}", highlight=False)
 
-def _named(name: str, model: str, reference: str | None) -> list[tuple[str, str]]:
-    if reference is None:
-        return [(name, model)]
-    other = _name(reference)
-    return [(name, model), (f"{other}-reference" if other == name else other, reference)]
+    if lead is None:
+        listen(app, bound, tell)
+        return
+    with until_told():
+        listen(app, bound, tell, _GRACE_SECONDS)
+        lead.end()
 
 
 def _name(model: str) -> str:

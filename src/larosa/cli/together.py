@@ -47,10 +47,39 @@ def together() -> Iterator[None]:
     except BaseException:
         traceback.print_exc()
         code = 1
-    if code and silent and isinstance(sys.stderr, io.StringIO):
+    if code and isinstance(sys.stderr, io.StringIO) and (reason := sys.stderr.getvalue()):
         time.sleep(_PATIENCE)
-        said.write(sys.stderr.getvalue())
+        said.write(reason)
     _end(code)
+
+
+@contextmanager
+def until_told() -> Iterator[None]:
+    """Let the first rank decide when all end after SIGINT or SIGTERM, which torchrun passes on to each of them.
+
+    A rank that fails after that says nothing: torchrun ends all when one has failed, which says why.
+    """
+    told: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: told.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    except Exception:
+        if told:
+            raise SystemExit(1) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def give_up(error: Exception) -> NoReturn:
+    """End the first rank for an error in any of its threads; torchrun then ends the others, which wait for it."""
+    reason = (str(error) or repr(error)).splitlines()[0]
+    print(f"larosa: error: rank {this_rank()} cannot go on: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end(code: int) -> NoReturn:

@@ -75,7 +75,7 @@ class Engine:
         Raises:
             LarosaError: the prompt does not fit the cache.
         """
-        return self.weights.logits(self.extend(prompt, 0)[-1:])
+        return self.logits(self.extend(prompt, 0)[-1:])
 
     @torch.inference_mode()
     def extend(self, tokens: torch.Tensor, start: int, text: int = 0) -> torch.Tensor:
@@ -102,6 +102,10 @@ class Engine:
         hidden = self.weights.forward(tokens, past)
         self._cache.fill(past, start, text)
         return hidden[0].float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, vocabulary] float32 for [N, D] of what `extend` gives."""
+        return self.weights.logits(hidden)
 
     def take(self, other: Engine, length: int, source: int = 0, text: int = 0) -> None:
         """Keep the first keys and values of a text of an engine of the same weights and format."""

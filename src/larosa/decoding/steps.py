@@ -16,9 +16,11 @@ class Steps(Protocol):
     """Runs tokens of an engine's texts; see `Engine.step`."""
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, texts: int | Sequence[int]) -> torch.Tensor:
-        """Logits [B, vocabulary] for tokens [B] at positions [B] on the engine's device; the caller's to keep.
+        """Logits [B, vocabulary], which are the caller's to keep.
 
         Args:
+            tokens: [B], on the CPU or the engine's device, as positions are.
+            positions: [B].
             texts: which one all tokens are of, or each.
         """
         ...
@@ -39,7 +41,8 @@ class PlainSteps:
 
     def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, texts: int | Sequence[int]) -> torch.Tensor:
         """See `Steps`."""
-        return self._engine.step(tokens, positions, [texts] * len(tokens) if isinstance(texts, int) else texts)
+        of_each = [texts] * len(tokens) if isinstance(texts, int) else texts
+        return self._engine.step(tokens.to(self._engine.device), positions.to(self._engine.device), of_each)
 
 
 class CapturedSteps:

@@ -3,7 +3,7 @@
 from larosa.runtime.continuation import Event, Request
 from larosa.runtime.llm import LLM
 from larosa.runtime.logprobs import TokenLogprob
-from larosa.runtime.scheduler import ClosedError, DeadlineError, QueueFullError, Scheduler, Ticket
+from larosa.runtime.scheduler import ClosedError, DeadlineError, QueueFullError, Scheduler, Ticket, follow
 from larosa.runtime.session import Session
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Session",
     "Ticket",
     "TokenLogprob",
+    "follow",
 ]

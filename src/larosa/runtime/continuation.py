@@ -65,7 +65,7 @@ class Event:
 class Continuation:
     """One request on its way: `prompt_piece` for each piece of the prompt, then `put` for each token's logits."""
 
-    def __init__(self, llm: LLM, request: Request) -> None:
+    def __init__(self, llm: LLM, request: Request, session: Session) -> None:
         self.request = request
         #: How many tokens have been drawn.
         self.drawn = 0
@@ -73,7 +73,7 @@ class Continuation:
         self.token = -1
         #: Why the text has ended; None while it goes on.
         self.finished: FinishReason | None = None
-        self._llm, self._lossless = llm, llm.lossless
+        self._session, self._lossless = session, llm.lossless
         self._sampler = Sampler(request.sampling, device=llm.weights.device, kernels=llm.weights.device.type != "cpu")
         self._pieces: list[str] = []
         self._text = TextStream(llm.tokenizer, list(request.prompt), self._pieces.append, request.stop)
@@ -87,7 +87,7 @@ class Continuation:
         """Take what `Session.advance` gives for the prompt's next piece."""
         self._hidden = hidden[-1:]
         if self._prompt is not None:
-            self._prompt.put(self._llm.weights, hidden)
+            self._prompt.put(self._session.logits, hidden)
 
     def first(self) -> Event:
         """What the prompt has brought, once all of it has run.
@@ -99,7 +99,7 @@ class Continuation:
         if self.request.max_tokens == 0:
             self.finished = "length"
             return Event("", None, prompt_logprobs=prompt, finish_reason="length")
-        logits = self._llm.weights.logits(self._hidden)
+        logits = self._session.logits(self._hidden)
         self._sampler.start(torch.tensor([list(self.request.prompt)]), logits.shape[-1])
         return self.put(logits, prompt)
 
@@ -115,14 +115,14 @@ class Continuation:
             token = checked(self._sampler(logits))[0]
         return self._told(token, logits, prompt_logprobs)
 
-    def drafted(self, session: Session) -> Iterator[Event]:
+    def drafted(self) -> Iterator[Event]:
         """Run the last token and what is drafted behind it: an event for each token that comes of it.
 
         Raises:
             LarosaError: the logits are NaN or Inf.
         """
         left = self.request.max_tokens - self.drawn
-        new, logits = session.step_drafted(self.token, left, self._sampler)
+        new, logits = self._session.step_drafted(self.token, left, self._sampler)
         for token, row in zip(new, logits.split(1), strict=True):
             yield self._told(token, row)
             if self.finished:

@@ -16,7 +16,9 @@ from larosa.decoding.lossless import DRAFT_ALONE, Speculation, check_lossless, d
 from larosa.decoding.steps import steps_of
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
+from larosa.parallel import Lead, whole_config
 from larosa.runtime.continuation import Continuation, Event, Request
+from larosa.runtime.led import LedEngine
 from larosa.runtime.session import Session, step_together
 
 
@@ -30,6 +32,8 @@ class LLM:
         kv_cache_dtype: how sessions keep keys and values; see `Engine`.
         lossless: run the dense pass over the model's weights; a text that is alone is drafted for it.
         draft: what drafts; see `larosa.decoding.lossless.draft_weights`.
+        lead: of the ranks that run the model, where the first of them alone writes texts: it makes sessions and runs
+            them, others make as many and `follow`. None for one process, or for ranks that do all the same.
 
     Raises:
         LarosaError: a model that the engine cannot run, or not losslessly; a length beyond its context.
@@ -43,6 +47,7 @@ class LLM:
         kv_cache_dtype: str = CacheDtype.AUTO,
         lossless: bool = False,
         draft: Any = None,
+        lead: Lead | None = None,
     ) -> None:
         context = context_length(model.config)
         if max_length is not None and not 0 < max_length <= context:
@@ -57,6 +62,9 @@ class LLM:
             self.weights, self._draft = weights.whole(), draft_weights(weights, draft)
         self.tokenizer = tokenizer
         self.config = model.config
+        #: Of the whole model, of which this may be one rank's shard.
+        self.whole_config = whole_config(model)
+        self.lead = lead
         self.max_length = max_length or context
         self.kv_cache_dtype = CacheDtype.parse(kv_cache_dtype)
         self.generation_config = model.generation_config
@@ -77,7 +85,10 @@ class LLM:
         engine = Engine(self.weights, self.max_length, self.kv_cache_dtype, count)
         speculation = Speculation(engine, self._draft) if self.lossless else None
         steps = steps_of(engine, count) if speculation is None else speculation.steps
-        return [Session(engine, text, speculation, steps) for text in range(count)]
+        if self.lead is not None:
+            led = LedEngine(engine, steps, self.lead)
+            return [Session(led, led.steps, text) for text in range(count)]
+        return [Session(engine, steps, text, speculation) for text in range(count)]
 
     def encode(self, prompt: str | Messages) -> list[int]:
         """The tokens of a text, for an empty one the beginning-of-sequence token, or of a conversation.
@@ -107,13 +118,13 @@ class LLM:
                 f"a prompt of {len(request.prompt)} tokens and {request.max_tokens} new ones do not fit a session "
                 f"of {self.max_length}"
             )
-        continuation = Continuation(self, request)
+        continuation = Continuation(self, request, session)
         session.start(request.prompt, reuse=request.prompt_logprobs is None)
         while session.left:
             continuation.prompt_piece(session.advance())
         yield continuation.first()
         while not continuation.finished:
             if self.lossless:
-                yield from continuation.drafted(session)
+                yield from continuation.drafted()
             else:
                 yield continuation.put(self.step([session], [continuation.token]))

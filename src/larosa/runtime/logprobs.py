@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,13 @@ class PromptLogprobs:
         #: So far, of the prompt's tokens in order.
         self.found = [TokenLogprob(prompt[0], None, ())]
 
-    def put(self, weights: Any, hidden: torch.Tensor) -> None:
-        """Take what the model gives for the next piece, [tokens, D], by `Session.advance`."""
+    def put(self, logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> None:
+        """Take what `Session.advance` gives for the next piece, [tokens, D], and what makes logits of it."""
         for rows in hidden.split(_ROWS):
             at = len(self.found)
             following = self._prompt[at : at + len(rows)]
             if following:
-                self.found += token_logprobs(weights.logits(rows[: len(following)]), following, self._top)
+                self.found += token_logprobs(logits(rows[: len(following)]), following, self._top)
 
 
 class TokenTexts:

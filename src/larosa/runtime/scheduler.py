@@ -67,7 +67,7 @@ class _Live:
 
     def __init__(self, llm: LLM, ticket: Ticket, session: Session) -> None:
         self.ticket, self.session = ticket, session
-        self.continuation = Continuation(llm, ticket.request)
+        self.continuation = Continuation(llm, ticket.request, session)
         self.reuse = ticket.request.prompt_logprobs is None
         session.start(ticket.request.prompt, self.reuse)
         ticket.cached_tokens = len(session.tokens)
@@ -90,12 +90,9 @@ class Scheduler:
     """
 
     def __init__(self, llm: LLM, max_sequences: int = 8, max_waiting: int = 64) -> None:
-        for name, count, least in (("sequences", max_sequences, 1), ("waiting requests", max_waiting, 0)):
-            if count < least:
-                raise LarosaError(f"the number of {name} must be at least {least}, not {count}")
+        _check_count("waiting requests", max_waiting, least=0)
         self.llm, self.max_sequences, self.max_waiting = llm, max_sequences, max_waiting
-        _check_memory(llm, max_sequences)
-        self._sessions = llm.sessions(max_sequences)
+        self._sessions = _make_sessions(llm, max_sequences)
         #: Those without a request, the one that has been so longest first.
         self._free = list(self._sessions)
         self._live: list[_Live] = []
@@ -274,7 +271,7 @@ class Scheduler:
 
     def _step_drafted(self, live: _Live) -> None:
         try:
-            for event in live.continuation.drafted(live.session):
+            for event in live.continuation.drafted():
                 self._tell(live, event)
         except Exception as error:
             self._fail(live, error)
@@ -303,6 +300,32 @@ class Scheduler:
             _log.error("a request failed", exc_info=error)
         self.counts.finished[how] += 1
         _tell(ticket, error)
+
+
+def follow(llm: LLM, max_sequences: int) -> None:
+    """Run what a scheduler of the first rank runs, on another rank, until its server ends.
+
+    Args:
+        llm: this rank's, with a lead.
+        max_sequences: as of that scheduler.
+
+    Raises:
+        LarosaError: as of `Scheduler`, or see `Lead.follow`.
+    """
+    assert llm.lead is not None, "it is one of several ranks"
+    _make_sessions(llm, max_sequences)
+    llm.lead.follow()
+
+
+def _make_sessions(llm: LLM, count: int) -> list[Session]:
+    _check_count("sequences", count, least=1)
+    _check_memory(llm, count)
+    return llm.sessions(count)
+
+
+def _check_count(name: str, count: int, least: int) -> None:
+    if count < least:
+        raise LarosaError(f"the number of {name} must be at least {least}, not {count}")
 
 
 def _tell(ticket: Ticket, event: Event | Exception) -> None:

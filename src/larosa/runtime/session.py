@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from larosa.decoding import Engine
 from larosa.decoding.drafting import Drafter
 from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.lossless import Speculation
 from larosa.decoding.sampling import Sampler
-from larosa.decoding.steps import PlainSteps, Steps
+from larosa.decoding.steps import Steps
 from larosa.errors import LarosaError
 
 #: Prompts run in pieces that end at multiples of so many tokens, the last one aside. PyTorch's sums depend on how many
@@ -19,21 +19,36 @@ from larosa.errors import LarosaError
 PIECE = 128
 
 
+class TextEngine(Protocol):
+    """What sessions ask of an engine; see `larosa.decoding.Engine`."""
+
+    max_length: int
+
+    def extend(self, tokens: torch.Tensor, start: int, text: int = 0) -> torch.Tensor:
+        """Run the next tokens [1, length] of a prompt, and give [length, D]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, vocabulary] for [N, D]."""
+        ...
+
+    def take(self, other: Any, length: int, source: int = 0, text: int = 0) -> None:
+        """Copy the first keys and values of a text of another engine."""
+        ...
+
+
 class Session:
     """A text in the making: its prompt runs piece by piece, then each token that is drawn.
 
     Args:
         engine: runs it, and other sessions as well.
+        steps: of that engine.
         text: which of its texts it is.
         speculation: of that engine, for `step_drafted`; None where nothing is drafted.
-        steps: of that engine; None takes them as they are, not captured.
     """
 
-    def __init__(
-        self, engine: Engine, text: int = 0, speculation: Speculation | None = None, steps: Steps | None = None
-    ) -> None:
-        self._engine, self._text = engine, text
-        self._steps = steps or PlainSteps(engine)
+    def __init__(self, engine: TextEngine, steps: Steps, text: int = 0, speculation: Speculation | None = None) -> None:
+        self._engine, self._steps, self._text = engine, steps, text
         self._speculation = speculation
         self._drafters: list[Drafter] = []
         self._prompt: list[int] = []
@@ -64,7 +79,7 @@ class Session:
         self.start(prompt)
         while self.left:
             hidden = self.advance()
-        return self._engine.weights.logits(hidden[-1:])
+        return self.logits(hidden[-1:])
 
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
         """Go on with tokens that are given, not drawn; see `prefill`: all that is held becomes the prompt."""
@@ -90,7 +105,7 @@ class Session:
         """Run the next piece of the prompt.
 
         Returns:
-            [tokens of the piece, D] float32, for `DecoderWeights.logits`.
+            [tokens of the piece, D] float32, for `logits`.
         """
         start = len(self.tokens)
         piece = self._prompt[start : (start // PIECE + 1) * PIECE]
@@ -98,6 +113,10 @@ class Session:
         self.tokens += piece
         self.reusable = len(self.tokens) // PIECE * PIECE
         return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, vocabulary] float32, what follows N tokens of what `advance` gives."""
+        return self._engine.logits(hidden)
 
     def step(self, token: int) -> torch.Tensor:
         """Run one token that was drawn; see `step_together`."""
@@ -156,15 +175,15 @@ def step_together(sessions: Sequence[Session], tokens: Sequence[int]) -> torch.T
     """
     for session in sessions:
         session._check_ready()
-    together: dict[Engine, list[int]] = {}
+    together: dict[TextEngine, list[int]] = {}
     for row, session in enumerate(sessions):
         together.setdefault(session._engine, []).append(row)
     logits: dict[int, torch.Tensor] = {}
-    for engine, rows in together.items():
+    for rows in together.values():
         for first in range(0, len(rows), MAX_ROWS):
             some = rows[first : first + MAX_ROWS]
-            drawn = torch.tensor([tokens[row] for row in some], device=engine.device)
-            positions = torch.tensor([len(sessions[row].tokens) for row in some], device=engine.device)
+            drawn = torch.tensor([tokens[row] for row in some])
+            positions = torch.tensor([len(sessions[row].tokens) for row in some])
             found = sessions[some[0]]._steps(drawn, positions, [sessions[row]._text for row in some])
             logits.update(zip(some, found.split(1), strict=True))
     for session, token in zip(sessions, tokens, strict=True):

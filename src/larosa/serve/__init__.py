@@ -2,6 +2,6 @@
 
 from larosa.serve.app import Limits, Server
 from larosa.serve.listen import bind, listen
-from larosa.serve.model import ServedModel, open_model
+from larosa.serve.model import ServedModel, open_llm
 
-__all__ = ["Limits", "ServedModel", "Server", "bind", "listen", "open_model"]
+__all__ = ["Limits", "ServedModel", "Server", "bind", "listen", "open_llm"]

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from larosa.errors import LarosaError
 
 #: Seconds that requests have to end in when the server is told to, and that a connection may idle.
-_GRACE_SECONDS, _IDLE_SECONDS = 30, 30
+GRACE_SECONDS, _IDLE_SECONDS = 30, 30
 
 #: Connections that the system keeps until they are taken.
 _BACKLOG = 2048
@@ -37,12 +37,15 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def listen(app: ASGIApp, bound: socket.socket, on_ready: Callable[[str], None]) -> None:
+def listen(
+    app: ASGIApp, bound: socket.socket, on_ready: Callable[[str], None], grace_seconds: int = GRACE_SECONDS
+) -> None:
     """Serve until interrupted or terminated; requests that are being answered are finished first.
 
     Args:
         bound: by `bind`; it is closed.
         on_ready: called with the address once clients can connect.
+        grace_seconds: that they have for it.
     """
     with bound:
         bound.listen(_BACKLOG)
@@ -56,7 +59,7 @@ def listen(app: ASGIApp, bound: socket.socket, on_ready: Callable[[str], None]) 
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
+            timeout_graceful_shutdown=grace_seconds,
         )
         with suppress(KeyboardInterrupt):  # raised again once everything has ended
             uvicorn.Server(config).run(sockets=[bound])

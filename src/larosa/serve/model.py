@@ -13,6 +13,7 @@ from larosa.decoding import CacheDtype, Sampling
 from larosa.decoding.chat import special_tokens, turn_ends
 from larosa.decoding.generation import stop_strings
 from larosa.errors import LarosaError
+from larosa.parallel import Lead
 from larosa.runtime import LLM, Scheduler
 from larosa.serve.errors import ApiError
 from larosa.serve.schema import CommonRequest
@@ -22,8 +23,7 @@ from larosa.sparsity.report import inspect_config
 _DEFAULT_LENGTH = 8192
 
 
-def open_model(
-    name: str,
+def open_llm(
     loaded: LoadedModel,
     *,
     max_length: int | None = None,
@@ -31,40 +31,45 @@ def open_model(
     lossless: bool = False,
     draft: Any = None,
     template: str | None = None,
-    max_sequences: int = 8,
-    max_waiting: int = 64,
-) -> ServedModel:
-    """A loaded model under a name.
+    lead: Lead | None = None,
+) -> LLM:
+    """A loaded model as it is served.
 
     Args:
         max_length: see `LLM`; None for the model's context, but 8192 at most.
-        lossless, draft: see `LLM`.
+        lossless, draft, lead: see `LLM`.
         template: a chat template in place of the tokenizer's own.
-        max_sequences, max_waiting: see `Scheduler`.
 
     Raises:
-        LarosaError: see `LLM` and `Scheduler`.
+        LarosaError: see `LLM`.
     """
     model, tokenizer = loaded
     if template is not None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
     length = min(context_length(model.config), _DEFAULT_LENGTH) if max_length is None else max_length
-    llm = LLM(model, tokenizer, length, kv_cache_dtype, lossless, draft)
-    return ServedModel(name, llm, max_sequences, max_waiting)
+    return LLM(model, tokenizer, length, kv_cache_dtype, lossless, draft, lead)
 
 
 class ServedModel:
-    """A model and its scheduler, which is closed with the server, and what requests are completed with."""
+    """A model and its scheduler, which is closed with the server, and what requests are completed with.
 
-    def __init__(self, name: str, llm: LLM, max_sequences: int, max_waiting: int) -> None:
+    Args:
+        name: that clients call it by.
+        max_sequences, max_waiting: see `Scheduler`.
+
+    Raises:
+        LarosaError: see `Scheduler`.
+    """
+
+    def __init__(self, name: str, llm: LLM, max_sequences: int = 8, max_waiting: int = 64) -> None:
         self.name, self.llm = name, llm
         own = llm.tokenizer.chat_template
         self.template: str | None = own.get("default") if isinstance(own, dict) else own
         #: Tokens that end a turn of a conversation.
         self.turn_ends = frozenset() if self.template is None else turn_ends(llm.tokenizer)
         self._created = int(time.time())
-        report = inspect_config(llm.config)
+        report = inspect_config(llm.whole_config)
         dense, sparse = (total + report.head_bytes for total in (report.bytes_dense_total, report.bytes_sparse_total))
         self._read = 1.0 if llm.lossless else sparse / dense
         self.scheduler = Scheduler(llm, max_sequences, max_waiting)
