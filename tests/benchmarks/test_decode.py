@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import larosa
 from larosa import LarosaError
-from larosa.benchmarks import decode
+from larosa.benchmarks import decode, shapes
 from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, TRANSFORMERS, measure_checkpoints, measure_shape
 from larosa.benchmarks.shapes import (
     SHAPES,
     Layout,
+    random_dense_model,
     random_model,
     random_quantization,
     random_sparse_model,
@@ -21,8 +23,8 @@ from larosa.benchmarks.shapes import (
     shape_config,
     sparse_copies,
     sparse_models,
-    weight_bytes,
 )
+from larosa.benchmarks.sizes import weight_bytes
 from larosa.config import Selection
 from larosa.decoding import Engine
 from larosa.formats import AdapterFormat, WeightFormat
@@ -162,6 +164,45 @@ def test_random_models_are_of_their_size_and_compute_something(family_config, fa
         assert 0.1 < float(logits.std()) < 100
 
 
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that operators make, of those that take memory."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, torch.Tensor) and made.device.type != "meta":
+                self.nbytes = max(self.nbytes, made.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_linears_of_few_bits_are_never_there_in_full(family_config, monkeypatch, weights):
+    """A model that fits a GPU in few bits need not fit it in 16."""
+    monkeypatch.setattr(shapes, "_BLOCK", 101)
+    config = family_config("llama", intermediate_size=512)
+    with Largest() as largest:
+        model = random_dense_model(config, torch.bfloat16, CPU, Layout(quantization=random_quantization(weights, 32)))
+    held = {name: weight.nbytes for name, weight in model.named_parameters()}
+    assert largest.nbytes == max(held.values())
+    assert largest.nbytes < config.intermediate_size * config.hidden_size * torch.bfloat16.itemsize
+
+
+def test_models_that_share_weights_hold_them_once(family_config, token_ids):
+    config, layout = family_config("llama"), Layout(quantization=random_quantization(WeightFormat.INT8, 32))
+    dense = random_dense_model(config, torch.bfloat16, CPU, layout)
+    shared = {id(weight) for weight in dense.parameters()}
+    ids = token_ids(1, 5)
+    for sparsity, model in sparse_models(config, torch.bfloat16, CPU, (0.5, 0.0), layout, like=dense):
+        own = {name for name, weight in model.named_parameters() if id(weight) not in shared}
+        assert own
+        assert all("residual_adapter" in name for name in own)
+        alone = random_sparse_model(config, torch.bfloat16, CPU, layout=layout)
+        set_sparsity(alone, sparsity)
+        assert torch.equal(model(ids).logits, alone(ids).logits)
+
+
 def test_the_sparsity_of_a_random_model_can_be_set(family_config):
     model = random_sparse_model(family_config("llama"), torch.float32, CPU, layout=Layout(2))
     for sparsity in (0.5, 0.25, 0.0):
@@ -298,6 +339,6 @@ def test_a_layout_has_a_layer_for_each_rotation():
 
 def test_models_beyond_memory(tiny, monkeypatch):
     tiny("llama")
-    monkeypatch.setattr("larosa.benchmarks.shapes.available_memory", lambda device: 1000)
+    monkeypatch.setattr("larosa.benchmarks.sizes.available_memory", lambda device: 1000)
     with pytest.raises(LarosaError, match=r"the models need .* GB and cpu has 0\.0 GB free.*--layers"):
         measure_shape("tiny")

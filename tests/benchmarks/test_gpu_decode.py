@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from larosa import LarosaError
-from larosa.benchmarks import gpu_decode
+from larosa.benchmarks import gpu_decode, shapes
 from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
 from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA
 from larosa.benchmarks.gpu_decode import (
@@ -24,9 +24,11 @@ from larosa.benchmarks.gpu_decode import (
 from larosa.benchmarks.gpu_kernels import measure_gpu_kernels
 from larosa.benchmarks.int4_kernel import has_gemlite
 from larosa.benchmarks.results import Benchmark
-from larosa.benchmarks.shapes import SHAPES, Layout, random_quantization
+from larosa.benchmarks.shapes import SHAPES, Layout, random_dense_model, random_quantization, sparse_models
+from larosa.benchmarks.sizes import weight_bytes
 from larosa.cli.bench_gpu import show_decode
 from larosa.config import Selection
+from larosa.decoding import Engine
 from larosa.formats import CacheFormat, WeightFormat
 
 CPU = torch.device("cpu")
@@ -126,17 +128,20 @@ def test_checkpoints_that_cannot_be_compared(dense, save, make_model, monkeypatc
         measure_gpu_checkpoints([dense, dense], device=CPU)
     with pytest.raises(LarosaError, match="--tokens at least 2"):
         measure_gpu_checkpoints([dense], device=CPU, tokens=1)
-    monkeypatch.setattr("larosa.benchmarks.shapes.available_memory", lambda device: 1000)
+    monkeypatch.setattr("larosa.benchmarks.sizes.available_memory", lambda device: 1000)
     with pytest.raises(LarosaError, match=r"cpu has 0\.0 GB free: give fewer checkpoints"):
         measure_gpu_checkpoints([dense], device=CPU)
 
 
 def test_memory_that_a_shape_needs(family_config, monkeypatch):
-    """Weights of every model and decoder, every cache, and the read test; found by what is refused."""
+    """Weights of decoders and of models, which share theirs, every cache, and the read test; found by what is refused.
+
+    Without the model in full nothing has its size.
+    """
     config = family_config("llama")
     asked = []
 
-    def refuse(needed, device):
+    def refuse(needed, device, mend):
         asked.append(needed)
         raise LarosaError("no room")
 
@@ -152,19 +157,29 @@ def test_memory_that_a_shape_needs(family_config, monkeypatch):
                 **{"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8},
                 **{"teal_sparsities": teal, "compiled": compiled, "layout": Layout(layers)},
             )
+    options = {"device": CPU, "dtype": torch.float16, "prompt_tokens": 4, "tokens": 8}
+    layout = Layout(quantization=random_quantization(WeightFormat.INT8, 32))
+    for dense in (True, False):
+        with pytest.raises(LarosaError, match="no room"):
+            measure_gpu_config("tiny", config, (0.5,), **options, layout=layout, dense=dense, compiled=dense)
     linear, table = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 56), 128 * 32
     adapter = 32 * (32 + 16) // 2 + 32  # 8-bit numbers and a scale an output, in elements of 16 bits
     cache = 2 * 3 * 2 * 8 * (4 + 8 + 1 + 2)
     dense, sparse = linear + 2 * table, linear + 2 * table + 2 * adapter
     decoder = dense + cache
+    # A byte a weight, and in each column a scale of 16 bits for every 32 outputs or fewer.
+    scales = 3 * (32 * (1 + 1 + 1) + 32 * 1 + 32 * 2 * 2 + 56 * 1) + 32 * 4
+    few = (linear + table) // 2 + scales + table + 2 * adapter
     assert [needed - READ for needed in asked] == [
         2 * elements
         for elements in (
             dense + cache,
             dense + cache + decoder,
-            dense + cache + 2 * decoder + sparse + 2 * cache,
-            dense + cache + decoder + 2 * sparse + 2 * cache,
-            dense + cache + decoder + 2 * (sparse - adapter) + 2 * cache,
+            sparse + cache + 2 * decoder + 2 * cache,
+            sparse + cache + decoder + 2 * cache,
+            sparse - adapter + cache + decoder + 2 * cache,
+            dense + few + decoder + 3 * cache,
+            few + 2 * cache,
         )
     ]
 
@@ -234,6 +249,36 @@ def test_rows_of_few_bits(monkeypatch, family_config):
         *[(DENSE, 0.0, "float16"), (DENSE_LOW_BIT, 0.0, "int4")],
         *[(LAROSA, 0.0, "int4"), (LAROSA, 0.5, "int4")],
     ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_rows_without_the_model_in_full(monkeypatch, family_config, weights):
+    monkeypatch.setitem(SHAPES, "tiny", lambda: family_config("llama", hidden_size=256, intermediate_size=512))
+    layout = Layout(quantization=random_quantization(weights))
+    result = measure_gpu_shape(
+        "tiny",
+        **{"device": torch.device("cuda"), "sparsities": (0.5, 0.0), "selection": Selection.THRESHOLD},
+        **{"layout": layout, "prompt_tokens": 5, "tokens": 40, "dense": False},
+    )
+    assert [(row.row, row.sparsity, row.dtype) for row in result.rows] == [
+        (DENSE_LOW_BIT, 0.0, weights),
+        *[("LaRoSA, thresholds", sparsity, weights) for sparsity in (0.5, 0.0)],
+    ]
+
+
+@pytest.mark.gpu
+def test_models_of_few_bits_never_take_what_the_model_in_full_does(monkeypatch, family_config):
+    monkeypatch.setattr(shapes, "_BLOCK", 101)
+    config = family_config("llama", hidden_size=256, intermediate_size=2048, num_hidden_layers=8)
+    layout, device = Layout(quantization=random_quantization(WeightFormat.INT8)), torch.device("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    dense = random_dense_model(config, torch.float16, device, layout)
+    engines = [Engine(dense, 8)]
+    for _, model in sparse_models(config, torch.float16, device, (0.5, 0.0), layout, like=dense):
+        engines.append(Engine(model, 8))
+    assert torch.cuda.max_memory_allocated() - before < weight_bytes(config, torch.float16)
 
 
 @pytest.mark.gpu

@@ -177,6 +177,8 @@ def test_generate_losslessly_on_a_gpu(cli, checkpoint):
         (("--shape", "gpt-5"), "unknown shape"),
         (("--shape", "tiny", "--device", "cuda:99"), "CUDA devices are visible"),
         (("--shape", "tiny", "--json", "nowhere/d.json"), "--json"),
+        (("--shape", "larosa-tiny", "--no-dense"), "--no-dense is for --shape with --weights int8 or int4"),
+        (("--shape", "larosa-tiny", "--no-dense", "--weights", "int8", "--device", "cpu"), "--no-dense is for a GPU"),
     ],
 )
 def test_bad_input(refused, options, message):

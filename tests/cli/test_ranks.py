@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import larosa
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA
 from larosa.cli import together
 from larosa.decoding import Sampling
 from larosa.runtime import LLM, Request
@@ -114,6 +115,25 @@ def test_a_server_that_loses_a_rank_ends(converted):
         ranks[1].kill()
         assert process.wait(60) == 1
         assert not psutil.wait_procs(ranks, timeout=60)[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (("--top-k-over", "own"), [DENSE, LAROSA]),
+        (("--weights", "int8", "--selection", "threshold"), [DENSE, DENSE_LOW_BIT, f"{LAROSA}, thresholds"]),
+        (("--weights", "int4", "--no-dense"), [DENSE_LOW_BIT, LAROSA]),
+    ],
+)
+def test_a_shape_on_two_gpus(tmp_path, options, rows):
+    shape = ("--shape", "llama-3.2-1b", "--layers", 2, "--vocab-size", 4096, "--sparsity", 0.5)
+    code, _, err = torchrun(2, "bench", "decode", *shape, *options, "--json", tmp_path / "d.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "d.json").read_text("utf-8"))["rows"]
+    assert [row["row"] for row in found] == rows
+    assert all("2 ranks" in row["shape"] and row["ms_per_token"] > 0 for row in found)
 
 
 @pytest.mark.gpu

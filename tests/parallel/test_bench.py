@@ -6,29 +6,36 @@ import pytest
 import torch
 
 from larosa import LarosaError
-from larosa.benchmarks.decode import measure_config
+from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA, measure_config
 from larosa.benchmarks.shapes import (
-    DEFAULT_LAYOUT,
     Layout,
-    check_ranks,
     random_model,
     random_quantization,
     random_sparse_model,
     set_sparsity,
-    sparsified_shards,
+    sparse_models,
 )
+from larosa.benchmarks.sizes import bytes_read
 from larosa.config import LarosaConfig, Selection
 from larosa.decoding import Engine
-from larosa.formats import WeightFormat
+from larosa.formats import AdapterFormat, WeightFormat
 from larosa.parallel import Over, Ranks, whole_config
 from larosa.sparsity.report import inspect_config
 
 SPARSITY = 0.4
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def config(family_config):
     return family_config("llama", attention_bias=False, mlp_bias=False)
+
+
+@pytest.fixture
+def few_bits(family_config):
+    """Whose outputs two ranks share in whole groups of 32."""
+    sizes = {"head_dim": 32, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return family_config("llama", attention_bias=False, mlp_bias=False, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +52,8 @@ def test_shards_of_every_sparsity_share_the_dense_ones_weights(config, on_ranks,
         engine.prefill(prompt)
         before = engine.step(token, position)
         limits = []
-        for sparsity, shard in sparsified_shards(dense, (0.2, SPARSITY), DEFAULT_LAYOUT, selection):
+        options = {"selection": selection, "ranks": ranks, "like": dense}
+        for sparsity, shard in sparse_models(config, torch.float32, CPU, (0.2, SPARSITY), **options):
             assert weights.items() <= {name: weight.data_ptr() for name, weight in shard.named_parameters()}.items()
             logits = shard(prompt, use_cache=False).logits
             block = LarosaConfig.parse(whole_config(shard).larosa)
@@ -71,13 +79,57 @@ def test_rows_of_a_shape(config, on_ranks, monkeypatch):
     two = on_ranks(2, lambda ranks: measure_config("tiny", config, (0.5,), **options, ranks=ranks))[0]
     for alone, half in zip(one.rows, two.rows, strict=True):
         assert (half.row, half.sparsity) == (alone.row, alone.sparsity)
-        assert half.bytes_per_token == pytest.approx(alone.bytes_per_token / 2, rel=0.01)
+        scores = 4 * 3 * (3 * 32 + 56) if half.row == LAROSA else 0  # which Top-K over all ranks reads whole on each
+        assert half.bytes_per_token == (alone.bytes_per_token + scores) / 2
 
 
-def test_what_is_not_made_in_shards_is_refused(on_ranks):
-    layout = Layout(quantization=random_quantization(WeightFormat.INT8))
-    with pytest.raises(LarosaError, match="on several ranks has no --weights of few bits"):
-        on_ranks(2, lambda ranks: check_ranks(ranks, layout))
+@pytest.mark.parametrize("weights", WeightFormat)
+@pytest.mark.parametrize("selection", Selection)
+@pytest.mark.one_of(2)
+def test_ranks_read_together_what_one_process_does(few_bits, on_ranks, weights, selection):
+    """But for what each has whole: scores of h1 and h3, scales of adapters."""
+    group = None if weights is WeightFormat.FULL else 32
+    layout = Layout(adapters=AdapterFormat.INT8, quantization=random_quantization(weights, group))
+    options = {"layout": layout, "selection": selection}
+
+    def run(ranks):
+        found = []
+        for sparsity, shard in sparse_models(few_bits, torch.float32, CPU, (0.0, 0.5), ranks=ranks, **options):
+            found.append(bytes_read(shard))
+            if sparsity == 0:
+                held = {name: weight.nbytes for name, weight in shard.named_parameters()}
+                beside = sum(size for name, size in held.items() if "norm" in name or "embed" in name)
+                assert found[0] == sum(held.values()) - beside
+        return found
+
+    parts = on_ranks(2, run, Over.OWN)
+    whole = [bytes_read(model) for _, model in sparse_models(few_bits, torch.float32, CPU, (0.0, 0.5), **options)]
+    layers, hidden = few_bits.num_hidden_layers, few_bits.hidden_size
+    twice = 4 * (2 * layers * hidden + (layers - 1) * hidden)
+    totals = [sum(of_rank) - twice for of_rank in zip(*parts, strict=True)]
+    # What a site keeps is known on average where it has a threshold, and in halves where it has a count.
+    assert totals == pytest.approx(whole, rel=1e-3)
+    assert totals[0] == whole[0]
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_rows_of_few_bits(few_bits, on_ranks, monkeypatch, weights):
+    monkeypatch.setattr("larosa.benchmarks.bandwidth._BYTES", 1 << 20)
+    layout = Layout(quantization=random_quantization(weights, 32))
+    options = {"dtype": torch.float32, "prompt_tokens": 4, "tokens": 4, "layout": layout}
+    rows = on_ranks(2, lambda ranks: measure_config("tiny", few_bits, (0.5,), **options, ranks=ranks))[0].rows
+    assert [(row.row, row.dtype) for row in rows[1:]] == [
+        (DENSE, "float32"),
+        (DENSE_LOW_BIT, weights),
+        (LAROSA, weights),
+    ]
+    assert rows[3].bytes_per_token < rows[2].bytes_per_token < rows[1].bytes_per_token
+
+
+def test_outputs_within_a_group_are_not_divided(config, on_ranks):
+    layout = Layout(quantization=random_quantization(WeightFormat.INT8, 32))
+    with pytest.raises(LarosaError, match="q_proj' has 16 outputs a rank, in groups of 32: start fewer ranks"):
+        on_ranks(2, lambda ranks: random_sparse_model(config, torch.float32, CPU, layout=layout, ranks=ranks))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,7 +14,7 @@ from larosa.ops.cuda import launch as cuda_launch
 from larosa.parallel import Over
 from tests.ops.gpu.conftest import compiled, emulator, selects_from_short_ones  # noqa: F401 - fixtures
 
-from .test_shard import saved  # noqa: F401 - a fixture
+from .test_shard import CONVERSIONS, saved  # noqa: F401 - a fixture
 
 TOKENS, PROMPT = 4, 3
 
@@ -36,10 +36,21 @@ def as_on_gpus(emulator, monkeypatch):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_on_gpus", "selects_from_short_ones")
-@pytest.mark.parametrize(("conversion", "over"), [("block, 8 bits", Over.ALL), ("layer", Over.OWN)])
+@pytest.mark.parametrize(
+    ("conversion", "over"),
+    [
+        ("block, 8 bits", Over.ALL),
+        ("block, 8 bits", Over.OWN),
+        ("layer", Over.OWN),
+        ("4 bits, layer, 8 bits", Over.ALL),
+        ("4 bits, layer, 8 bits", Over.OWN),
+        ("8 bits, thresholds", Over.ALL),
+    ],
+)
 def test_steps_are_the_shards_forward(saved, on_ranks, load_here, token_ids, conversion, over):  # noqa: F811
     """Whose logits are the whole model's: see `test_shard.py`."""
-    _, folder = saved("llama", conversion, head_dim=16, intermediate_size=128, num_hidden_layers=2)
+    sizes = {"head_dim": 32 if "weights" in CONVERSIONS[conversion] else 16, "intermediate_size": 128}
+    _, folder = saved("llama", conversion, num_hidden_layers=2, **sizes)
     tokens = token_ids(1, TOKENS, seed=3)
 
     def run(ranks):

@@ -25,6 +25,8 @@ CONVERSIONS = {
     "thresholds": {"rotation": "layer", "selection": "threshold"},
     "magnitude": {"score": "magnitude"},
     "4 bits": {"weights": "int4", "weight_group": 32},
+    "4 bits, layer, 8 bits": {"weights": "int4", "weight_group": 32, "rotation": "layer", "adapters": "int8"},
+    "8 bits, thresholds": {"weights": "int8", "weight_group": 32, "selection": "threshold"},
 }
 
 

@@ -17,18 +17,15 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
-    check_ranks,
-    check_room,
     random_dense_model,
     random_model,
-    rank_bytes,
     ranks_name,
     shape_config,
     shape_name,
     sparse_copies,
     sparse_models,
-    weight_bytes,
 )
+from larosa.benchmarks.sizes import bytes_read, check_room, rank_bytes, weight_bytes
 from larosa.config import LarosaConfig, Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
 from larosa.decoding.cache import cache_bytes
@@ -38,8 +35,8 @@ from larosa.decoding.sampling import Sampler
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError
 from larosa.formats import CacheFormat
-from larosa.parallel import Ranks, shard_of, whole_config
-from larosa.sparsity.report import inspect_config
+from larosa.parallel import Ranks, whole_config
+from larosa.sparsity.report import sparsity_of
 from larosa.utils.progress import advance
 
 TRANSFORMERS, DENSE, LAROSA = "transformers dense", "engine dense", "LaRoSA"
@@ -141,7 +138,6 @@ def measure_config(
     for sparsity in sparsities:
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
-    check_ranks(ranks, layout)
     check_batches(batches)
     low_bit = layout.quantization is not None
     copies = sparse_copies(sparsities) + low_bit
@@ -150,7 +146,7 @@ def measure_config(
     subjects = _Subjects(name, prompt_tokens, tokens, kv_cache_dtype, batches)
     subjects.add_dense(random_model(config, dtype, device, ranks=ranks))
     if low_bit:
-        subjects.add(DENSE_LOW_BIT, random_dense_model(config, dtype, device, layout))
+        subjects.add(DENSE_LOW_BIT, random_dense_model(config, dtype, device, layout, ranks))
     for _, model in sparse_models(config, dtype, device, sparsities, layout, selection, ranks):
         subjects.add(larosa_row(selection), model)
     return subjects.measure()
@@ -225,14 +221,12 @@ class _Subject:
     def __init__(
         self, name: str, model: Any, engine: StepEngine, cache: CacheFormat, prompt: torch.Tensor, tokens: int
     ) -> None:
-        report, shard = inspect_config(whole_config(model)), shard_of(model)
-        ranks = 1 if shard is None else shard.ranks.size
         self.name = name
         self.dtype, self.kv_cache_dtype = weights_name(model), str(cache.dtype).removeprefix("torch.")
-        self.sparsity = report.sparsity.nominal
+        self.sparsity = sparsity_of(whole_config(model)).nominal
         self.batch = len(prompt)
         kept = self.batch * cache_bytes(model.config, cache, prompt.shape[1] + tokens // 2)
-        self.bytes = (report.bytes_sparse_total + report.head_bytes) // ranks + kept
+        self.bytes = bytes_read(model) + kept
         self.seconds: list[float] = []
         self._engine = engine
         self._sampler = Sampler()

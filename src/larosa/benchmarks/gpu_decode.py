@@ -30,19 +30,14 @@ from larosa.benchmarks.results import Benchmark, DecodeRow, check_counts, per_to
 from larosa.benchmarks.shapes import (
     DEFAULT_LAYOUT,
     Layout,
-    check_ranks,
-    check_room,
     random_dense_model,
     random_model,
-    rank_bytes,
     ranks_name,
     shape_config,
     shape_name,
-    sparse_copies,
     sparse_models,
-    sparsified_shards,
-    weight_bytes,
 )
+from larosa.benchmarks.sizes import SMALLER_SHAPE, bytes_read, check_room, rank_bytes, weight_bytes
 from larosa.config import Selection, check_sparsity
 from larosa.decoding.cache import cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop, capture
@@ -52,7 +47,7 @@ from larosa.decoding.weights import DecoderWeights
 from larosa.formats import CacheDtype, CacheFormat, WeightFormat
 from larosa.ops.cuda.launch import early_launches
 from larosa.parallel import Ranks, whole_config
-from larosa.sparsity.report import inspect_config
+from larosa.sparsity.report import inspect_config, sparsity_of
 from larosa.utils.progress import advance, track
 
 COMPILED, TEAL, TINYGEMM = "compiled PyTorch", "TEAL's kernel in it", "int4 tinygemm in it"
@@ -95,6 +90,7 @@ def measure_gpu_shape(
     prompt_tokens: int = 128,
     tokens: int = 256,
     compiled: bool = True,
+    dense: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
@@ -115,6 +111,8 @@ def measure_gpu_shape(
         prompt_tokens: positions before the first measured token.
         tokens: measured for each row.
         compiled: without it, the rows of compiled PyTorch are left out, and speedups are over the engine dense.
+        dense: without it, the model in full is never made, and speedups are over the engine dense in few bits; compiled
+            PyTorch, which has it too, is left out. For a layout with few bits.
         kv_cache_dtype: how the engine keeps keys and values.
         batches: how many texts the engine continues at once, a row each.
         ranks: that run the model, of which this process is one; None where it is alone. Compiled PyTorch is alone.
@@ -134,6 +132,7 @@ def measure_gpu_shape(
         selection=selection,
         teal_sparsities=teal_sparsities,
         compiled=compiled,
+        dense=dense,
         kv_cache_dtype=kv_cache_dtype,
         batches=batches,
         ranks=ranks,
@@ -153,6 +152,7 @@ def measure_gpu_config(
     selection: Selection = Selection.TOP_K,
     teal_sparsities: tuple[float, ...] = (),
     compiled: bool = True,
+    dense: bool = True,
     kv_cache_dtype: CacheDtype = CacheDtype.AUTO,
     batches: tuple[int, ...] = (1,),
     ranks: Ranks | None = None,
@@ -161,20 +161,22 @@ def measure_gpu_config(
     for sparsity in (*sparsities, *teal_sparsities):
         check_sparsity(sparsity)
     check_counts(prompt_tokens, tokens)
-    check_ranks(ranks, layout)
     check_batches(batches)
-    compiled = compiled and ranks is None
+    compiled = compiled and dense and ranks is None
     teal_sparsities = teal_sparsities if compiled else ()
     rows = _Rows(name, config, device, dtype, prompt_tokens, tokens, kv_cache_dtype, batches, ranks)
-    sparse = weight_bytes(config, dtype, layout)
     form = layout.quantization
     low_bit = form is not None
+    assert dense or low_bit, "speedups are over one of them"
     int4 = compiled and form is not None and form.weights is WeightFormat.INT4
     gemlite = int4 and has_gemlite()
-    # Ranks' models of all sparsities are one, the dense one too.
-    weights = weight_bytes(config, dtype) + (sparse_copies(sparsities) + low_bit) * sparse if ranks is None else sparse
-    decoders, engines = compiled + int4 + gemlite + len(teal_sparsities), 1 + low_bit + len(sparsities)
-    check_room(rows.bytes_needed(decoders, engines) + rank_bytes(config, weights, dtype, ranks), device)
+    # The models of all sparsities share the weights of the dense one that is stored alike.
+    held = [weight_bytes(config, dtype, layout if low_bit or sparsities else None)]
+    held += [weight_bytes(config, dtype)] if dense and low_bit else []
+    decoders, engines = compiled + int4 + gemlite + len(teal_sparsities), dense + low_bit + len(sparsities)
+    weights = sum(rank_bytes(config, whole, dtype, ranks) for whole in held)
+    mend = f"{SMALLER_SHAPE}, or --no-dense" if dense and low_bit else SMALLER_SHAPE
+    check_room(rows.bytes_needed(decoders, engines) + weights, device, mend)
     with torch.cuda.device(device):  # streams and events are the current device's
         if compiled:
             rows.add_compiled()
@@ -184,16 +186,13 @@ def measure_gpu_config(
             rows.add_int4(TINYGEMM, int4_products, GROUP)
         if gemlite:
             rows.add_int4(GEMLITE, gemlite_products, GEMLITE_GROUP)
-        dense = random_model(config, dtype, device, ranks=ranks)
-        rows.add_engines(DENSE, dense, rows.engines(dense))
+        if dense:
+            alike = random_model(config, dtype, device, ranks=ranks)
+            rows.add_engines(DENSE, alike, rows.engines(alike))
         if low_bit:
-            narrow = random_dense_model(config, dtype, device, layout)
-            rows.add_engines(DENSE_LOW_BIT, narrow, rows.engines(narrow))
-        if ranks is None:
-            models = sparse_models(config, dtype, device, sparsities, layout, selection)
-        else:
-            models = sparsified_shards(dense, sparsities, layout, selection)
-        for _, model in models:
+            alike = random_dense_model(config, dtype, device, layout, ranks)
+            rows.add_engines(DENSE_LOW_BIT, alike, rows.engines(alike))
+        for _, model in sparse_models(config, dtype, device, sparsities, layout, selection, ranks, alike):
             rows.add_engines(larosa_row(selection), model, rows.engines(model))
         return rows.measure()
 
@@ -426,9 +425,8 @@ class _Rows:
 
     def add_engines(self, name: str, model: Any, engines: list[Engine]) -> None:
         """The engine with each batch, from prompts of random tokens on."""
-        report = inspect_config(whole_config(model))
-        weights = (report.bytes_sparse_total + report.head_bytes) // self._ranks
-        row = name, report.sparsity.nominal, weights_name(model), self._engine_cache, weights
+        sparsity = sparsity_of(whole_config(model)).nominal
+        row = name, sparsity, weights_name(model), self._engine_cache, bytes_read(model)
         for batch, engine in zip(self._batches, engines, strict=True):
             generator = torch.Generator().manual_seed(0)
             prompts = torch.randint(model.config.vocab_size, (batch, self._prompt_tokens), generator=generator)

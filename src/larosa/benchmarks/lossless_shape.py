@@ -24,15 +24,14 @@ from larosa.benchmarks.machine import machine
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import (
     Layout,
-    check_room,
     random_model,
     random_quantization,
     shape_config,
     shape_name,
     sparse_copies,
     sparse_models,
-    weight_bytes,
 )
+from larosa.benchmarks.sizes import check_room, weight_bytes
 from larosa.config import Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.cache import cache_bytes

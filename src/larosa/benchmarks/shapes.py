@@ -36,13 +36,19 @@ from larosa.config import (
 from larosa.data.bundled import bundled_model
 from larosa.errors import LarosaError
 from larosa.formats import Adapter, AdapterFormat, Quantization, Quantizer, WeightFormat
-from larosa.models import Int8Adapter, QuantizedLinear, family_of, selectors, set_adapter, set_keep_counts
+from larosa.models import (
+    Int8Adapter,
+    QuantizedLinear,
+    empty_model,
+    family_of,
+    selectors,
+    set_adapter,
+    set_keep_counts,
+)
 from larosa.parallel import Over, Ranks, empty_shard, shard_of, whole_config
-from larosa.parallel.shard import cut_adapters, share_selection, tie_head
+from larosa.parallel.shard import adapter_parts, tie_head
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.prices import no_thresholds
-from larosa.sparsity.sites import column_bytes
-from larosa.utils.memory import available_memory, release_memory
 from larosa.version import __version__
 
 
@@ -169,60 +175,6 @@ def random_quantization(weights: WeightFormat, group: int | None = None) -> Quan
     return Quantization.complete(weights, None, group, Quantizer.RTN if few else None)
 
 
-def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) -> int:
-    """What the weights of a model of this configuration take, which is sparsified if it has adapters."""
-    sizes, item = SiteSizes.of(config), dtype.itemsize
-    table = sizes.vocabulary * sizes.hidden * item
-    if layout is None:
-        return sizes.linear_weights * item + (1 if config.tie_word_embeddings else 2) * table
-    form = layout.quantization
-    linears = sizes.linear_bytes(None if form is None else form.linear_format, item)
-    head = sizes.hidden * column_bytes((sizes.vocabulary,), None if form is None else form.head_format, item)
-    return (
-        table
-        + linears
-        + head
-        + sizes.adapter_bytes(Rotation.LAYER, layout.layers_per_rotation, layout.stored(dtype), item)
-    )
-
-
-def check_ranks(ranks: Ranks | None, layout: Layout) -> None:
-    """Refuse random models that are not made in shards.
-
-    Raises:
-        LarosaError: with weights of few bits.
-    """
-    if ranks is not None and layout.quantization is not None:
-        raise LarosaError("--shape on several ranks has no --weights of few bits: leave it out, or give checkpoints")
-
-
-def rank_bytes(config: Any, whole: int, dtype: torch.dtype, ranks: Ranks | None) -> int:
-    """What a rank has of weights that take so many bytes: its part of all but the embedding."""
-    if ranks is None:
-        return whole
-    table = config.vocab_size * config.hidden_size * dtype.itemsize
-    return table + (whole - table) // ranks.size
-
-
-def check_room(needed: int, device: torch.device, mend: str = "take fewer --layers or a smaller shape") -> None:
-    """Refuse models that do not fit.
-
-    Args:
-        needed: bytes of all that will be held at once.
-        mend: what the message asks for.
-
-    Raises:
-        LarosaError: there is less memory; the message says how much is needed.
-    """
-    release_memory(device)
-    free = available_memory(device)
-    # A tenth more: a matrix is held twice for a moment while it is laid out by columns, and activations take some.
-    if 1.1 * needed > free:
-        raise LarosaError(
-            f"the models need {1.1 * needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: {mend}"
-        )
-
-
 def random_model(
     config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0, ranks: Ranks | None = None
 ) -> Any:
@@ -250,27 +202,22 @@ def random_sparse_model(
     layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     rotation: Rotation = Rotation.LAYER,
+    ranks: Ranks | None = None,
+    like: Any = None,
 ) -> Any:
-    """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything."""
-    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+    """The same as LaRoSA converts it: adapters between rotations, a score at each site. Keeps everything.
+
+    Args:
+        like: a model of the same configuration, or a rank's shard of one, whose weights it takes for its own.
+    """
     block = _block(config, dtype, layout, selection, rotation)
-    with no_init_weights(), device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        family_of(find_architecture(config.model_type)).adopt(model, block)
-    _fill(model, seed)
-    return model.eval().requires_grad_(False)
-
-
-def sparsify_shard(model: Any, layout: Layout, selection: Selection, seed: int = 0) -> None:
-    """Make `random_sparse_model` of a rank's shard of a random dense model in place, whose weights stay as they are."""
-    shard = shard_of(model)
-    assert shard is not None, "it is one rank's"
-    dense = {id(weight) for weight in model.parameters()}
-    shard.adopt(model, _block(shard.whole, model.dtype, layout, selection, Rotation.LAYER))
-    share_selection(model)
-    _fill(model, seed, dense)
-    cut_adapters(model)
-    model.requires_grad_(False)
+    own = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    own |= {"tie_word_embeddings": False, "larosa": block.model_dump(mode="json")}
+    config = family_of(find_architecture(config.model_type)).config_class.from_dict(own)
+    shared = {} if like is None else dict(like.named_parameters())
+    model = empty_model(config, dtype, device, shared) if ranks is None else empty_shard(config, dtype, ranks, shared)
+    _fill(model, seed, {id(weight) for weight in shared.values()})
+    return model
 
 
 def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection, rotation: Rotation) -> LarosaConfig:
@@ -292,10 +239,12 @@ def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection
     )
 
 
-def random_dense_model(config: Any, dtype: torch.dtype, device: torch.device, layout: Layout) -> Any:
+def random_dense_model(
+    config: Any, dtype: torch.dtype, device: torch.device, layout: Layout, ranks: Ranks | None = None
+) -> Any:
     """The dense model with linears and head stored as a layout says, without adapters."""
     alike = replace(layout, layers_per_rotation=1)
-    return random_sparse_model(config, dtype, device, layout=alike, rotation=Rotation.NONE)
+    return random_sparse_model(config, dtype, device, layout=alike, rotation=Rotation.NONE, ranks=ranks)
 
 
 def sparse_copies(sparsities: tuple[float, ...]) -> int:
@@ -311,41 +260,29 @@ def sparse_models(
     layout: Layout = DEFAULT_LAYOUT,
     selection: Selection = Selection.TOP_K,
     ranks: Ranks | None = None,
+    like: Any = None,
 ) -> Iterator[tuple[float, Any]]:
     """`random_sparse_model` at one sparsity after the other, each to be made an engine of before the next is asked for.
 
     They share their weights, which these engines lay out by columns; but where nothing is skipped the CPU's engine
     reads by rows, so that 0 has a model of its own.
+
+    Args:
+        like: a model that all share their weights with, for a GPU: its engines read all weights by columns.
     """
 
     def make() -> Any:
-        if ranks is None:
-            return random_sparse_model(config, dtype, device, layout=layout, selection=selection)
-        shard = random_model(config, dtype, device, ranks=ranks)
-        sparsify_shard(shard, layout, selection)
-        return shard
+        options: dict[str, Any] = {"layout": layout, "selection": selection, "ranks": ranks, "like": like}
+        return random_sparse_model(config, dtype, device, **options)
 
-    if 0.0 in sparsities:
-        whole = make()
-    if any(sparsities):
-        shared = make()
+    made: dict[bool, Any] = {}
     for sparsity in sparsities:
-        if sparsity > 0:
-            set_sparsity(shared, sparsity)
-        yield sparsity, shared if sparsity > 0 else whole
-
-
-def sparsified_shards(
-    dense: Any, sparsities: tuple[float, ...], layout: Layout, selection: Selection
-) -> Iterator[tuple[float, Any]]:
-    """`sparse_models` of a rank of GPUs: all of them are its shard of the dense model, whose engine is there already.
-
-    A GPU's engines read all weights by columns, so that one copy does for every sparsity.
-    """
-    sparsify_shard(dense, layout, selection)
-    for sparsity in sparsities:
-        set_sparsity(dense, sparsity)
-        yield sparsity, dense
+        skips = like is not None or sparsity > 0
+        if skips not in made:
+            made[skips] = make()
+        if skips:
+            set_sparsity(made[skips], sparsity)
+        yield sparsity, made[skips]
 
 
 def set_sparsity(model: Any, sparsity: float) -> None:
@@ -409,6 +346,7 @@ def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
     block = torch.randn(_BLOCK, generator=generator)
     adapters = [module for module in model.modules() if isinstance(module, Int8Adapter)]
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    quantized = [linear for linear in quantized if id(linear.codes) not in others]
     filled = {id(parameter) for adapter in adapters for parameter in adapter.parameters()}
     filled |= {id(parameter) for linear in quantized for parameter in (linear.codes, linear.scales)}
     filled |= set(others)
@@ -422,7 +360,10 @@ def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
         length = float(whole.double().square().mean().sqrt())
         _repeat((1 + 0.1 * block) / (length * math.sqrt(linear.in_features)), linear.scales)
     if adapters:
-        one = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed)
+        one, shard = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed), shard_of(model)
+        if shard is not None:
+            parts = adapter_parts(adapters[0], shard.ranks)
+            one = replace(one, weight=torch.cat([one.weight[part] for part in parts], dim=1))
         for adapter in adapters:
             set_adapter(adapter, one)
 

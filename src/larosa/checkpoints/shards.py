@@ -160,21 +160,11 @@ def shard_pieces(model: Any, architecture: Architecture, shard: Shard) -> dict[s
                         found[f"{name}.selector.score"] = [(inputs,)]
                 else:
                     total = shard.whole.intermediate_size if site == "h3" else linear.out_features * ranks.size
-                    _check_groups(name, linear, ranks.most(total))
                     found |= _rows(name, linear, ranks.part(total))
         for adapter in adapters_of(layer).values():
             found[f"{names[id(adapter)]}.weight"] = list(adapter_parts(adapter, ranks))
     head = architecture.head(model)
     return found | _rows(names[id(head)], head, shard.vocabulary)
-
-
-def _check_groups(name: str, linear: Any, outputs: int) -> None:
-    """Refuse to divide outputs of few bits within a group."""
-    if isinstance(linear, QuantizedLinear) and outputs % linear.format.group:
-        raise LarosaError(
-            f"'{name}' has {outputs} outputs a rank, in groups of {linear.format.group}: start fewer ranks, or "
-            "convert with a smaller --weight-group"
-        )
 
 
 def _columns(name: str, linear: Any, inputs: slice) -> dict[str, Pieces]:

@@ -78,6 +78,12 @@ def decode(
     compiled: Annotated[
         bool, typer.Option(help="On a GPU, measure compiled PyTorch too, whose compilation takes minutes.")
     ] = True,
+    dense: Annotated[
+        bool,
+        typer.Option(
+            help="On a GPU, with --weights int8 or int4: measure the model in full beside; without, it need not fit."
+        ),
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; PyTorch's own choice by default.")] = None,
     device: options.Device = "auto",
     top_k_over: options.TopKOver = None,
@@ -111,6 +117,8 @@ def decode(
         raise LarosaError("--acceptance is what --shape --lossless needs, whose random weights guess nothing")
     if draft is not None and not lossless:
         raise LarosaError(DRAFT_ALONE)
+    if not dense and layout.quantization is None:
+        raise LarosaError("--no-dense is for --shape with --weights int8 or int4: leave it out")
     ranks = ranks_of(device, top_k_over)
     where = find_device(device) if ranks is None else ranks.device
     batches = options.numbers("--batch", batch, int, "numbers of texts separated by commas, 1,2,4,8")
@@ -147,12 +155,14 @@ def decode(
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":
-        settings["compiled"] = compiled
+        settings |= {"compiled": compiled, "dense": dense}
         if layout.quantization is not None:  # compiling TEAL's kernel takes minutes, and it has 16 bits
             settings["teal_sparsities"] = ()
         bench_gpu.show_decode(measure_gpu_shape(shape, device=where, **settings), json)
-    else:
+    elif dense:
         _show(measure_shape(shape, **settings), json)
+    else:
+        raise LarosaError("--no-dense is for a GPU: on the CPU speedups are over the model in full")
 
 
 def _show(result: DecodeBenchmark, json: Path | None) -> None:

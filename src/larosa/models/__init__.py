@@ -1,5 +1,6 @@
 """Sparsified model classes, one set a family, registered with transformers' Auto classes on import."""
 
+from larosa.models.empty import empty_model, model_without_memory, take_memory
 from larosa.models.families import Family, family_of, note_tie, register_families
 from larosa.models.modules import (
     Int8Adapter,
@@ -32,7 +33,9 @@ __all__ = [
     "TopK",
     "adapter_storage",
     "column_norms",
+    "empty_model",
     "family_of",
+    "model_without_memory",
     "note_tie",
     "quantize_head",
     "quantize_layer",
@@ -43,6 +46,7 @@ __all__ = [
     "set_scores",
     "set_thresholds",
     "sparsify_layers",
+    "take_memory",
     "thresholds_of",
 ]
 

@@ -8,23 +8,34 @@ stream is summed over the ranks, so that the stream is the same on all of them, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from larosa.architectures import Architecture, Heads, find_architecture
 from larosa.config import KeepCounts, LarosaConfig
 from larosa.errors import LarosaError
-from larosa.models import Int8Adapter, QuantizedLinear, TopK, adapter_storage, family_of, set_keep_counts
+from larosa.models import (
+    Int8Adapter,
+    QuantizedLinear,
+    TopK,
+    adapter_storage,
+    model_without_memory,
+    set_keep_counts,
+    take_memory,
+)
 from larosa.ops import keep_top_k
 from larosa.parallel.ranks import Over, Ranks
 from larosa.sparsity import SiteSizes
 
 #: Sites of which each rank has a part.
 SHARDED = ("h2", "h4")
+#: Sites whose linears give each rank a part of their outputs.
+OWN_OUTPUTS = ("h1", "h3")
 
 #: A rank's inputs of an adapter begin at whole pieces of 16 bytes of the residual stream.
 _ADAPTER_STEP = 4
@@ -65,14 +76,6 @@ class Shard:
         width = SiteSizes.of(self.whole).width
         return keep.model_copy(update={s: [self.ranks.share(k, width[s]) for k in keep[s]] for s in SHARDED})
 
-    def adopt(self, model: Any, block: LarosaConfig) -> None:
-        """Turn this rank's shard of a dense model into one of a sparsified model, in place; see `Family.adopt`."""
-        own = LarosaConfig.parse(self.own_block(block.model_dump(mode="json")))
-        family_of(find_architecture(model.config.model_type)).adopt(model, own)
-        self.whole.__class__ = type(model.config)
-        self.whole.tie_word_embeddings = model.config.tie_word_embeddings
-        self.whole.larosa = block.model_dump(mode="json")
-
     def set_limits(self, model: Any, block: LarosaConfig) -> None:
         """Describe the whole model by settings with other limits, and let the shard keep as many entries as they say.
 
@@ -109,7 +112,9 @@ class TopKOfAll(TopK):
         return keep_top_k(self.ranks.gather(x, self.width), self.k, self.score)[..., self.ranks.part(self.width)]
 
 
-def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
+def empty_shard(
+    config: Any, dtype: torch.dtype, ranks: Ranks, shared: Mapping[str, nn.Parameter] = MappingProxyType({})
+) -> Any:
     """One rank's shard of a dense or converted model, its weights uninitialised, on the rank's device.
 
     Nothing is allocated that is not the rank's. Once it has been filled, `tie_head` is to follow where the model's head
@@ -117,6 +122,7 @@ def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
 
     Args:
         config: of the whole model.
+        shared: weights of another shard of this rank; see `larosa.models.take_memory`.
 
     Raises:
         LarosaError: so many ranks cannot share the model.
@@ -124,22 +130,20 @@ def empty_shard(config: Any, dtype: torch.dtype, ranks: Ranks) -> Any:
     whole = copy.deepcopy(config)
     whole.dtype = dtype
     shard = Shard(ranks, whole)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_own_config(shard), dtype=dtype)
+    model = model_without_memory(_own_config(shard), dtype)
     architecture = find_architecture(config.model_type)
     model.larosa_shard = shard
+    _check_groups(model, architecture, shard)
     _cut_head(model, architecture, shard)
     share_selection(model)
     cut_adapters(model)
-    model.to_empty(device=ranks.device)
-    with ranks.device:  # its tables are no weights, and are computed where they lie
-        model.model.rotary_emb = type(architecture.rotary(model))(model.config)
+    take_memory(model, ranks.device, shared)
     for layer in architecture.layers(model):
         for site in SHARDED:
             (linear,) = architecture.linears(layer, site)
             linear.register_forward_hook(_summed(ranks))
     architecture.head(model).register_forward_hook(lambda _module, _inputs, own: shard.logits(own))
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _own_config(shard: Shard) -> Any:
@@ -160,6 +164,20 @@ def _own_config(shard: Shard) -> Any:
     if getattr(config, "larosa", None) is not None:
         config.larosa = shard.own_block(config.larosa)
     return config
+
+
+def _check_groups(model: Any, architecture: Architecture, shard: Shard) -> None:
+    """Refuse to divide outputs of few bits within a group."""
+    ranks, names = shard.ranks, {id(module): name for name, module in model.named_modules()}
+    for layer in architecture.layers(model):
+        for site in OWN_OUTPUTS:
+            for linear in architecture.linears(layer, site):
+                outputs = ranks.most(shard.whole.intermediate_size) if site == "h3" else linear.out_features
+                if isinstance(linear, QuantizedLinear) and outputs % linear.format.group:
+                    raise LarosaError(
+                        f"'{names[id(linear)]}' has {outputs} outputs a rank, in groups of {linear.format.group}: "
+                        "start fewer ranks, or have smaller groups by --weight-group"
+                    )
 
 
 def _cut_head(model: Any, architecture: Architecture, shard: Shard) -> None:
