@@ -187,6 +187,12 @@ class TestConfig:
         assert torch.equal(model(token_ids(1, 5)).logits, expected)
         larosa.generate(model, tokenizer, "w5 w6", max_new_tokens=2)
 
+    def test_a_fault_shows_after_the_same_folder_was_sound_and_again(self, folder):
+        larosa.load(str(folder))
+        edit(folder, hidden_act="unheard-of")
+        for _ in range(2):
+            refused(folder, "unheard-of")
+
     def test_a_configuration_is_checked_without_weights(self, folder):
         (folder / "model.safetensors").unlink()
         edit(folder, layer_types=["full_attention"])

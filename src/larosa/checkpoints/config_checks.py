@@ -23,6 +23,9 @@ _MOST, _MOST_LAYERS = 2**31 - 1, 10_000
 #: What makes a model answer in another form than larosa reads, whatever else it says.
 _FORM = {"return_dict": True, "output_attentions": False, "output_hidden_states": False, "use_cache": True}
 _PROBE_TOKENS = 2
+#: What has been run dry: one command loads the same configuration several times, and shapes alone take seconds of
+#: a model of many layers.
+_ran_dry: set[tuple[type[Any], str]] = set()
 
 
 def check_counts(path: str, content: dict[str, Any]) -> None:
@@ -83,14 +86,20 @@ def check_config(path: str, config: Any) -> None:
 def dry_run(model_class: type[Any], config: Any) -> None:
     """Run a model of this configuration without weights, on shapes alone: what fails here fails for every prompt.
 
+    Once in a process, for each class and content of the configuration.
+
     Raises:
         Exception: of any type, as the model raises it.
     """
+    run = model_class, repr({key: value for key, value in vars(config).items() if key != "_name_or_path"})
+    if run in _ran_dry:
+        return
     with torch.device("meta"):
         model = model_class(config).eval()
     # An operation that needs numbers is not implemented for shapes alone: then they do not tell.
     with suppress(NotImplementedError):
         model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta"))
+    _ran_dry.add(run)
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:
