@@ -37,6 +37,7 @@ def test_an_interrupt_before_the_command_has_begun(monkeypatch, capsys):
     assert capsys.readouterr().err == "Aborted.\n"
 
 
+@pytest.mark.slow
 def test_an_interrupt_when_all_is_done():
     """While the interpreter exits, where PyTorch still takes things down."""
     late = "import atexit, os, signal; atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); "

@@ -27,6 +27,7 @@ def converting(run, models, tmp_path_factory):
     return folder, run("convert", models["dense"], folder, "--num-sequences", "2", "--sequence-length", "32")
 
 
+@pytest.mark.slow
 def test_convert_warns_of_nothing(converting):
     assert converting[1] == ""
 

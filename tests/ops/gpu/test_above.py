@@ -157,6 +157,7 @@ def test_a_count_of_more_than_there_is_room_for(target):
 
 @settings(max_examples=examples(8))
 @given(products(), st.floats(0, 1))
+@pytest.mark.slow_in_triton
 def test_products_of_what_is_above(target, problem, share):
     x, gain, score, _, weights, biases, residual = problem
     x, residual = entries("tied", 1, x.shape[1], seed=x.shape[1]), None if residual is None else residual[:1]

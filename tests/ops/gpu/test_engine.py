@@ -83,6 +83,7 @@ def test_large_layers(target, engine, make_model, quick_convert, token_ids, opti
     ],
 )
 @pytest.mark.one_of(2)
+@pytest.mark.slow_in_triton
 def test_steps_are_the_models_forward(target, engine, make_model, quick_convert, token_ids, family, sparsity, dtype):
     model = make_model(family, head_dim=16, num_hidden_layers=2)
     if sparsity:

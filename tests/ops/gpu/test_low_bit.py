@@ -113,6 +113,7 @@ def problems(draw):
 
 @settings(max_examples=examples(40))
 @given(problems())
+@pytest.mark.slow_in_triton
 def test_any_size(target, problem):
     problem.check(target("low_bit_linear", *problem.arguments()))
 

@@ -67,7 +67,21 @@ def test_an_adapter_along(target, rows, dtype, outputs, width, depth, scaled):
 
 @pytest.mark.usefixtures("selects_from_short_ones")
 @pytest.mark.parametrize("outputs", [200, 192])
-def test_sites_that_select(target, outputs):
+@pytest.mark.parametrize(
+    ("name", "added"),
+    [
+        ("rms_norm_top_k_linear", "residual"),
+        ("rms_norm_top_k_swiglu", None),
+        ("top_k_linear", "residual"),
+        ("top_k_linear", "adapter"),
+        ("top_k_linear", "adapter and board"),
+        ("rms_norm_above_linear", "residual"),
+        ("rms_norm_above_swiglu", None),
+        ("above_linear", "residual"),
+        ("above_linear", "adapter"),
+    ],
+)
+def test_sites_that_select(target, name, added, outputs):
     rows, width = 3, 600
     x, along = entries("tied", rows, width, seed=rows), entries("normal", rows, 90, seed=7)
     weight, score = (
@@ -75,23 +89,17 @@ def test_sites_that_select(target, outputs):
         entries("normal", width, seed=1).abs(),
     )
     adapter = column_major(entries("normal", outputs, 90, seed=2).half())
-    gain, residual = entries("normal", width, seed=3), entries("normal", rows, outputs, seed=4)
-    one, two = ([weight], [None]), ([weight] * 2, [None] * 2)
     board = torch.zeros(1, dtype=torch.int64)
-    calls = [
-        ("top_k_linear", (300, score, *one), residual),
-        ("top_k_linear", (300, score, *one), along, adapter),
-        ("top_k_linear", (300, score, *one), along, adapter, None, board),
-        ("rms_norm_top_k_linear", (gain, 1e-5, 300, score, *one), residual),
-        ("rms_norm_top_k_swiglu", (gain, 1e-5, 300, score, *two)),
-        ("above_linear", (0.9, score, *one), residual),
-        ("above_linear", (0.9, score, *one), along, adapter),
-        ("rms_norm_above_linear", (gain, 1e-5, 0.9, score, *one), residual),
-        ("rms_norm_above_swiglu", (gain, 1e-5, 0.9, score, *two)),
-    ]
-    for name, rest, *added in calls:
-        result = target(name, x, *rest, *added)
-        assert torch.equal(result, alone(target, name, x, rest, *added)), name
+    more = {
+        None: (),
+        "residual": (entries("normal", rows, outputs, seed=4),),
+        "adapter": (along, adapter),
+        "adapter and board": (along, adapter, None, board),
+    }[added]
+    matrices = ([weight] * 2, [None] * 2) if name.endswith("swiglu") else ([weight], [None])
+    norm = (entries("normal", width, seed=3), 1e-5) if name.startswith("rms_norm") else ()
+    rest = (*norm, 300 if "top_k" in name else 0.9, score, *matrices)
+    assert torch.equal(target(name, x, *rest, *more), alone(target, name, x, rest, *more))
     assert board.item() == 0
 
 
