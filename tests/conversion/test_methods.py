@@ -25,7 +25,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 OPTIONS = {
     "topk": {"sparsity": 0.5},
     "teal": {"sparsity": 0.5},
-    "teal-greedy": {"sparsity": 0.5, "search": "greedy"},
+    "teal-greedy": {"sparsity": 0.2, "search": "greedy"},  # whose search takes steps in proportion
     "cats": {"sparsity": 0.3},
 }
 

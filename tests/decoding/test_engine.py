@@ -30,7 +30,7 @@ CONVERSIONS = {
     "magnitude": {"score": "magnitude"},
     "topk": {"method": "topk"},
     "teal": {"method": "teal"},
-    "teal-greedy": {"method": "teal", "search": "greedy"},
+    "teal-greedy": {"method": "teal", "search": "greedy", "sparsity": 0.25},
 }
 LENGTH, PROMPT = 40, 11  # the windows of the tiny models are 8
 

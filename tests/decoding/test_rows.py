@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ CONVERSIONS = {
 LENGTH = 40  # the windows of the tiny models are 8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(make_model, quick_convert):
+    @cache
     def build(family, conversion, dtype=torch.float32):
         model, options = make_model(family, dtype), CONVERSIONS[conversion]
         return DecoderWeights(model if options is None else quick_convert(model, **options))

@@ -107,7 +107,7 @@ def by_hand(model, tokenizer, items, normalised):
     return tuple(scores)
 
 
-@pytest.mark.parametrize("task", PAPER_TASKS)
+@pytest.mark.parametrize("task", [*ZERO_SHOT_TASKS, pytest.param("mmlu", marks=pytest.mark.slow)])  # long prompts
 def test_scores_equal_a_computation_by_hand(task, dense, bpe, example, measured):
     names = [f"mmlu_{subject}" for subject in SUBJECTS] if task == "mmlu" else [task]
     items = [item for name in names for item in example.requests[name]]

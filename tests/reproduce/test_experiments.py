@@ -28,7 +28,7 @@ from larosa.reproduce.calibration_sets import samples
 from larosa.reproduce.context import Context, best_point
 from larosa.reproduce.experiment import NOT_REACHABLE
 from larosa.reproduce.variants import CATS, LAROSA, TEAL, TOPK, TOPK_GS
-from larosa.sparsity import keep_counts
+from larosa.sparsity import keep_counts, search
 
 
 def rows(results, name=None):
@@ -188,8 +188,11 @@ def test_table10_finds_the_lowest_points_of_the_grid(shared_context, few_points)
     assert [chosen["all 1"][f"alpha {site}"] for site in SITES] == [1, 1, 1, 1]
 
 
-def test_searched_coefficients_are_those_of_algorithm_1(shared_context, dense, settings):
+@pytest.mark.parametrize("grid", [(0.8, 0.95, 1.1), pytest.param(search.GRID, marks=pytest.mark.slow)], ids=len)
+def test_searched_coefficients_are_those_of_algorithm_1(shared_context, dense, settings, monkeypatch, grid):
     """The same point as `larosa convert --search grid`, which scores on all calibration sequences."""
+    monkeypatch.setattr(search, "GRID", grid)
+    monkeypatch.setattr(context_module, "GRID", grid)
     context = Context(str(dense), settings(search_sequences=4), shared_context._cache._folder)
     model, tokenizer = larosa.load(str(dense), device="cpu")
     larosa.convert(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from larosa.architectures import find_architecture
 from larosa.errors import LarosaError
@@ -107,7 +108,7 @@ class _Module:
 @lru_cache(maxsize=4)
 def _expected(model_class: Any, config: str) -> dict[str, _Module]:
     """The modules that a class makes of a configuration."""
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         model = model_class(model_class.config_class.from_dict(json.loads(config)))
     return {name: _Module(module) for name, module in model.named_modules(remove_duplicate=False)}
 
