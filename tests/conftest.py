@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import pytest
@@ -17,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures, but not where tests are only handed out to others (`-n`): transformers takes seconds."""
     if not getattr(config.option, "numprocesses", None):
         config.pluginmanager.import_plugin("tests.fixtures")
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave out what has been imported, which takes it 0.2 s a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -352,7 +352,8 @@ def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
     filled |= set(others)
     for weight in model.parameters():
         if id(weight) not in filled:
-            _repeat(block / math.sqrt(weight.shape[1]) if weight.dim() > 1 else 1 + 0.1 * block, weight)
+            part = block[: weight.numel()]
+            _repeat(part / math.sqrt(weight.shape[1]) if weight.dim() > 1 else 1 + 0.1 * part, weight)
     for linear in quantized:
         form = linear.format
         whole = torch.randint(form.lowest, form.highest + 1, (1, 2 * _BLOCK), generator=generator)
