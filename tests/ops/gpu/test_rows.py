@@ -104,7 +104,8 @@ def test_sites_that_select(target, name, added, outputs):
 
 
 @pytest.mark.parametrize(("rows", "codes"), [(3, torch.uint8), (7, torch.int8)])
-def test_weights_of_few_bits(target, rows, codes):
+@pytest.mark.parametrize("call", ["count", "threshold", "everything", "linear", "linear with an adapter"])
+def test_weights_of_few_bits(target, rows, codes, call):
     depth, outputs, pair = 300, [256, 64], 2 if codes is torch.uint8 else 1
     info = torch.iinfo(codes)
     stored = [torch.randint(info.min, info.max + 1, (depth, n // pair), generator=seeded(n)).to(codes) for n in outputs]
@@ -113,16 +114,13 @@ def test_weights_of_few_bits(target, rows, codes):
     x, residual = entries("normal", rows, depth, seed=0), entries("normal", rows, 320, seed=1)
     adapter = entries("normal", rows, 40, seed=2), column_major(entries("normal", 320, 40, seed=3))
     gain, score = entries("normal", depth, seed=4), entries("normal", depth, seed=6).abs()
-    for rest, *added in (
-        [(None, *weights), residual],
-        [(None, *weights), adapter[0], None, adapter[1]],
-    ):
-        result = target("low_bit_linear", x, *rest, *added)
-        assert torch.equal(result, alone(target, "low_bit_linear", x, rest, *added))
-    for kept in ((score, 100, None), (score, None, 0.8), (None, None, None)):
-        rest = (gain, 1e-5, *kept, False, *weights)
-        result = target("low_bit_site", x, *rest, residual)
-        assert torch.equal(result, alone(target, "low_bit_site", x, rest, residual)), kept
+    if call.startswith("linear"):
+        name, rest = "low_bit_linear", (None, *weights)
+    else:
+        kept = {"count": (score, 100, None), "threshold": (score, None, 0.8), "everything": (None, None, None)}[call]
+        name, rest = "low_bit_site", (gain, 1e-5, *kept, False, *weights)
+    added = (adapter[0], None, adapter[1]) if call == "linear with an adapter" else (residual,)
+    assert torch.equal(target(name, x, *rest, *added), alone(target, name, x, rest, *added))
 
 
 def test_counted_lists(target):
