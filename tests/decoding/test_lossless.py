@@ -14,11 +14,12 @@ from larosa.config import PerSite
 from larosa.decoding import Engine
 from larosa.decoding.drafting import Lookup
 from larosa.decoding.loop import continue_prompt
-from larosa.decoding.lossless import LosslessDecoder, Verifications
-from larosa.decoding.pace import Acceptance, Pace, Stopwatch
+from larosa.decoding.lossless import LosslessDecoder, Speculation, Verifications
+from larosa.decoding.pace import Acceptance, Pace
 from larosa.decoding.sampling import Sampler, Sampling, candidates
 from larosa.decoding.weights import DecoderWeights
 from larosa.models import set_keep_counts
+from larosa.runtime.session import Session
 from larosa.sparsity import SiteSizes, keep_counts
 
 from .conftest import LOSSLESS
@@ -238,7 +239,7 @@ def test_the_same_seed_gives_the_same_text(make_lossless, token_ids):
 
 
 def test_lookup_finds_what_followed():
-    text, lookup = [5, 6, 7, 8, 9, 6, 7], Lookup(Pace())
+    text, lookup = [5, 6, 7, 8, 9, 6, 7], Lookup(Pace(), Acceptance())
     assert lookup.following([5]) is None
     assert lookup.following(text) == 3  # 8, 9, 6, 7
     text += [1, 6, 7]
@@ -249,103 +250,55 @@ def test_lookup_finds_what_followed():
     assert lookup.following(text) is None
 
 
-def test_a_text_that_repeats_itself_is_looked_up(make_lossless):
-    """A dense model drafts by the text alone, and greedy tiny models repeat themselves."""
+def test_a_text_that_repeats_itself_is_looked_up(make_lossless, monkeypatch):
+    """A dense model drafts by the text alone, and greedy tiny models repeat themselves. Rows cost nothing here."""
+    monkeypatch.setattr(Pace, "known", True)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
     model = make_lossless("llama", "dense")
     decoder = LosslessDecoder(model, 128)
     list(decoder.continue_prompt(torch.tensor([[5, 6, 7] * 4]), TOKENS, Sampler()))
     assert decoder.verifications.accepted > 20
 
 
-def pace_of(*seconds, draft):
-    """A pace of steps that take so long, by rows."""
-    pace = Pace()
-    for watch, each in zip(pace._checks, seconds, strict=False):
-        for _ in range(3):
-            watch.add(each)
-    with pace.checking(8):
-        pass
-    for _ in range(3):
-        pace.draft.add(draft)
-    return pace
-
-
-def test_times_are_medians_of_what_was_measured_and_hopes_for_the_rest():
-    pace = Pace()
-    assert not pace.known
-    for watch, times in zip(pace._checks, ([9, 1.0, 9, 1.0, 1.0], [9, 1.5], [], [9, 1.3]), strict=False):
-        for seconds in times:  # the first is that of recording
-            watch.add(seconds)
-    with pace.checking(8):
-        pass
-    assert pace.known
-    assert [pace.seconds(rows) for rows in (1, 2, 3, 4)] == pytest.approx([1.0, 1.16, 1.16, 1.3])
-    assert pace.seconds(8) == pytest.approx(1.56)
-
-
-class CountingClock:
-    """Each mark is a second behind the last; counts how often somebody has waited for one."""
-
-    marks = waits = 0
-
-    def now(self):
-        self.marks += 1
-        return self.marks
-
-    def seconds(self, first, last):
-        self.waits += 1
-        return last - first
-
-
-def test_nobody_waits_for_a_time_before_it_is_asked_for():
-    clock = CountingClock()
-    watch = Stopwatch(clock)
-    for times in (1, 4, 4):
-        with watch.running(times):
-            clock.now()
-    assert clock.waits == 2
-    assert watch.seconds == 0.5  # two seconds for four runs; the first does not count
-    assert clock.waits == 3
-    assert watch.seconds == 0.5
-    assert clock.waits == 3
-
-
-def test_as_many_are_drafted_as_pay():
-    """Against the tokens of every number of drafts over their time."""
-    acceptance = Acceptance(0.9)
-    steps, draft = (1.0, 1.2, 1.3, 1.35, 1.7, 1.8, 1.9, 2.1), 0.45
-    pace = pace_of(*steps, draft=draft)
-    speeds = [sum(0.9**i for i in range(count + 1)) / (count * draft + steps[count]) for count in range(len(steps))]
-    assert pace.speed(acceptance) == pytest.approx(max(speeds))
-    gains = pace.gains(acceptance, 7, max(speeds), draft=draft)
-    assert gains.index(max(gains)) + 1 == speeds.index(max(speeds)) == 3
-    # At that speed the best number of drafts is worth as much as none and a token: it gains nothing more.
-    assert 1 + max(gains) == pytest.approx(max(speeds) * steps[0])
-    assert max(pace.gains(acceptance, 7, 1.0, draft=2.0)) < 0
-    assert pace.speed(Acceptance(0.3)) == 1.0
-    unlikely = pace.gains(acceptance, 6, max(speeds), draft=draft, drafted=1, chance=0.2)
-    assert max(unlikely) < 0 < max(pace.gains(acceptance, 6, max(speeds), draft=draft, drafted=1))
-
-
-def test_what_is_accepted_is_learnt_by_how_probable_it_was():
-    acceptance = Acceptance(0.8)
-    for _ in range(200):
-        acceptance.observe([0.99, 0.5, 0.99], 1)  # the third stands behind a wrong one
-    assert acceptance.rate(0.99) > 0.99
-    assert acceptance.rate(0.5) < 0.01
-    assert acceptance.average == pytest.approx(0.5, abs=0.03)
-
-
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_where_nothing_pays_one_token_is_drafted_now_and_then(make_lossless, token_ids, monkeypatch, in_blocks):
     model, prompt = make_lossless("llama", "none"), token_ids(1, 11)
     monkeypatch.setattr(Pace, "gains", lambda self, acceptance, most, speed, **costs: [-1.0] * most)
+    monkeypatch.setattr(Pace, "speed", lambda self, acceptance: 0.0)
     decoder = LosslessDecoder(model, 128, in_blocks=in_blocks)
     list(decoder.continue_prompt(prompt, TOKENS, Sampler()))
     found = decoder.verifications
     assert found.drafted == 1
     assert found.tokens == found.passes + found.accepted == TOKENS - 1
     assert found.checked == [1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, repetition_penalty=1.3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_texts_in_turns_that_go_on_by_plain_steps_in_between(make_lossless, token_ids, monkeypatch, sampling, eager):
+    """A token that was drawn ahead of the host is drawn again where another step came first."""
+    if eager:
+        draft_always(monkeypatch)
+    model = make_lossless("llama", "none")
+    engine = Engine(DecoderWeights(model).whole(), 128, texts=2)
+    speculation = Speculation(engine, DecoderWeights(model), in_blocks=True)
+    prompts = [token_ids(1, length, seed=length) for length in (5, 9)]
+    sessions = [Session(engine, text, speculation) for text in range(2)]
+    samplers, texts = [Sampler(sampling) for _ in prompts], [[], []]
+    for session, prompt, sampler, text in zip(sessions, prompts, samplers, texts, strict=True):
+        logits = session.prefill(prompt[0].tolist())
+        sampler.start(prompt, logits.shape[-1])
+        text += sampler.accept(logits)
+    for turn in range(60):
+        for number, (session, sampler, text) in enumerate(zip(sessions, samplers, texts, strict=True)):
+            if turn % (3 + number) == 2:
+                text += sampler.accept(session.step(text[-1]))
+            for _ in range(turn % 4):
+                if len(text) < 80:
+                    text += session.step_drafted(text[-1], 80 - len(text), sampler)[0]
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert len(text) >= 80
+        assert text[:80] == dense_tokens(model, prompt, 80, sampling)
 
 
 def test_drafts_are_counted_by_place():

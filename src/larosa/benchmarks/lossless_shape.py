@@ -36,7 +36,7 @@ from larosa.config import Selection, check_sparsity
 from larosa.decoding import CacheDtype, Engine
 from larosa.decoding.cache import cache_bytes
 from larosa.decoding.cuda_graph import GraphLoop
-from larosa.decoding.drafting import run_ahead
+from larosa.decoding.drafting import Last, run_ahead
 from larosa.decoding.layers import MAX_ROWS
 from larosa.decoding.lossless import RoundedDraft
 from larosa.decoding.pace import Clock, CudaClock, HostClock
@@ -254,13 +254,13 @@ class _Times:
         self._sampler = Sampler(device=dense.device, kernels=self._on_gpu)
         prompt = torch.randint(len(dense.embedding), (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
         self._engine.prefill(prompt)
-        self._text: list[int] = [*prompt[0].tolist(), 0]
+        #: Where what is timed begins.
+        self._place = prompt_tokens
         steps = steps_of(self._engine)
         #: What is timed, and how many times at once.
         self._runs: dict[tuple[str, int], tuple[Callable[[], object], int]] = {}
         for rows in range(1, MAX_ROWS + 1):
-            first = len(self._text) - 1
-            positions = torch.arange(first, first + rows, device=self._device)
+            positions = torch.arange(self._place, self._place + rows, device=self._device)
             tokens = torch.arange(rows, device=self._device)
 
             def verify(tokens: torch.Tensor = tokens, positions: torch.Tensor = positions) -> None:
@@ -281,7 +281,8 @@ class _Times:
     def add_draft(self, row: int, weights: DecoderWeights) -> None:
         """A drafter's tokens."""
         steps = steps_of(self._engine.beside(weights), 1)
-        self._runs["draft", row] = lambda: run_ahead(steps, self._text, _BLOCK, self._sampler, 0), _BLOCK
+        last = Last(torch.zeros(1, dtype=torch.int64, device=self._device), self._place, ahead=False)
+        self._runs["draft", row] = lambda: run_ahead(steps, last, _BLOCK, self._sampler, 0), _BLOCK
 
     @torch.inference_mode()
     def measure(self, rounds: int) -> dict[tuple[str, int], float]:
@@ -292,7 +293,9 @@ class _Times:
                 for name, (run, times) in self._runs.items():
                     first = self._clock.now()
                     run()
-                    taken = self._clock.seconds(first, self._clock.now()) / times
+                    last = self._clock.now()
+                    self._clock.wait(last)
+                    taken = self._clock.seconds(first, last) / times
                     if counted:
                         seconds[name].append(taken)
                     tick()

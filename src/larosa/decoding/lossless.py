@@ -15,21 +15,22 @@ import torch
 
 from larosa.architectures import Heads
 from larosa.config import Compensation, LarosaConfig
-from larosa.decoding.drafting import Draft, Drafter, Lookup, ModelDrafter, no_draft, run_ahead
+from larosa.decoding.drafting import LOOKED_UP, Draft, Drafter, Last, Lookup, ModelDrafter, no_draft, run_ahead
 from larosa.decoding.engine import Engine
 from larosa.decoding.layers import MAX_ROWS
-from larosa.decoding.pace import Acceptance, CudaClock, HostClock, Pace
+from larosa.decoding.pace import Acceptance, Clock, CudaClock, HostClock, Pace
 from larosa.decoding.sampling import Sampler
 from larosa.decoding.steps import steps_of
 from larosa.decoding.weights import DecoderWeights
 from larosa.errors import LarosaError, choose
 from larosa.formats import CacheDtype, Int4, Int8
 
-#: After so many steps without a model's draft one token is drafted again: the text may have become easier.
-_AGAIN = 64
+#: After so many steps without a model's draft one token is drafted again: the text may have become easier. Each time
+#: that it does not pay then the steps are twice as many, up to the second number.
+_AGAIN, _SELDOM = 64, 256
 
-#: So many plain steps follow each other before one looks at what they give, where that is waiting.
-_BLOCK = 4
+#: Of a drafter that is never wrong.
+_ALL_RIGHT = Acceptance(1.0)
 
 #: What is said of a draft for nothing.
 DRAFT_ALONE = "--draft says what drafts for --lossless: add that"
@@ -91,15 +92,42 @@ class Verifications:
         }
 
 
+class _Ahead:
+    """A token that a plain step draws on the device, which runs it on before the host has looked at it.
+
+    Args:
+        last: it, to be run next.
+        logits: [1, vocabulary] float32 that it is drawn from.
+        text: of whose drafters, and how many of its tokens the host knows.
+    """
+
+    def __init__(self, last: Last, logits: torch.Tensor, text: tuple[Sequence[Drafter], int], clock: Clock) -> None:
+        self.last, self.logits, self._text, self._clock = last, logits, text, clock
+        self._copy = last.token
+        if last.token.is_cuda:
+            self._copy = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(last.token, non_blocking=True)
+        self._arrived = clock.now()
+
+    def follows(self, drafters: Sequence[Drafter], known: int) -> bool:
+        """Whether it comes next in a text. Others may have run since, or the same one on."""
+        return self._text[0] is drafters and self._text[1] == known
+
+    def look(self) -> int:
+        """The token; waits for it, and for nothing that the device runs behind it."""
+        self._clock.wait(self._arrived)
+        return int(self._copy)
+
+
 class Speculation:
     """Dense steps of several tokens over an engine's texts, and who drafts for them.
 
     Args:
         engine: of the dense pass.
         draft: cheaper weights of the same model; None where the texts alone draft.
-        in_blocks: look at tokens only once several have been run, drafted ones once they have been checked, and plain
-            ones every `_BLOCK`; None for what suits the device: on a GPU each look is a wait.
+        in_blocks: look at drafted tokens only once they have been checked, and at plain ones while the next step runs;
+            None for what suits the device: on a GPU each look is a wait.
         drafted: have so many tokens drafted each time, by the model, whatever that is worth; None for what pays.
+        clock: times steps; None for the device's.
 
     Raises:
         LarosaError: `drafted` without a drafter, or more than a step checks.
@@ -111,6 +139,7 @@ class Speculation:
         draft: DecoderWeights | None,
         in_blocks: bool | None = None,
         drafted: int | None = None,
+        clock: Clock | None = None,
     ) -> None:
         if drafted is not None and (draft is None or not 0 < drafted < MAX_ROWS):
             raise LarosaError(f"--drafted {drafted}: give 1 to {MAX_ROWS - 1}, and a --draft where nothing is skipped")
@@ -121,15 +150,17 @@ class Speculation:
         #: Of the dense pass, for texts that nobody drafts for too.
         self.steps = steps_of(engine)
         self._drafts = None if draft is None else steps_of(engine.beside(draft), 1)
-        self._acceptance = Acceptance()
-        self._pace = Pace(CudaClock(engine.device) if on_gpu else HostClock())
-        self._idle = 0
+        self._acceptance, self._looked_up = Acceptance(), Acceptance(LOOKED_UP)
+        self._pace = Pace(clock or (CudaClock(engine.device) if on_gpu else HostClock()))
+        self._idle, self._again, self._right = 0, _AGAIN, False
+        self._ahead: _Ahead | None = None
         #: Of all texts so far.
         self.verifications = Verifications()
 
     def drafters(self, text: int = 0) -> list[Drafter]:
         """The drafters of a new text, which is that one of the engine's."""
-        found: list[Drafter] = [Lookup(self._pace)]
+        self._pace.pause()
+        found: list[Drafter] = [Lookup(self._pace, self._looked_up)]
         if self._drafts is not None:
             found.append(ModelDrafter(self._drafts, text, self._pace, self._acceptance, self._in_blocks))
         return found
@@ -152,47 +183,69 @@ class Speculation:
         Raises:
             LarosaError: the logits are NaN or Inf.
         """
-        most = min(most, MAX_ROWS)
-        drafter, draft = self._drafted(tokens, most - 1, sampler, drafters)
-        passes = min(most, _BLOCK) if self._in_blocks and drafter is None else 1
-        if passes > 1:
-            self._idle += passes - 1
-            with self._pace.checking(1, passes):
-                run, logits = run_ahead(self.steps, tokens, passes, sampler, text)
-                new = sampler.accept(logits, run[:-1], at_once=True)
-        else:
-            rows = torch.cat([torch.full((1,), tokens[-1], device=self._device), draft.tokens])
-            first = len(tokens) - 1
-            with self._pace.checking(len(rows)):
-                positions = torch.arange(first, first + len(rows), device=self._device)
-                logits = self.steps(rows, positions, text)
-                new = sampler.accept(logits, draft.tokens, at_once=self._in_blocks)
-        if drafter is not None:
-            drafter.acceptance.observe(draft.probabilities.tolist(), len(new) - 1)
-        self.verifications.count(passes, len(draft.tokens), len(new), isinstance(drafter, ModelDrafter))
-        return new, logits[: len(new)]
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead.follows(drafters, len(tokens)):
+            ahead = None
+        last = self._last(tokens) if ahead is None else ahead.last
+        drafter, draft = self._drafted(tokens, last, most - 1 - last.ahead, sampler, drafters)
+        if self._in_blocks and drafter is None:
+            if ahead is None:
+                ahead = self._plain(last, sampler, text, (drafters, len(tokens)))
+            if most > 1:
+                self._ahead = self._plain(ahead.last, sampler, text, (drafters, len(tokens) + 1))
+            self.verifications.count(1, 0, 1, by_model=False)
+            return [sampler.take(ahead.look())], ahead.logits
+        rows = torch.cat([last.token, draft.tokens])
+        with self._pace.checking(len(rows), idle=self._in_blocks):
+            positions = torch.arange(last.position, last.position + len(rows), device=self._device)
+            logits = self.steps(rows, positions, text)
+            before = [] if ahead is None else [sampler.take(ahead.look())]
+            new = sampler.accept(logits, draft.tokens, at_once=self._in_blocks)
+        if isinstance(drafter, ModelDrafter):
+            drafter.acceptance.observe(len(draft.tokens), len(new) - 1, draft.probabilities)
+            self._right = len(new) > len(draft.tokens)
+        self.verifications.count(1, len(draft.tokens), len(new), isinstance(drafter, ModelDrafter))
+        logits = logits[: len(new)]
+        if ahead is None:
+            return new, logits
+        self.verifications.count(1, 0, 1, by_model=False)
+        return [*before, *new], torch.cat([ahead.logits, logits])
+
+    def _last(self, tokens: Sequence[int]) -> Last:
+        return Last(torch.full((1,), tokens[-1], device=self._device), len(tokens) - 1, ahead=False)
+
+    def _plain(self, last: Last, sampler: Sampler, text: int, known: tuple[Sequence[Drafter], int]) -> _Ahead:
+        """Run a text's last token and draw the next, without waiting for it."""
+        with self._pace.checking(1):
+            token, logits = run_ahead(self.steps, last, 1, sampler, text)
+        return _Ahead(Last(token, last.position + 1, ahead=True), logits, known, self._pace.clock)
 
     def _drafted(
-        self, tokens: Sequence[int], most: int, sampler: Sampler, drafters: Sequence[Drafter]
+        self, tokens: Sequence[int], last: Last, most: int, sampler: Sampler, drafters: Sequence[Drafter]
     ) -> tuple[Drafter | None, Draft]:
         """The draft that promises most, and whose it is; none where none pays, but for one token now and then."""
         self._idle += 1
+        most = min(most, MAX_ROWS - 1)
         if self._always is not None and most > 0:
             model = drafters[-1]
             assert isinstance(model, ModelDrafter), "there is one"
-            return model, model.block(tokens, min(most, self._always), sampler)
-        if most == 0 or not self._pace.known:
+            return model, model.block(last, min(most, self._always), sampler)
+        if most <= 0 or not self._pace.known:
             return None, no_draft(self._device)
         speed = 1 / self._pace.seconds(1) if self._drafts is None else self._pace.speed(self._acceptance)
-        promises = [drafter.promise(tokens, most, speed) for drafter in drafters]
+        promises = [drafter.promise(tokens, last, most, speed) for drafter in drafters]
         best = promises.index(max(promises))
-        if promises[best] <= 0:
-            if self._drafts is None or self._idle < _AGAIN:
+        pays = promises[best] > 0
+        if not pays:
+            # One that was right is a reason to draft another, where it is not for what drafting takes that none pays.
+            again = self._right and self._pace.speed(_ALL_RIGHT) > 1 / self._pace.seconds(1)
+            if self._drafts is None or not (again or self._idle >= self._again):
                 return None, no_draft(self._device)
             best, most = len(drafters) - 1, 1
         if isinstance(drafters[best], ModelDrafter):
-            self._idle = 0
-        return drafters[best], drafters[best].draft(tokens, most, speed, sampler)
+            self._idle, self._again = 0, _AGAIN if pays or self._right else min(2 * self._again, _SELDOM)
+            self._right = False  # until it has been checked
+        return drafters[best], drafters[best].draft(tokens, last, most, speed, sampler)
 
 
 class LosslessDecoder:

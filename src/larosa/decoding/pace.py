@@ -14,14 +14,15 @@ import torch
 
 from larosa.decoding.layers import MAX_ROWS
 
-#: Times of a step that are looked at, the last ones.
-_KEPT = 15
+#: Times of a step that are looked at, the last ones, and how many there have to be: one may have been held up.
+_KEPT, _FEWEST = 15, 3
 #: What one more row of a step costs, as a share of a step of one row, where it has not been measured.
 _ROW = 0.08
 #: What a drafted token costs, likewise.
 _DRAFT = 0.5
-#: How much one more draft moves what is expected of the next.
-_MOVES = 0.05
+#: How much one more draft moves what is expected of the next, at least, and how many drafts a first guess counts for.
+_MOVES = 0.03
+_GUESS = 8
 #: Drafts by how probable they were to their drafter: bounds, and how many of each kind are right until that is known.
 _BOUNDS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)
 _RIGHT = (0.3, 0.5, 0.6, 0.75, 0.85, 0.93, 0.99)
@@ -34,8 +35,16 @@ class Clock(Protocol):
         """A mark behind all that has been given to the device, which nobody waits for."""
         ...
 
+    def passed(self, mark: Any) -> bool:
+        """Whether the device has come so far."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Wait until it has."""
+        ...
+
     def seconds(self, first: Any, last: Any) -> float:
-        """The time between two marks; waits for the last."""
+        """The time between two marks that have been passed."""
         ...
 
 
@@ -45,6 +54,13 @@ class HostClock:
     def now(self) -> float:
         """See `Clock`."""
         return time.perf_counter()
+
+    def passed(self, mark: float) -> bool:
+        """See `Clock`."""
+        return True
+
+    def wait(self, mark: float) -> None:
+        """See `Clock`."""
 
     def seconds(self, first: float, last: float) -> float:
         """See `Clock`."""
@@ -63,9 +79,16 @@ class CudaClock:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
+    def passed(self, mark: torch.cuda.Event) -> bool:
+        """See `Clock`."""
+        return mark.query()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """See `Clock`."""
+        mark.synchronize()
+
     def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         """See `Clock`."""
-        last.synchronize()
         return first.elapsed_time(last) / 1e3
 
 
@@ -77,32 +100,26 @@ class Stopwatch:
         self._times: deque[float] = deque(maxlen=_KEPT)
         self._has_run = False
         self._median: float | None = None
-        self._running: tuple[Any, Any, int] | None = None
+        self._running: deque[tuple[Any, Any, int]] = deque()
 
-    @contextmanager
-    def running(self, times: int = 1) -> Iterator[None]:
-        """Time what is done within: so many runs. Nobody waits for the last of them before the time is asked for."""
-        self._stop()
-        started = self._clock.now()
-        yield
-        self._running = started, self._clock.now(), times
+    def put(self, first: Any, last: Any, times: int = 1) -> None:
+        """Count so many runs between two marks, once the device has come so far: nobody waits for it."""
+        self._running.append((first, last, times))
 
     @property
     def seconds(self) -> float | None:
-        """Of one run; None before the second."""
-        self._stop()
-        return self._median
-
-    def _stop(self) -> None:
-        if self._running is not None:
-            (first, last, times), self._running = self._running, None
+        """Of one run, by those that are over; None as long as these are too few to say."""
+        while self._running and self._clock.passed(self._running[0][1]):
+            first, last, times = self._running.popleft()
             self.add(self._clock.seconds(first, last) / times)
+        return self._median
 
     def add(self, seconds: float) -> None:
         """Count a run."""
         if self._has_run:
             self._times.append(seconds)
-            self._median = statistics.median(self._times)
+            if len(self._times) >= _FEWEST:
+                self._median = statistics.median(self._times)
         self._has_run = True
 
 
@@ -115,28 +132,38 @@ class Acceptance:
 
     def __init__(self, average: float = 0.85) -> None:
         self.average = average
+        self._looked_at = 0
         self._rates = list(_RIGHT)
 
     def rate(self, probability: float) -> float:
         """The chance of a token that the drafter gives a probability."""
         return self._rates[bisect_right(_BOUNDS, probability)]
 
-    def observe(self, probabilities: Sequence[float], accepted: int) -> None:
-        """Learn from a draft, of which so many tokens were accepted."""
-        for index, probability in enumerate(probabilities[: accepted + 1]):  # none behind a wrong one was looked at
-            right, kind = index < accepted, bisect_right(_BOUNDS, probability)
-            self.average += _MOVES * (right - self.average)
-            self._rates[kind] += _MOVES * (right - self._rates[kind])
+    def observe(self, drafted: int, accepted: int, probabilities: Sequence[float] = ()) -> None:
+        """Learn from a draft of so many tokens, and from how probable they were, where that is known."""
+        looked_at = range(min(drafted, accepted + 1))  # none behind a wrong one was looked at
+        for index in looked_at:
+            self._looked_at += 1
+            moves = max(_MOVES, 1 / (_GUESS + self._looked_at))
+            self.average += moves * ((index < accepted) - self.average)
+        for index, probability in zip(looked_at, probabilities, strict=False):
+            kind = bisect_right(_BOUNDS, probability)
+            self._rates[kind] += _MOVES * ((index < accepted) - self._rates[kind])
 
 
 class Pace:
-    """What steps take: those that check drafts, by rows, and one that drafts a token."""
+    """What steps take: those that check drafts, by rows, and one that drafts a token.
+
+    Where the host waits for what a step gives, its time goes on until something is run again: meanwhile the device has
+    nothing to do.
+    """
 
     def __init__(self, clock: Clock | None = None) -> None:
-        clock = clock or HostClock()
-        self.draft = Stopwatch(clock)
-        self._checks = [Stopwatch(clock) for _ in range(MAX_ROWS)]
+        self.clock = clock or HostClock()
+        self.draft = Stopwatch(self.clock)
+        self._checks = [Stopwatch(self.clock) for _ in range(MAX_ROWS)]
         self._seconds: list[float] = []
+        self._waiting: tuple[Stopwatch, Any] | None = None
 
     @property
     def known(self) -> bool:
@@ -144,16 +171,51 @@ class Pace:
         return bool(self._seconds)
 
     @contextmanager
-    def checking(self, rows: int, times: int = 1) -> Iterator[None]:
-        """Time a step of so many rows, or several one after the other, the wait for what they give included."""
-        with self._checks[rows - 1].running(times):
-            yield
+    def drafting(self, count: int = 1) -> Iterator[None]:
+        """Time the drafting of so many tokens."""
+        first = self._begin()
+        yield
+        self.draft.put(first, self.clock.now(), count)
+
+    @contextmanager
+    def checking(self, rows: int, idle: bool = False) -> Iterator[None]:
+        """Time a step of so many rows.
+
+        Args:
+            idle: the device has nothing to do until the next step or draft, which the time goes on to.
+        """
+        first = self._begin()
+        yield
+        if idle:
+            self._waiting = self._checks[rows - 1], first
+        else:
+            self._checks[rows - 1].put(first, self.clock.now())
+        self._look()
+
+    def pause(self) -> None:
+        """Something else comes next: how long it keeps the device idle says nothing."""
+        self._waiting = None
+
+    def _begin(self) -> Any:
+        now = self.clock.now()
+        if self._waiting is not None:
+            (watch, first), self._waiting = self._waiting, None
+            watch.put(first, now)
+        return now
+
+    def _look(self) -> None:
+        """Read the stopwatches. What has not been measured is hoped for, so that it will be."""
         measured = [watch.seconds for watch in self._checks]
         if measured[0] is None:
             return
-        # One more row takes no less time. What has not been measured is hoped for, so that it will be.
         hoped = [measured[0] * (1 + _ROW * row) for row in range(MAX_ROWS)]
-        found = [guess if seconds is None else seconds for guess, seconds in zip(hoped, measured, strict=True)]
+        over = [seconds - hope for seconds, hope in zip(measured[1:], hoped[1:], strict=True) if seconds is not None]
+        more = max(0.0, min(over, default=0.0))  # what a wait adds, whatever the rows
+        found = [
+            hope + more * (row > 0) if seconds is None else seconds
+            for row, (hope, seconds) in enumerate(zip(hoped, measured, strict=True))
+        ]
+        # One more row takes no less time.
         self._seconds = [min(found[row:]) for row in range(MAX_ROWS)]
 
     def seconds(self, rows: int) -> float:

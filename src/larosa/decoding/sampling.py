@@ -197,9 +197,15 @@ class Sampler:
         self.generator.set_state(state)
 
     @contextmanager
-    def trying(self) -> Iterator[None]:
-        """What is drawn meanwhile does not count as drawn for the repetition penalty."""
+    def trying(self, ahead: torch.Tensor | None = None) -> Iterator[None]:
+        """What is drawn meanwhile does not count as drawn for the repetition penalty.
+
+        Args:
+            ahead: [1] int64, a token that was proposed as the text's next one, and counts as drawn meanwhile.
+        """
         seen = None if self._seen is None else self._seen.clone()
+        if self._seen is not None and ahead is not None:
+            self._seen.scatter_(1, ahead[None].clamp_min(0), True)
         yield
         if self._seen is not None and seen is not None:
             self._seen.copy_(seen)
@@ -212,6 +218,19 @@ class Sampler:
         token = self._at(logits, ahead)
         if self._seen is not None:
             self._seen.scatter_(1, token[None].clamp_min(0), True)
+        return token
+
+    def take(self, token: int) -> int:
+        """Count a token as drawn, which was proposed as the text's next one from the logits that it is drawn from.
+
+        Raises:
+            LarosaError: these are NaN or Inf.
+        """
+        if token == NO_TOKEN:
+            raise not_finite("the model's logits are")
+        if self._seen is not None:
+            self._seen[0, token] = True
+        del self._noise[:1]
         return token
 
     def accept(self, logits: torch.Tensor, proposed: torch.Tensor | None = None, *, at_once: bool = False) -> list[int]:
