@@ -189,6 +189,18 @@ def test_linears_of_few_bits_are_never_there_in_full(family_config, monkeypatch,
     assert largest.nbytes < config.intermediate_size * config.hidden_size * torch.bfloat16.itemsize
 
 
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.INT4])
+def test_random_weights_of_few_bits_have_no_mean(family_config, weights):
+    """It would be a direction that each layer adds to and the next multiplies: 80 of them overflow in float16."""
+    config, layout = (
+        family_config("llama", intermediate_size=512),
+        Layout(quantization=random_quantization(weights, 32)),
+    )
+    linear = random_dense_model(config, torch.bfloat16, CPU, layout).model.layers[0].mlp.down_proj
+    weight = linear.format.dequantize(linear.codes, linear.scales, linear.out_features, torch.float32)
+    assert abs(weight.mean()) < 0.02 * weight.square().mean().sqrt()  # 11% of it for codes from -8 to 7
+
+
 def test_models_that_share_weights_hold_them_once(family_config, token_ids):
     config, layout = family_config("llama"), Layout(quantization=random_quantization(WeightFormat.INT8, 32))
     dense = random_dense_model(config, torch.bfloat16, CPU, layout)

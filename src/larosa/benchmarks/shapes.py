@@ -359,7 +359,9 @@ def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
         whole = torch.randint(form.lowest, form.highest + 1, (1, 2 * _BLOCK), generator=generator)
         _repeat(form.pack(whole)[0], linear.codes)
         length = float(whole.double().square().mean().sqrt())
-        _repeat((1 + 0.1 * block) / (length * math.sqrt(linear.in_features)), linear.scales)
+        # Of either sign: codes alone have a mean, which every layer would add to the stream and the next multiply.
+        signs = torch.randint(2, block.shape, generator=generator) * 2 - 1
+        _repeat(signs * (1 + 0.1 * block) / (length * math.sqrt(linear.in_features)), linear.scales)
     if adapters:
         one, shard = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed), shard_of(model)
         if shard is not None:
