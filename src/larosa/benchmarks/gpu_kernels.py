@@ -324,7 +324,7 @@ def random_codes(form: ColumnFormat, outputs: tuple[int, ...], depth: int, devic
     """Matrices of few bits, their numbers random."""
     empty = [form.empty(size, depth, device) for size in outputs]
     codes = [each.view(torch.uint8).random_(256).view(each.dtype) for each, _ in empty]
-    return LowBitWeights(codes, [scales.normal_() for _, scales in empty], list(outputs), form.group)
+    return LowBitWeights(codes, [scales.normal_() for _, scales in empty], list(outputs), form.group, form.name)
 
 
 def _kept(depth: int, sparsity: float) -> int:

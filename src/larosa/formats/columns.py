@@ -43,16 +43,15 @@ class ColumnFormat(ABC):
     #: What a search of scales tries to map a group's largest magnitude to, sign included.
     targets: ClassVar[tuple[float, ...]]
     codes_dtype: ClassVar[torch.dtype]
-    #: Outputs of an element of `codes`.
-    outputs_each: ClassVar[int]
     #: Outputs that share a scale where the user does not say.
     usual_group: ClassVar[int]
 
     def __post_init__(self) -> None:
         check_group(self.group)
 
+    @classmethod
     @abstractmethod
-    def codes_width(self, outputs: int) -> int:
+    def codes_width(cls, outputs: int) -> int:
         """How many elements a column of so many outputs has in `codes`."""
 
     @abstractmethod
@@ -98,10 +97,10 @@ class Int8(ColumnFormat):
     lowest, highest = -127, 127
     targets = (127.0,)
     codes_dtype = torch.int8
-    outputs_each = 1
     usual_group = 128
 
-    def codes_width(self, outputs: int) -> int:
+    @classmethod
+    def codes_width(cls, outputs: int) -> int:
         """As many."""
         return outputs
 
@@ -126,10 +125,10 @@ class Int4(ColumnFormat):
     # The lowest is one farther from 0 than the highest, and cutting the largest off serves the others.
     targets = tuple(-(70 + 2 * step) / 10 for step in range(13)) + tuple((60 + 2 * step) / 10 for step in range(13))
     codes_dtype = torch.uint8
-    outputs_each = 2
     usual_group = 32
 
-    def codes_width(self, outputs: int) -> int:
+    @classmethod
+    def codes_width(cls, outputs: int) -> int:
         """Half as many, rounded up."""
         return -(-outputs // 2)
 
@@ -146,8 +145,8 @@ class Int4(ColumnFormat):
         return digits.to(torch.int8) + self.lowest
 
 
-#: By the dtype of codes, which is all that an operator sees of a format. Kernels know each by the name of its class.
-OF_CODES: dict[torch.dtype, type[ColumnFormat]] = {form.codes_dtype: form for form in (Int8, Int4)}
+#: By their names, which is what operators are told of them; in the order in which messages list them.
+FORMATS: dict[str, type[ColumnFormat]] = {form.name: form for form in (Int8, Int4)}
 
 
 def check_group(group: int) -> int:

@@ -45,7 +45,7 @@ class Given:
     @property
     def weights(self) -> tuple[Any, ...]:
         """The matrices."""
-        return self.codes, self.scales, self.outputs, self.form.group, self.biases
+        return self.codes, self.scales, self.outputs, self.form.group, self.form.name, self.biases
 
     def arguments(self) -> tuple[Any, ...]:
         added = self.residual, self.count, self.adapter, self.adapter_scale
@@ -227,7 +227,8 @@ def usual(**changed: Any) -> tuple[Any, ...]:
     """Arguments of a product of 40 outputs."""
     given = {
         **{"values": torch.zeros(1, 5), "indices": None, "codes": [torch.zeros(5, 20, dtype=torch.uint8)]},
-        **{"scales": [torch.zeros(5, 2).bfloat16()], "outputs": [40], "group": 32, "biases": [None]},
+        **{"scales": [torch.zeros(5, 2).bfloat16()], "outputs": [40], "group": 32},
+        **{"form": "int4", "biases": [None]},
     }
     return tuple((given | changed).values())
 
@@ -236,7 +237,7 @@ def usual(**changed: Any) -> tuple[Any, ...]:
     ("changed", "complaint"),
     [
         ({"group": 48}, "group must be one of 32, 64, 128, not 48"),
-        ({"codes": [torch.zeros(5, 20)]}, "codes must all be uint8, two outputs each, or all be int8"),
+        ({"codes": [torch.zeros(5, 20)]}, "codes of int4 must be uint8"),
         ({"codes": [torch.zeros(5, 19, dtype=torch.uint8)]}, r"codes must be \[5, 20\]"),
         ({"codes": [torch.zeros(20, 5, dtype=torch.uint8).t()]}, "each column in one piece"),
         ({"scales": [torch.zeros(5, 2)]}, "scales must be bfloat16"),

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from larosa.errors import LarosaError
-from larosa.formats import OF_CODES
+from larosa.formats import Int4, Int8
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
@@ -15,7 +15,7 @@ from larosa.ops.low_bit import LowBitWeights
 #: What the kernels call the formats of weights and caches.
 TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 #: The same of codes.
-CODE_NAMES = {dtype: form.__name__ for dtype, form in OF_CODES.items()}
+CODE_NAMES = {form.name: form.__name__ for form in (Int8, Int4)}
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_MATRICES = 4
 _BEYOND = 2**40  # more tiles than any matrix has

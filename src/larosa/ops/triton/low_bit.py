@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from larosa.formats import Int4
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
@@ -24,6 +25,7 @@ def low_bit_linear(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -34,7 +36,7 @@ def low_bit_linear(
     depth = len(codes[0]) if codes else 0
     rows, k = checks.listed(values, indices, depth)
     checks.counts(count, rows)
-    total = checks.low_bit(LowBitWeights(codes, scales, outputs, group), biases, depth)
+    total = checks.low_bit(LowBitWeights(codes, scales, outputs, group, form), biases, depth)
     checks.residual(residual, adapter, rows, total, None, adapter_scale)
     if residual is not None and adapter is not None:
         residual = adapted(residual, adapter, adapter_scale)
@@ -47,7 +49,7 @@ def low_bit_linear(
             if parts:
                 _low_bit_kernel[(triton.cdiv(size, _OUTPUTS), parts, rows)](
                     *(values, indices, count, matrix, scale, partial, first, size, total, k),
-                    *(matrix.stride(0), scale.stride(0), matrix.dtype is torch.uint8, group, _PART, _OUTPUTS, _ENTRIES),
+                    *(matrix.stride(0), scale.stride(0), form == Int4.name, group, _PART, _OUTPUTS, _ENTRIES),
                 )
             finish_parts(partial, count, bias, residual, result, first, size, k, _PART)
         first += size
@@ -66,6 +68,7 @@ def low_bit_site(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
@@ -81,7 +84,7 @@ def low_bit_site(
         x, indices, count = found
     elif eps is not None:
         x = rms_norm(x, gain, eps)
-    weights = codes, scales, outputs, group, biases
+    weights = codes, scales, outputs, group, form, biases
     result = low_bit_linear(x, indices, *weights, residual, count, adapter, adapter_scale)
     return silu_mul(result) if swiglu else result
 
