@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa import LarosaError
-from larosa.formats import GROUPS, SCALE_DTYPE, Int4, Int8
+from larosa.formats import GROUPS, SCALE_DTYPE, Int4, Int5, Int6, Int8
 
-FORMATS = (Int4, Int8)
+FORMATS = (Int4, Int5, Int6, Int8)
 
 
 @st.composite

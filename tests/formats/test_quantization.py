@@ -80,11 +80,14 @@ def test_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("int5", None, None, None), "unknown format of weights 'int5': one of full, int8, int4"),
-        (("int4", "int5", None, None), "unknown format of the head 'int5'"),
+        (("int7", None, None, None), "unknown format of weights 'int7': one of full, int8, int6, int5, int4"),
+        (("int4", "int7", None, None), "unknown format of the head 'int7'"),
         (("int4", None, 48, None), "a weight group of 48: one of 32, 64, 128"),
         (("int4", None, None, "awq"), "unknown quantizer 'awq': one of rtn, gptq"),
-        ((None, None, None, "gptq"), "--quantizer gptq is of weights of few bits: add --weights int4 or int8"),
+        (
+            (None, None, None, "gptq"),
+            "--quantizer gptq is of weights of few bits: add --weights int8, int6, int5, int4",
+        ),
         (("full", None, 64, None), "--weight-group 64 is of weights of few bits"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Products of a vector with weights of 8 or 4 bits, which stand by columns: all columns, or those that are kept."""
+"""Products of a vector with weights of 4 to 8 bits, which stand by columns: all columns, or those that are kept."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BLOCK = 16
 #: Blocks are added up in up to so many segments of at least so many columns.
 _SEGMENTS, _SEGMENT = 4, 64
 
-#: What the largest activation becomes, by the bits of the codes: 8 are finer than a weight's 4, but not than its 8.
-_LARGEST = {4: 127.0, 8: 127.0 * 128}
+#: What the largest activation becomes, with codes of 4 bits and with longer ones: 8 are finer than a weight's 4 alone.
+_LARGEST_OF_FOUR, _LARGEST = 127.0, 127.0 * 128
 #: Magnitudes up to this count as nothing: the reciprocal of a smaller one would be too large for float32.
 _NOTHING = 1e-30
 
@@ -113,7 +113,7 @@ def low_bit_linear_in_integers(
     """What kernels compute, bit by bit: each `BLOCK` of columns in whole numbers, and the sum of blocks in float32.
 
     In a block, values times scales are rounded by one unit for each group of outputs: a 127th of the largest of them
-    for codes of 4 bits, a 16,256th for codes of 8. So an output is off by up to half a unit times the sum of |q| for
+    for codes of 4 bits, a 16,256th for longer ones. So an output is off by up to half a unit times the sum of |q| for
     each block. Where the largest is NaN or infinite, the group's outputs are NaN: whole numbers would hide it.
 
     Arguments and result are those of `low_bit_linear_reference`, in float32.
@@ -159,7 +159,7 @@ def _segments(
 
 def _block(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, form: ColumnFormat) -> torch.Tensor:
     """[N], the sum of up to `BLOCK` columns."""
-    most, outputs = torch.tensor(_LARGEST[form.bits]), q.shape[1]
+    most, outputs = torch.tensor(_LARGEST_OF_FOUR if form.bits == 4 else _LARGEST), q.shape[1]
     scaled = value[:, None] * scales
     largest = scaled.abs().amax(dim=0)  # NaN where there is one
     counts = (largest > _NOTHING) & largest.isfinite()

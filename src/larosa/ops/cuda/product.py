@@ -11,7 +11,7 @@ import torch
 from larosa.errors import LarosaError
 from larosa.formats import FORMATS
 from larosa.ops.cuda.launch import Argument, Grid
-from larosa.ops.cuda.parameters import CODE_NAMES, TYPE_NAMES, Matrices, address, flag
+from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, address, check_codes, flag
 from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
@@ -66,7 +66,7 @@ class Product:
         """The same for codes with scales; an adapter is read along."""
         packed, tiles = Matrices.of_codes(weights, biases, plan.tile // (1 + swiglu))
         macros = {
-            "WEIGHT": CODE_NAMES[weights.form],
+            "WEIGHT": check_codes(weights.form),
             "ALIGNED": _codes_aligned(weights, adapter),
             "LOADS": str(plan.loads),
         }
