@@ -44,6 +44,29 @@ def test_from_conversion_to_text(cli, refused, checkpoint, tmp_path):
     assert message.endswith("weights of few bits are not trained; convert with --weights full, and recover that")
 
 
+@pytest.mark.parametrize("weights", ["int6", "int5"])
+def test_formats_between_4_and_8_bits(cli, checkpoint, tmp_path, weights):
+    out = tmp_path / "out"
+    options = ("--weights", weights, "--quantizer", "rtn", "--sparsity", 0.25, "--no-measure")
+    outcome = cli("convert", checkpoint, out, *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    group = {"int6": 64, "int5": 32}[weights]
+    stored = {"weights": weights, "head": "int8", "group": group, "quantizer": "rtn"}
+    assert read(out / "config.json")["larosa"]["quantization"] == stored
+    assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0
+    few = sum(
+        t.nbytes for name, t in load_file(out / "model.safetensors").items() if name.endswith(("codes", "scales"))
+    )
+    report = read(tmp_path / "i.json")
+    assert report["bytes_dense_total"] + report["head_bytes"] == few
+    outcome = cli("eval", out, "--reference", checkpoint, "--sequence-length", 64, "--json", tmp_path / "e.json")
+    assert outcome.code == 0, outcome.err
+    assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 1
+    outcome = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3, "--engine", "larosa")
+    assert outcome.code == 0, outcome.err
+    assert "larosa engine" in outcome.err
+
+
 def test_several_sparsities_share_their_weights(cli, checkpoint, tmp_path):
     outcome = cli(
         *("convert", checkpoint, tmp_path / "out", *QUICK, "--weights", "int8", "--sparsity", "0.5,0.25"),

@@ -3,15 +3,21 @@
 import pytest
 
 from larosa import LarosaConfig, LarosaError
+from larosa.cli.convert import Weights
 from larosa.config import SITES
 from larosa.conversion.options import ConversionOptions
-from larosa.formats import Int4, Int8, Quantization
+from larosa.formats import FORMATS, Int4, Int8, Quantization, WeightFormat
 
 BLOCK = {
     **{"larosa_version": "0.1.0", "recipe": "best", "sparsity": 0.5, "budget": "weights", "rotation": "none"},
     **{"search": "none", "keep": {site: [3] for site in SITES}},
 }
 INT4 = {"weights": "int4", "head": "int8", "group": 64, "quantizer": "gptq"}
+
+
+def test_every_format_can_be_asked_for():
+    assert {each.value for each in WeightFormat} == {"full", *FORMATS}
+    assert {each.value for each in Weights} == {"full", *FORMATS, "auto"}
 
 
 def test_goes_through_json_unchanged():

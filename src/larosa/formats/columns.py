@@ -209,7 +209,7 @@ class Int5(LeadingBits):
     bits = 5
     lowest, highest = -16, 15
     targets = tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
-    usual_group = 64
+    usual_group = 32
 
 
 #: By their names, which is what operators are told of them; in the order in which messages list them.
