@@ -195,8 +195,8 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
         round_entries<typename Type::Dots>(entries, columns, matrix, depth, first_group, groups, block);
         const auto add = [&](int64_t tile, const uint8_t *const *codes, int64_t codes_at) {
             const int64_t at = tile * Type::tile;
-            for (int64_t line = (at + kLine - 1) / kLine * kLine; line < at + Type::tile; line += kLine)
-                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + line, 0, 3);
+            for (int64_t line = -at & (kLine - 1); line < Type::tile; line += kLine)
+                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at + line, 0, 3);
             const int64_t group = ((first + tile * together) >> shift) - first_group;
             add_tile<Type>(block, codes, codes_at, group, spread, mixed + tile * together);
         };
