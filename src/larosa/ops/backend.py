@@ -70,10 +70,11 @@ def check_kernels(device: torch.device, forms: Iterable[str] = ()) -> None:
     if device.type == "cpu":
         load()
         return
+    in_cuda = chosen_kernels() == "cuda"
+    for form in forms if in_cuda else ():
+        check_codes(form)
     _kernels()
-    if chosen_kernels() == "cuda":
-        for form in forms:
-            check_codes(form)
+    if in_cuda:
         check_compiler()
         machine(device)
 
