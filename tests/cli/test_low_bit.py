@@ -44,6 +44,27 @@ def test_from_conversion_to_text(cli, refused, checkpoint, tmp_path):
     assert message.endswith("weights of few bits are not trained; convert with --weights full, and recover that")
 
 
+def test_formats_between_4_and_8_bits(cli, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ("--weights", "int6", "--head", "int5", "--quantizer", "rtn", "--sparsity", 0.25, "--no-measure")
+    outcome = cli("convert", checkpoint, out, *QUICK, *options)
+    assert outcome.code == 0, outcome.err
+    stored = {"weights": "int6", "head": "int5", "group": 64, "quantizer": "rtn"}
+    assert read(out / "config.json")["larosa"]["quantization"] == stored
+    assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0
+    few = sum(
+        t.nbytes for name, t in load_file(out / "model.safetensors").items() if name.endswith(("codes", "scales"))
+    )
+    report = read(tmp_path / "i.json")
+    assert report["bytes_dense_total"] + report["head_bytes"] == few
+    outcome = cli("eval", out, "--reference", checkpoint, "--sequence-length", 64, "--json", tmp_path / "e.json")
+    assert outcome.code == 0, outcome.err
+    assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 1
+    outcome = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3, "--engine", "larosa")
+    assert outcome.code == 0, outcome.err
+    assert "larosa engine" in outcome.err
+
+
 def test_several_sparsities_share_their_weights(cli, checkpoint, tmp_path):
     outcome = cli(
         *("convert", checkpoint, tmp_path / "out", *QUICK, "--weights", "int8", "--sparsity", "0.5,0.25"),
@@ -67,7 +88,7 @@ def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp
     ("options", "message"),
     [
         (("--weights", "int4", "--weight-group", 48), "a weight group of 48: one of 32, 64, 128"),
-        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int4 or int8"),
+        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int8, int6, int5, int4"),
         (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
         (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
         (("--weights", "auto"), "--weights auto takes what reads the fewest bytes within a bound: add --max-kl"),

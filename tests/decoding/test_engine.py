@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import PerSite
 from larosa.decoding import CacheDtype, Engine, ForwardEngine
+from larosa.decoding import weights as decoder_weights
 from larosa.decoding.cache import cache_bytes
 from larosa.models import set_keep_counts
 from larosa.ops import backend
@@ -367,6 +369,15 @@ class TestRefusals:
             backend.check_kernels(torch.device("cuda", 0))
         for cached in caches:
             cached.cache_clear()
+
+    def test_codes_that_the_kernels_of_a_gpu_do_not_read(self, make_model, quick_convert, monkeypatch):
+        """Before weights are laid out; the model is on a CPU, and the kernels are asked as for a GPU."""
+        model = quick_convert(make_model("llama"), weights="int6", quantizer="rtn", sparsity=0.5)
+        gpu = partial(backend.check_kernels, torch.device("cuda", 0))
+        monkeypatch.setattr(decoder_weights, "check_kernels", lambda device, forms: gpu(forms))
+        monkeypatch.setenv("LAROSA_CUDA_KERNELS", "cuda")
+        with pytest.raises(LarosaError, match=r"int8 and int4, not of int6: set LAROSA_.*=triton, or use --engine tr"):
+            Engine(model, 16)
 
     def test_a_cache_beyond_memory(self, make_model):
         model = make_model("llama")

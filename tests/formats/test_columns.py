@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa import LarosaError
-from larosa.formats import GROUPS, SCALE_DTYPE, Int4, Int8
+from larosa.formats import GROUPS, SCALE_DTYPE, Int4, Int5, Int6, Int8
 
-FORMATS = (Int4, Int8)
+FORMATS = (Int4, Int5, Int6, Int8)
 
 
 @st.composite
@@ -55,6 +55,15 @@ def test_bytes():
     """What other readers of a checkpoint rely on."""
     assert Int4(32).pack(torch.tensor([[-8, 7, 1], [0, -1, 3]])).tolist() == [[0xF0, 0x89], [0x78, 0x8B]]
     assert Int8(32).pack(torch.tensor([[-127, 127, 1]])).tolist() == [[-127, 127, 1]]
+    # Codes 0 and 63 in byte 0, with leading bits 00 and 11; 33 in byte 8, whose leading bits stand above those.
+    q = torch.zeros(1, 34)
+    q[0, :2], q[0, 16], q[0, 33] = torch.tensor([-32, 31]), 1, -1
+    first = [0xF0, *[0] * 7, 0x01, *[0] * 7, 0xAC, *[0xAA] * 7]
+    assert Int6(32).pack(q).tolist() == [[*first, 0xF0, *[0] * 15, 0xA6, *[0xAA] * 7]]
+    # Codes 0 and 31 in byte 0, 15 in byte 4 and 0 in byte 15: in places 0, 1 and 3 of the leading bits.
+    q = torch.zeros(1, 32)
+    q[0, :2], q[0, 8], q[0, 31] = torch.tensor([-16, 15]), -1, -16
+    assert Int5(32).pack(q).tolist() == [[0xF0, *[0] * 3, 0x0F, *[0] * 11, 0xFA, 0xFF, 0xFF, 0x7F]]
 
 
 @pytest.mark.parametrize("group", [0, -32, 16, 33, 96, 256])

@@ -3,15 +3,21 @@
 import pytest
 
 from larosa import LarosaConfig, LarosaError
+from larosa.cli.convert import Weights
 from larosa.config import SITES
 from larosa.conversion.options import ConversionOptions
-from larosa.formats import Int4, Int8, Quantization
+from larosa.formats import FORMATS, Int4, Int8, Quantization, WeightFormat
 
 BLOCK = {
     **{"larosa_version": "0.1.0", "recipe": "best", "sparsity": 0.5, "budget": "weights", "rotation": "none"},
     **{"search": "none", "keep": {site: [3] for site in SITES}},
 }
 INT4 = {"weights": "int4", "head": "int8", "group": 64, "quantizer": "gptq"}
+
+
+def test_every_format_can_be_asked_for():
+    assert {each.value for each in WeightFormat} == {"full", *FORMATS}
+    assert {each.value for each in Weights} == {"full", *FORMATS, "auto"}
 
 
 def test_goes_through_json_unchanged():
@@ -80,11 +86,14 @@ def test_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("int5", None, None, None), "unknown format of weights 'int5': one of full, int8, int4"),
-        (("int4", "int5", None, None), "unknown format of the head 'int5'"),
+        (("int7", None, None, None), "unknown format of weights 'int7': one of full, int8, int6, int5, int4"),
+        (("int4", "int7", None, None), "unknown format of the head 'int7'"),
         (("int4", None, 48, None), "a weight group of 48: one of 32, 64, 128"),
         (("int4", None, None, "awq"), "unknown quantizer 'awq': one of rtn, gptq"),
-        ((None, None, None, "gptq"), "--quantizer gptq is of weights of few bits: add --weights int4 or int8"),
+        (
+            (None, None, None, "gptq"),
+            "--quantizer gptq is of weights of few bits: add --weights int8, int6, int5, int4",
+        ),
         (("full", None, 64, None), "--weight-group 64 is of weights of few bits"),
     ],
 )

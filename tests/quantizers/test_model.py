@@ -40,15 +40,26 @@ def dense_weight(linear):
     """W [N, D] float64 of codes and scales, by loops over bytes."""
     rows, group = [], linear.format.group
     for codes, scales in zip(linear.codes.tolist(), linear.scales.tolist(), strict=True):
-        if linear.codes.dtype is torch.uint8:
+        if linear.format.name == "int4":
             codes = [digit - 8 for byte in codes for digit in (byte & 15, byte >> 4)]
+        if linear.format.name == "int6":
+            pieces = [codes[at : at + 24] for at in range(0, len(codes), 24)]
+            codes = [digit - 32 for piece in pieces for b in range(16) for digit in six_bits(piece, b)]
         rows.append([scales[n // group] * codes[n] for n in range(linear.out_features)])
     return torch.tensor(rows, dtype=torch.float64).T
 
 
+def six_bits(piece, b):
+    """The codes of the two outputs in byte b of the 16 that have four bits of each."""
+    leading = piece[16 + b % 8] >> 4 * (b // 8)
+    return piece[b] & 15 | (leading & 3) << 4, piece[b] >> 4 | (leading >> 2 & 3) << 4
+
+
 @pytest.mark.usefixtures("exact_norms")
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [(family, weights) for family in FAMILIES for weights in ("int8", "int4")] + [("llama", "int6")],
+)
 def test_computes_what_its_codes_say(make_model, quick_convert, token_ids, family, weights):
     options = {"sparsity": 0.4, "rotation": "block"}
     model = quick_convert(make_model(family, torch.float64), **RTN | {"weights": weights}, **options)

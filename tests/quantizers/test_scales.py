@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larosa import LarosaError
-from larosa.formats import Int4, Int8
+from larosa.formats import Int4, Int5, Int6, Int8
 from larosa.quantizers import round_groups, round_to_nearest
 
-FORMATS = (Int4, Int8)
+FORMATS = (Int4, Int5, Int6, Int8)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

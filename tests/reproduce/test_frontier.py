@@ -12,6 +12,7 @@ from larosa.reproduce import EXPERIMENTS
 from larosa.reproduce.context import Context, token_digest
 from larosa.reproduce.frontier import BOUNDS, SPARSITIES, read_points
 
+WEIGHTS = ("full", "int8", "int6", "int5", "int4", "3 bits")
 KL, TOKEN = "KL to dense (nats/token)", "MB, per token"
 THEIRS = {
     "type": "Q4_0",
@@ -48,14 +49,14 @@ def rows(results):
 
 def test_every_format_at_every_sparsity(results, rows):
     points = [(row["weights"], row["sparsity"]) for row in rows]
-    ours = [(weights, sparsity) for weights in ("full", "int8", "int4") for sparsity in SPARSITIES]
+    ours = [(weights, sparsity) for weights in WEIGHTS for sparsity in SPARSITIES]
     assert points == [("dense", None), *ours, ("llama.cpp Q4_0", None)]
     assert rows[-1][TOKEN] == 0.01
     (picture,) = results.pictures
     assert picture.png.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("weights", "sparsity"), [("full", 0.25), ("int8", 0.5), ("int4", 0.0), ("int4", 0.4)])
+@pytest.mark.parametrize(("weights", "sparsity"), [("full", 0.25), ("int8", 0.5), ("int6", 0.25), ("int4", 0.0)])
 def test_a_row_is_what_a_conversion_of_its_own_loses_and_reads(rows, dense, settings, weights, sparsity):
     row = next(row for row in rows if (row["weights"], row["sparsity"]) == (weights, sparsity))
     (model, tokenizer), (reference, _) = (larosa.load(str(dense), device="cpu") for _ in range(2))
@@ -72,6 +73,19 @@ def test_a_row_is_what_a_conversion_of_its_own_loses_and_reads(rows, dense, sett
     assert 1e6 * row["MB, file"] == costs.parameter_bytes
     assert row["bits of a weight"] == costs.weight_bits
     assert row[TOKEN] == pytest.approx(row["MB, decoder"] + row["MB, head"])
+
+
+def test_bits_that_no_checkpoint_has(rows, shared_context):
+    """What 3 bits read and lose beside 4, which have the same groups."""
+    of = {weights: [row for row in rows if row["weights"] == weights] for weights in WEIGHTS}
+    for three, four in zip(of["3 bits"], of["int4"], strict=True):
+        assert three["bits of a weight"] == pytest.approx(four["bits of a weight"] - 1, abs=0.02)
+        assert three["MB, decoder"] < four["MB, decoder"]
+        assert three["MB, head"] == four["MB, head"]
+        saved = (four["bits of a weight"] - three["bits of a weight"]) / 8 * shared_context.sizes.linear_weights
+        assert 1e6 * (four["MB, file"] - three["MB, file"]) == pytest.approx(saved)
+    losses = [of[weights][0][KL] for weights in WEIGHTS]
+    assert losses == sorted(losses)
 
 
 def test_what_reads_least_within_a_bound(results, rows):

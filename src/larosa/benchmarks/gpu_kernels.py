@@ -14,7 +14,7 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
-from larosa.formats import AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
+from larosa.formats import FORMATS, AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
 from larosa.ops import column_major
 from larosa.ops.low_bit import LowBitWeights
 
@@ -83,9 +83,8 @@ def measure_gpu_kernels(
         rows: list[GpuKernelRow] = []
         if weights in (None, WeightFormat.FULL):
             rows += [row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)]
-        for form in (Int8(Int8.usual_group), Int4(Int4.usual_group)):
-            if weights in (None, form.name):
-                rows += bench.low_bit_products(form, low_bit_matrices(config), sparsities)
+        for form in (Int8, Int4) if weights is None else [FORMATS[weights]] if weights in FORMATS else []:
+            rows += bench.low_bit_products(form(form.usual_group), low_bit_matrices(config), sparsities)
         if weights is None:
             rows += bench.selections(config.hidden_size, config.intermediate_size)
             rows += [bench.attention(Heads.of(config), position) for position in positions]
@@ -324,7 +323,7 @@ def random_codes(form: ColumnFormat, outputs: tuple[int, ...], depth: int, devic
     """Matrices of few bits, their numbers random."""
     empty = [form.empty(size, depth, device) for size in outputs]
     codes = [each.view(torch.uint8).random_(256).view(each.dtype) for each, _ in empty]
-    return LowBitWeights(codes, [scales.normal_() for _, scales in empty], list(outputs), form.group)
+    return LowBitWeights(codes, [scales.normal_() for _, scales in empty], list(outputs), form.group, form.name)
 
 
 def _kept(depth: int, sparsity: float) -> int:

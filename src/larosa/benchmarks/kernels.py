@@ -189,7 +189,9 @@ def _low_bit_products(
         for _ in range(max(2, -(-bytes_of_copies // (2 * sum(outputs) * depth))))
     ]
     weights = [[_random(form, count, depth, generator) for count in outputs] for _ in range(copies)]
-    packed = [([codes for codes, _ in one], [scales for _, scales in one], outputs, form.group) for one in weights]
+    packed = [
+        ([codes for codes, _ in one], [scales for _, scales in one], outputs, form.group, form.name) for one in weights
+    ]
     biases = [None] * len(outputs)
     as_large = torch.zeros(copies, column * depth // 4)
     x = torch.randn(1, depth, generator=generator)

@@ -48,7 +48,7 @@ def decode(
         typer.Option(help="How --shape stores linears: few bits, with a head of 8, beside the dense model."),
     ] = WeightFormat.FULL,
     weight_group: Annotated[
-        int | None, typer.Option(help="Outputs that share a scale in --weights int8 and int4; by default as convert.")
+        int | None, typer.Option(help="Outputs that share a scale in --weights of few bits; by default as convert.")
     ] = None,
     kv_cache_dtype: options.KvCacheDtype = CacheDtype.AUTO,
     dtype: options.DtypeOption = options.Dtype.AUTO,

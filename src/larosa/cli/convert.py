@@ -28,6 +28,8 @@ class Weights(StrEnum):
 
     FULL = WeightFormat.FULL
     INT8 = WeightFormat.INT8
+    INT6 = WeightFormat.INT6
+    INT5 = WeightFormat.INT5
     INT4 = WeightFormat.INT4
     AUTO = AUTO_WEIGHTS
 
@@ -62,7 +64,7 @@ def convert(
     weights: Annotated[
         Weights | None,
         typer.Option(
-            help="Store the decoder's linears in the model's dtype, in 8 or in 4 bits; auto: what reads the fewest "
+            help="Store the decoder's linears in the model's dtype, or in few bits; auto: what reads the fewest "
             "bytes within --max-kl."
         ),
     ] = None,

@@ -176,7 +176,7 @@ class ConversionOptions:
         Compensation.NONE
     )
     weights: Annotated[
-        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in 8 or 4 bits.")
+        WeightFormat | None, typer.Option(help="Store the decoder's linears in the model's dtype, or in few bits.")
     ] = None
     weight_group: Annotated[
         int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128; more take less and lose more.")

@@ -48,7 +48,7 @@ class Linears:
         if self.device.type == "cpu":
             parts = rows_side_by_side(parts)
         outputs, count = [len(weight) for weight in self.weights], len(codes)
-        return LowBitLinears(parts[:count], parts[count:], outputs, form.group, self.biases)
+        return LowBitLinears(parts[:count], parts[count:], outputs, form, self.biases)
 
     def listed(
         self,
@@ -74,7 +74,7 @@ class LowBitLinears:
     codes: list[torch.Tensor]
     scales: list[torch.Tensor]
     outputs: list[int]
-    group: int
+    form: ColumnFormat
     biases: list[torch.Tensor | None]
 
     @property
@@ -112,9 +112,9 @@ class LowBitLinears:
         return outputs
 
     @property
-    def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], int, list[torch.Tensor | None]]:
+    def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int], int, str, list[torch.Tensor | None]]:
         """As operators take them."""
-        return self.codes, self.scales, self.outputs, self.group, self.biases
+        return self.codes, self.scales, self.outputs, self.form.group, self.form.name, self.biases
 
 
 def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLinears:
@@ -135,7 +135,7 @@ def read_linears(linears: Sequence[Any], by_columns: bool) -> Linears | LowBitLi
             part.data = laid_out
     codes, scales = [linear.codes.data for linear in linears], [linear.scales.data for linear in linears]
     outputs = [linear.out_features for linear in linears]
-    return LowBitLinears(codes, scales, outputs, first.format.group, biases)
+    return LowBitLinears(codes, scales, outputs, first.format, biases)
 
 
 def lay_out(linear: nn.Linear | Int8Adapter, by_columns: bool) -> None:

@@ -160,7 +160,8 @@ def _check(model: Any, architecture: Architecture) -> None:
         reason, mend = "sparse models in float16 on the CPU", "load it with --dtype bfloat16, or "
     if reason is not None:
         raise LarosaError(f"the larosa engine does not run {reason}: {mend}use --engine transformers")
+    forms = [] if block is None else [form.name for form in (block.linear_format, block.head_format) if form]
     try:
-        check_kernels(weight.device)
+        check_kernels(weight.device, forms)
     except LarosaError as error:
         raise LarosaError(f"{error}, or use --engine transformers") from None

@@ -5,13 +5,13 @@ Nothing outside this room packs or unpacks them, or counts their bytes. A new fo
 """
 
 from larosa.formats.adapters import Adapter, AdapterFormat
-from larosa.formats.columns import GROUPS, OF_CODES, SCALE_DTYPE, ColumnFormat, Int4, Int8
+from larosa.formats.columns import FORMATS, GROUPS, SCALE_DTYPE, ColumnFormat, Int4, Int5, Int6, Int8
 from larosa.formats.keys_values import CacheDtype, CacheFormat
 from larosa.formats.quantization import Quantization, Quantizer, WeightFormat
 
 __all__ = [
+    "FORMATS",
     "GROUPS",
-    "OF_CODES",
     "SCALE_DTYPE",
     "Adapter",
     "AdapterFormat",
@@ -19,6 +19,8 @@ __all__ = [
     "CacheFormat",
     "ColumnFormat",
     "Int4",
+    "Int5",
+    "Int6",
     "Int8",
     "Quantization",
     "Quantizer",

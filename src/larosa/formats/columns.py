@@ -25,6 +25,11 @@ SCALE_DTYPE = torch.bfloat16
 #: many that what is made of them on the way stays in a core's cache, elsewhere so many that launches take no time.
 _WEIGHTS, _WEIGHTS_ELSEWHERE = 1 << 19, 1 << 24
 
+#: Neighbouring outputs whose codes stand together where a byte has no whole number of them.
+_TOGETHER = 32
+#: Hundredths of the ends of a range of 5 or 6 bits that scales are searched at.
+_SHARES = range(92, 109, 2)
+
 
 @dataclass(frozen=True)
 class ColumnFormat(ABC):
@@ -43,16 +48,15 @@ class ColumnFormat(ABC):
     #: What a search of scales tries to map a group's largest magnitude to, sign included.
     targets: ClassVar[tuple[float, ...]]
     codes_dtype: ClassVar[torch.dtype]
-    #: Outputs of an element of `codes`.
-    outputs_each: ClassVar[int]
     #: Outputs that share a scale where the user does not say.
     usual_group: ClassVar[int]
 
     def __post_init__(self) -> None:
         check_group(self.group)
 
+    @classmethod
     @abstractmethod
-    def codes_width(self, outputs: int) -> int:
+    def codes_width(cls, outputs: int) -> int:
         """How many elements a column of so many outputs has in `codes`."""
 
     @abstractmethod
@@ -96,12 +100,12 @@ class Int8(ColumnFormat):
     name = "int8"
     bits = 8
     lowest, highest = -127, 127
-    targets = (127.0,)
+    targets: ClassVar[tuple[float, ...]] = (127.0,)
     codes_dtype = torch.int8
-    outputs_each = 1
     usual_group = 128
 
-    def codes_width(self, outputs: int) -> int:
+    @classmethod
+    def codes_width(cls, outputs: int) -> int:
         """As many."""
         return outputs
 
@@ -126,10 +130,10 @@ class Int4(ColumnFormat):
     # The lowest is one farther from 0 than the highest, and cutting the largest off serves the others.
     targets = tuple(-(70 + 2 * step) / 10 for step in range(13)) + tuple((60 + 2 * step) / 10 for step in range(13))
     codes_dtype = torch.uint8
-    outputs_each = 2
     usual_group = 32
 
-    def codes_width(self, outputs: int) -> int:
+    @classmethod
+    def codes_width(cls, outputs: int) -> int:
         """Half as many, rounded up."""
         return -(-outputs // 2)
 
@@ -146,8 +150,70 @@ class Int4(ColumnFormat):
         return digits.to(torch.int8) + self.lowest
 
 
-#: By the dtype of codes, which is all that an operator sees of a format. Kernels know each by the name of its class.
-OF_CODES: dict[torch.dtype, type[ColumnFormat]] = {form.codes_dtype: form for form in (Int8, Int4)}
+class LeadingBits(ColumnFormat):
+    """Four bits a weight as `Int4` has them, and the leading ones of 32 neighbouring outputs behind those.
+
+    Of each 32 outputs of a column, the last of them filled with zeros, there are 16 bytes with the low four bits of
+    q - `lowest`, two outputs each, and then n = 4 (`bits` - 4) bytes with the leading ones: those of the outputs in
+    byte b of the 16 are in byte b % n, at place b // n from the lowest, the first output's lower.
+    """
+
+    codes_dtype = torch.uint8
+
+    @classmethod
+    def codes_width(cls, outputs: int) -> int:
+        """Of whole 32 outputs."""
+        return 4 * cls.bits * -(-outputs // _TOGETHER)
+
+    def pack(self, q: torch.Tensor) -> torch.Tensor:
+        """Whole numbers by 32."""
+        leading, pieces = self.bits - 4, -(-q.shape[1] // _TOGETHER)
+        digits = torch.full((len(q), pieces * _TOGETHER), -self.lowest, dtype=torch.uint8, device=q.device)
+        digits[:, : q.shape[1]] = (q - self.lowest).to(torch.uint8)
+        even, odd = digits.unflatten(1, (pieces, _TOGETHER // 2, 2)).unbind(-1)
+        low = even & 15 | (odd & 15) << 4
+        high = (even >> 4 | odd >> 4 << leading).unflatten(-1, (4 // leading, 4 * leading))
+        packed = (high << self._places(q.device)).sum(dim=-2, dtype=torch.uint8)
+        return torch.cat([low, packed], dim=-1).flatten(1)
+
+    def unpack(self, codes: torch.Tensor, outputs: int) -> torch.Tensor:
+        """Whole numbers of 32 outputs each."""
+        leading, size = self.bits - 4, 4 * self.bits
+        pieces = codes.unflatten(1, (codes.shape[1] // size, size))
+        low, packed = pieces.split([_TOGETHER // 2, 4 * leading], dim=-1)
+        high = (packed[..., None, :] >> self._places(codes.device)).flatten(-2)
+        mask = (1 << leading) - 1
+        even, odd = low & 15 | (high & mask) << 4, low >> 4 | (high >> leading & mask) << 4
+        digits = torch.stack([even, odd], dim=-1).flatten(1)[:, :outputs]
+        return digits.to(torch.int8) + self.lowest
+
+    def _places(self, device: torch.device) -> torch.Tensor:
+        """Where the leading bits of one byte's two outputs begin in another, [4 / leading bits, 1]."""
+        return torch.arange(0, 8, 2 * (self.bits - 4), dtype=torch.uint8, device=device)[:, None]
+
+
+class Int6(LeadingBits):
+    """Six bits a weight, 24 bytes for 32 of them."""
+
+    name = "int6"
+    bits = 6
+    lowest, highest = -32, 31
+    targets = tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
+    usual_group = 64
+
+
+class Int5(LeadingBits):
+    """Five bits a weight, 20 bytes for 32 of them."""
+
+    name = "int5"
+    bits = 5
+    lowest, highest = -16, 15
+    targets = tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
+    usual_group = 32
+
+
+#: By their names, which is what operators are told of them; in the order in which messages list them.
+FORMATS: dict[str, type[ColumnFormat]] = {form.name: form for form in (Int8, Int6, Int5, Int4)}
 
 
 def check_group(group: int) -> int:

@@ -8,18 +8,20 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from larosa.errors import LarosaError
-from larosa.formats.columns import ColumnFormat, Int4, Int8, check_group
+from larosa.formats.columns import FORMATS, ColumnFormat, check_group
 
 
 class WeightFormat(StrEnum):
-    """What linears are stored as: the model's own dtype (`full`), or 8 or 4 bits with scales."""
+    """What linears are stored as: the model's own dtype (`full`), or few bits with scales, by a name of `FORMATS`."""
 
     FULL = "full"
     INT8 = "int8"
+    INT6 = "int6"
+    INT5 = "int5"
     INT4 = "int4"
 
 
-_FORMATS: dict[WeightFormat, type[ColumnFormat]] = {WeightFormat.INT8: Int8, WeightFormat.INT4: Int4}
+_FEW_BITS = "of weights of few bits: add --weights " + ", ".join(FORMATS)
 
 
 class Quantizer(StrEnum):
@@ -83,15 +85,15 @@ class Quantization(BaseModel):
         full = weights is WeightFormat.FULL
         head = head or (WeightFormat.FULL if full else WeightFormat.INT8)
         if full and quantizer is not None:
-            raise LarosaError(f"--quantizer {quantizer} is of weights of few bits: add --weights int4 or int8")
+            raise LarosaError(f"--quantizer {quantizer} is {_FEW_BITS}")
         if full and head is WeightFormat.FULL:
             if group is not None:
-                raise LarosaError(f"--weight-group {group} is of weights of few bits: add --weights int4 or int8")
+                raise LarosaError(f"--weight-group {group} is {_FEW_BITS}")
             return None
         return cls(
             weights=weights,
             head=head,
-            group=_FORMATS[head if full else weights].usual_group if group is None else check_group(group),
+            group=FORMATS[head if full else weights].usual_group if group is None else check_group(group),
             quantizer=None if full else quantizer or Quantizer.GPTQ,
         )
 
@@ -104,11 +106,12 @@ class Quantization(BaseModel):
         Group and quantizer are of weights of few bits: `full` ones go without.
         """
         chosen: dict[WeightFormat, Quantization | None] = {
-            weights: cls.complete(weights, head, group, quantizer) for weights in (WeightFormat.INT4, WeightFormat.INT8)
+            WeightFormat(name): cls.complete(WeightFormat(name), head, group, quantizer)
+            for name in sorted(FORMATS, key=lambda name: FORMATS[name].bits)
         }
         of_head = None if head in (None, WeightFormat.FULL) else group
         return {**chosen, WeightFormat.FULL: cls.complete(WeightFormat.FULL, head, of_head, None)}
 
 
 def _format(name: WeightFormat, group: int) -> ColumnFormat | None:
-    return _FORMATS[name](group) if name in _FORMATS else None
+    return FORMATS[name](group) if name in FORMATS else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from larosa.errors import LarosaError
 from larosa.ops.cpu.library import load
 from larosa.ops.cuda.compiler import check_compiler
 from larosa.ops.cuda.launch import machine
+from larosa.ops.cuda.parameters import check_codes
 from larosa.ops.schema import implement
 
 _MODULES = {"cuda": "larosa.ops.cuda.kernels", "triton": "larosa.ops.triton.kernels"}
@@ -54,17 +56,25 @@ def _kernels() -> ModuleType:
         ) from error
 
 
-def check_kernels(device: torch.device) -> None:
+def check_kernels(device: torch.device, forms: Iterable[str] = ()) -> None:
     """Make sure that operators can run on a device, before anybody lays out weights for them.
 
+    Args:
+        device: where they are to run.
+        forms: names of the formats of few bits that weights have.
+
     Raises:
-        LarosaError: a part of larosa or a package is not installed, or the GPU is not one that the kernels run on.
+        LarosaError: a part of larosa or a package is not installed, the GPU is not one that the kernels run on, or they
+            do not read such weights.
     """
     if device.type == "cpu":
         load()
         return
+    in_cuda = chosen_kernels() == "cuda"
+    for form in forms if in_cuda else ():
+        check_codes(form)
     _kernels()
-    if chosen_kernels() == "cuda":
+    if in_cuda:
         check_compiler()
         machine(device)
 

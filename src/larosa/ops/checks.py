@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from larosa.formats import GROUPS, OF_CODES, SCALE_DTYPE
+from larosa.formats import FORMATS, GROUPS, SCALE_DTYPE, ColumnFormat
 
 if TYPE_CHECKING:
     from larosa.ops.low_bit import LowBitWeights
@@ -114,28 +114,39 @@ def matrices(
 
 def low_bit(weights: LowBitWeights, biases: Sequence[torch.Tensor | None], width: int) -> int:
     """Outputs of all matrices of `width` columns together, in codes of one format with their scales."""
-    codes, scales, outputs, group = weights
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
+    codes, scales, outputs, group, form = weights
+    of = column_format(form, group)
     if not codes or len({len(codes), len(scales), len(outputs), len(biases)}) > 1:
         raise ValueError(
             f"{len(codes)} codes with {len(scales)} scales, {len(outputs)} outputs and {len(biases)} biases"
         )
-    form = OF_CODES.get(codes[0].dtype)
-    if form is None or any(each.dtype != codes[0].dtype for each in codes):
-        raise ValueError("codes must all be uint8, two outputs each, or all be int8")
     for each, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
-        _in_columns("codes", each, width, -(-size // form.outputs_each))
+        if each.dtype is not of.codes_dtype:
+            raise ValueError(f"codes of {form} must be {_name(of.codes_dtype)}, not {each.dtype}")
+        _in_columns("codes", each, width, of.codes_width(size))
         if scale.dtype is not SCALE_DTYPE:
-            raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {scale.dtype}")
+            raise ValueError(f"scales must be {_name(SCALE_DTYPE)}, not {scale.dtype}")
         _in_columns("scales", scale, width, -(-size // group))
         vector("bias", bias, size)
     return sum(outputs)
 
 
+def column_format(form: str, group: int) -> type[ColumnFormat]:
+    """The format of that name, for so many outputs that share a scale."""
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
+    if form not in FORMATS:
+        raise ValueError(f"form must be one of {', '.join(FORMATS)}, not {form}")
+    return FORMATS[form]
+
+
 def _in_columns(name: str, x: torch.Tensor, width: int, size: int) -> None:
     if x.shape != (width, size) or (size > 1 and x.stride(1) != 1) or (width > 1 and x.stride(0) < size):
         raise ValueError(f"{name} must be [{width}, {size}], each column in one piece, not of shape {tuple(x.shape)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layout(name: str, weight: torch.Tensor, column_major: bool) -> None:

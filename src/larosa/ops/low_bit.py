@@ -1,4 +1,4 @@
-"""Products of a vector with weights of 8 or 4 bits, which stand by columns: all columns, or those that are kept."""
+"""Products of a vector with weights of 4 to 8 bits, which stand by columns: all columns, or those that are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from larosa.formats import OF_CODES, ColumnFormat
+from larosa.formats import FORMATS, ColumnFormat
 from larosa.ops.linear import Biases, Weights, sparse_linear_reference
 from larosa.ops.schema import define
 
@@ -17,8 +17,8 @@ BLOCK = 16
 #: Blocks are added up in up to so many segments of at least so many columns.
 _SEGMENTS, _SEGMENT = 4, 64
 
-#: What the largest activation becomes, by the bits of the codes: 8 are finer than a weight's 4, but not than its 8.
-_LARGEST = {4: 127.0, 8: 127.0 * 128}
+#: What the largest activation becomes, with codes of 4 bits and with longer ones: 8 are finer than a weight's 4 alone.
+_LARGEST_OF_FOUR, _LARGEST = 127.0, 127.0 * 128
 #: Magnitudes up to this count as nothing: the reciprocal of a smaller one would be too large for float32.
 _NOTHING = 1e-30
 
@@ -30,12 +30,13 @@ class LowBitWeights(NamedTuple):
     scales: Weights
     outputs: list[int]
     group: int
+    form: str
 
 
 @define(
     "low_bit_linear(Tensor values, Tensor? indices, Tensor[] codes, Tensor[] scales, int[] outputs, int group, "
-    "Tensor?[] biases, Tensor? residual=None, Tensor? count=None, Tensor? adapter=None, Tensor? adapter_scale=None) "
-    "-> Tensor"
+    "str form, Tensor?[] biases, Tensor? residual=None, Tensor? count=None, Tensor? adapter=None, "
+    "Tensor? adapter_scale=None) -> Tensor"
 )
 def _low_bit_linear(
     values: torch.Tensor,
@@ -44,6 +45,7 @@ def _low_bit_linear(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -60,6 +62,7 @@ def low_bit_linear_reference(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -71,10 +74,11 @@ def low_bit_linear_reference(
     Args:
         values: [B, k], float32 (float64 for a reference); [B, D] where there are no indices.
         indices: [B, k] int32, ascending in each row: which columns the values are for; None for all D columns.
-        codes: one matrix [D, columns] each, uint8 of `Int4` or int8 of `Int8`. Columns may lie apart in memory.
+        codes: one matrix [D, columns] each, as the format has them. Columns may lie apart in memory.
         scales: [D, ceil(N_i / group)] bfloat16 each, likewise.
         outputs: N_i of each matrix.
         group: outputs of a column that share a scale, one of `GROUPS`.
+        form: the format of all codes, a name of `FORMATS`.
         biases: one [N_i] or None a matrix.
         residual: [B, sum of N_i] like `values`, or None.
         count: [B] int64, how many of the k entries of each row are meant, the first ones; None for all.
@@ -86,7 +90,7 @@ def low_bit_linear_reference(
         [B, sum of N_i] like `values`.
     """
     weights = [
-        OF_CODES[matrix.dtype](group).dequantize(matrix, scale, size, values.dtype).t()
+        FORMATS[form](group).dequantize(matrix, scale, size, values.dtype).t()
         for matrix, scale, size in zip(codes, scales, outputs, strict=True)
     ]
     if indices is None:
@@ -101,6 +105,7 @@ def low_bit_linear_in_integers(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -108,7 +113,7 @@ def low_bit_linear_in_integers(
     """What kernels compute, bit by bit: each `BLOCK` of columns in whole numbers, and the sum of blocks in float32.
 
     In a block, values times scales are rounded by one unit for each group of outputs: a 127th of the largest of them
-    for codes of 4 bits, a 16,256th for codes of 8. So an output is off by up to half a unit times the sum of |q| for
+    for codes of 4 bits, a 16,256th for longer ones. So an output is off by up to half a unit times the sum of |q| for
     each block. Where the largest is NaN or infinite, the group's outputs are NaN: whole numbers would hide it.
 
     Arguments and result are those of `low_bit_linear_reference`, in float32.
@@ -120,7 +125,7 @@ def low_bit_linear_in_integers(
     for value, index, k in zip(values, indices.long(), meant, strict=True):
         value, index = value[:k], index[:k]
         parts = [
-            _segments(value, matrix[index], scale[index].float(), OF_CODES[matrix.dtype](group), size)
+            _segments(value, matrix[index], scale[index].float(), FORMATS[form](group), size)
             + (0 if bias is None else bias.float())
             for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True)
         ]
@@ -154,7 +159,7 @@ def _segments(
 
 def _block(value: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, form: ColumnFormat) -> torch.Tensor:
     """[N], the sum of up to `BLOCK` columns."""
-    most, outputs = torch.tensor(_LARGEST[form.bits]), q.shape[1]
+    most, outputs = torch.tensor(_LARGEST_OF_FOUR if form.bits == 4 else _LARGEST), q.shape[1]
     scaled = value[:, None] * scales
     largest = scaled.abs().amax(dim=0)  # NaN where there is one
     counts = (largest > _NOTHING) & largest.isfinite()

@@ -18,8 +18,8 @@ from larosa.ops.select import above_reference, top_k_reference
 
 @define(
     "low_bit_site(Tensor x, Tensor? gain, float? eps, Tensor? score, int? k, float? threshold, bool swiglu, "
-    "Tensor[] codes, Tensor[] scales, int[] outputs, int group, Tensor?[] biases, Tensor? residual=None, "
-    "Tensor? adapter=None, Tensor? adapter_scale=None) -> Tensor"
+    "Tensor[] codes, Tensor[] scales, int[] outputs, int group, str form, Tensor?[] biases, "
+    "Tensor? residual=None, Tensor? adapter=None, Tensor? adapter_scale=None) -> Tensor"
 )
 def _low_bit_site(
     x: torch.Tensor,
@@ -49,6 +49,7 @@ def low_bit_site_reference(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
@@ -68,6 +69,7 @@ def low_bit_site_reference(
         scales: as there.
         outputs: as there.
         group: as there.
+        form: as there.
         biases: as there.
         residual: as there; none with `swiglu`.
         adapter: as there; none with a norm.
@@ -84,6 +86,6 @@ def low_bit_site_reference(
         x, indices = top_k_reference(x, k, score)
     elif threshold is not None:
         x, indices, count = above_reference(x, threshold, score)
-    weights = codes, scales, outputs, group, biases
+    weights = codes, scales, outputs, group, form, biases
     result = low_bit_linear_reference(x, indices, *weights, residual, count, adapter, adapter_scale)
     return silu_mul_reference(result) if swiglu else result

@@ -42,21 +42,8 @@ def quantize(
         LarosaError: a weight or an activation is NaN or Inf; the message names layer and site.
     """
     linears, head = quantization.linear_format, quantization.head_format
-    layers = architecture.layers(model)
-    if linears is not None and quantization.quantizer is Quantizer.GPTQ:
-        assert sequences is not None, "GPTQ has calibration sequences"
-        _fit(model, architecture, linears, sequences, device)
-    elif linears is not None:
-        for index, layer in enumerate(track(layers, "Quantizing layers")):
-            with in_memory(layer):
-                rounded = {
-                    site: [
-                        round_to_nearest(linear.weight, linears, _name(index, site))
-                        for linear in architecture.linears(layer, site)
-                    ]
-                    for site in SITES
-                }
-                _store(layer, architecture, linears, rounded)
+    if linears is not None:
+        quantize_linears(model, architecture, linears, quantization.quantizer, sequences, device)
     if head is not None:
         rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
         quantize_head(model, architecture, head)
@@ -64,6 +51,32 @@ def quantize(
         _fill(architecture.head(model), *rounded_head)
     block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
     model.config.larosa = block.model_dump(mode="json")
+
+
+@torch.no_grad()
+def quantize_linears(
+    model: Any,
+    architecture: Architecture,
+    form: ColumnFormat,
+    quantizer: Quantizer | None,
+    sequences: torch.Tensor | None,
+    device: torch.device,
+) -> None:
+    """The linears alone, in any format, of which the configuration says nothing. Arguments are as of `quantize`."""
+    if quantizer is Quantizer.GPTQ:
+        assert sequences is not None, "GPTQ has calibration sequences"
+        _fit(model, architecture, form, sequences, device)
+        return
+    for index, layer in enumerate(track(architecture.layers(model), "Quantizing layers")):
+        with in_memory(layer):
+            rounded = {
+                site: [
+                    round_to_nearest(linear.weight, form, _name(index, site))
+                    for linear in architecture.linears(layer, site)
+                ]
+                for site in SITES
+            }
+            _store(layer, architecture, form, rounded)
 
 
 def _fit(

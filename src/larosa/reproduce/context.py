@@ -30,8 +30,9 @@ from larosa.evaluation.perplexity import (
     evaluation_windows,
     prompt_tokens,
 )
-from larosa.formats import Quantization
+from larosa.formats import ColumnFormat, Quantization, Quantizer
 from larosa.models import set_keep_counts
+from larosa.quantizers import quantize_linears
 from larosa.reproduce import paper
 from larosa.reproduce.cache import Cache, fingerprint
 from larosa.reproduce.settings import MAIN_SPARSITY, SPARSITIES, ReproduceSettings
@@ -212,9 +213,15 @@ class Context:
             in_full = self._converted(variant.in_full)
             if self._few_bits is None or self._few_bits[0] != variant:
                 self._few_bits = None  # free the other one first
-                quantization = Quantization.complete(variant.weights, variant.head, None, variant.quantizer)
+                unstored = variant.unstored
+                group = None if unstored is None else unstored.group
+                quantization = Quantization.complete(variant.weights, variant.head, group, variant.quantizer)
                 assert quantization is not None, "stored by few bits"
-                self._few_bits = (variant, in_full.stored(quantization))
+                stored = in_full.stored(quantization)
+                if unstored is not None:
+                    where = stored.sequences, stored.device
+                    quantize_linears(stored.model, self.architecture, unstored, Quantizer.GPTQ, *where)
+                self._few_bits = (variant, stored)
             return self._few_bits[1]
         bare = (variant.method, *variant.options.values(), variant.search, variant.calibration, variant.seed)
         converted: Sparsified = self._hold(bare, lambda: self._convert(variant, MAIN_SPARSITY))
@@ -276,7 +283,7 @@ class Context:
             reference = self.reference(self.windows)
             model = self.sparsified(variant, sparsity, alphas)
             found = evaluate_windows(model, self.windows, reference, prompt_length=self.prompt_length)
-            return self._summary(model, found)
+            return self._summary(model, found, variant.unstored)
 
         key = {**self.variant_key(variant, sparsity, alphas), "evaluation": self.evaluation_key}
         return self.measure("evaluation", key, run)
@@ -291,6 +298,8 @@ class Context:
             key["parts"] = asdict(RECIPES[variant.recipe])
         if variant.stored:
             key["stored"] = variant.stored
+        if variant.unstored is not None:
+            key["unstored"] = [variant.unstored.name, variant.unstored.group]
         if variant.is_calibrated:
             key["calibration"] = self.calibration_key(variant.calibration, variant.seed)
         return key
@@ -347,17 +356,20 @@ class Context:
                 self._references[key] = _Recorded(self.dense(), windows)
         return self._references[key]
 
-    def _summary(self, model: Any, found: Evaluation) -> dict[str, Any]:
+    def _summary(self, model: Any, found: Evaluation, unstored: ColumnFormat | None = None) -> dict[str, Any]:
         """What is kept of an evaluation, with all bytes as they are in the checkpoint's own number format.
 
         `decoder_bytes` are what a token reads of the decoder, `bytes` the same as a share of dense, `file_bytes` what
-        all weights take.
+        all weights take. Linears in an `unstored` format count as if it were stored.
         """
         config, comparison = copy.deepcopy(model.config), found.comparison
         config.dtype = self.config.dtype
         costs = inspect_config(config)
+        linears = costs.bytes_dense_total
+        if unstored is not None:
+            linears = self.sizes.linear_bytes(unstored, element_size(config))
         skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
-        read = (1 - skipped) * costs.bytes_dense_total + costs.adapter_bytes + costs.score_bytes
+        read = (1 - skipped) * linears + costs.adapter_bytes + costs.score_bytes
         return {
             "perplexity": found.perplexity,
             "kl": found.kl_divergence,
@@ -365,10 +377,10 @@ class Context:
             "top1": found.top1_agreement,
             "tokens": found.tokens,
             "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
-            "weight_bits": costs.weight_bits,
+            "weight_bits": 8 * linears / self.sizes.linear_weights,
             "decoder_bytes": read,
             "head_bytes": costs.head_bytes,
-            "file_bytes": costs.parameter_bytes,
+            "file_bytes": costs.parameter_bytes and costs.parameter_bytes + linears - costs.bytes_dense_total,
             "bytes": read / self.sizes.linear_bytes(None, element_size(self.config)),
             "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},
         }

@@ -9,19 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from larosa.errors import LarosaError
-from larosa.formats import Quantizer, WeightFormat
+from larosa.formats import SCALE_DTYPE, Int8, Quantizer, WeightFormat
 from larosa.reproduce import figures
 from larosa.reproduce.context import Context, token_digest
 from larosa.reproduce.experiment import QUALITY, Experiment, quality
 from larosa.reproduce.results import Cell, Column, Picture, Results, Table
-from larosa.reproduce.variants import BEST
+from larosa.reproduce.variants import BEST, Variant
 
 SPARSITIES = (0.0, 0.25, 0.40, 0.50)
 
+
+class ThreeBits(Int8):
+    """Whole numbers of 3 bits, which no checkpoint has: held a byte each, and counted as if eight took three."""
+
+    name = "3 bits"
+    bits = 3
+    lowest, highest = -4, 3
+    targets = tuple(end * share / 100 for end in (lowest, highest) for share in range(85, 121, 3))
+    usual_group = 32
+
+    def column_bytes(self, outputs: int) -> int:
+        """Bytes of a column of so many outputs, codes and scales."""
+        return -(-3 * outputs // 8) + self.groups(outputs) * SCALE_DTYPE.itemsize
+
+
+def _stored(weights: WeightFormat) -> Variant:
+    return replace(BEST, label=weights, weights=weights, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8)
+
+
 VARIANTS = (
     BEST,
-    replace(BEST, label="int8", weights=WeightFormat.INT8, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8),
-    replace(BEST, label="int4", weights=WeightFormat.INT4, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8),
+    *map(_stored, (WeightFormat.INT8, WeightFormat.INT6, WeightFormat.INT5, WeightFormat.INT4)),
+    replace(BEST, label=ThreeBits.name, unstored=ThreeBits(ThreeBits.usual_group), head=WeightFormat.INT8),
 )
 _FULL, LLAMA_CPP = "full", "llama.cpp"
 #: How the names of its rows end that had one.
@@ -86,7 +105,8 @@ def run(context: Context) -> Results:
         "A token reads weights, scales, adapters and score vectors of the decoder, less the columns that the evaluated "
         "tokens did skip, and the whole head; not keys, values and norms. A file has the embedding too, "
         "which llama.cpp keeps as one with a tied head, by few bits.",
-        "full is the checkpoint's own number format; int8 and int4 are fitted by GPTQ with the head in 8 bits. "
+        "full is the checkpoint's own number format; few bits are fitted by GPTQ with the head in 8. No checkpoint has "
+        "3 bits: those rows are of weights rounded so, their bytes what they would take. "
         "All are by recipe best, converted once; ± is a standard error over tokens taken as independent.",
     ]
     if theirs:
@@ -176,7 +196,7 @@ def _annotate(axes: Any, point: Point, text: str, colour: str) -> None:
 
 EXPERIMENT = Experiment(
     "frontier",
-    "Divergence over bytes per token, with weights of 16, 8 and 4 bits",
+    "Divergence over bytes per token, with weights of 16, 8, 6, 5, 4 and 3 bits",
     "nothing of the kind: it has weights of 4 bits at equal sparsity, in Table 9.",
     run,
 )

@@ -16,7 +16,7 @@ from larosa.config import (
     Search,
     Selection,
 )
-from larosa.formats import Quantizer, WeightFormat
+from larosa.formats import ColumnFormat, Quantizer, WeightFormat
 from larosa.sparsity import SiteSizes
 
 
@@ -46,6 +46,8 @@ class Variant:
     weights: WeightFormat = WeightFormat.FULL
     quantizer: Quantizer | None = None
     head: WeightFormat = WeightFormat.FULL
+    #: Instead of `weights`: a format that no checkpoint has, which GPTQ rounds to.
+    unstored: ColumnFormat | None = None
     #: All options from a recipe, whatever it consists of; those above are then without meaning.
     recipe: Recipe | None = None
 
@@ -97,14 +99,14 @@ class Variant:
     @property
     def stored(self) -> dict[str, Any]:
         """The options among them that say what weights are stored in."""
-        if self.weights is WeightFormat.FULL:
+        if self.weights is WeightFormat.FULL and self.unstored is None:
             return {}
         return {"weights": self.weights, "quantizer": self.quantizer, "head": self.head}
 
     @property
     def in_full(self) -> Self:
         """The same with weights as they are."""
-        return replace(self, weights=WeightFormat.FULL, quantizer=None, head=WeightFormat.FULL)
+        return replace(self, weights=WeightFormat.FULL, quantizer=None, head=WeightFormat.FULL, unstored=None)
 
     def using(self, calibration: str, seed: int) -> Self:
         """The same on another calibration sample."""

@@ -5,6 +5,7 @@
 // digest of the results, to be compared with those of another build; some cases have NaN and infinities in them then, for
 // which there is no other check.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -347,7 +348,18 @@ void adapters() {
     for (int64_t i = 0; i < rows * outputs; ++i) check(sum[i] == out[i], "put off, the sum is another");
 }
 
-// Products by 8 and 4 bits, side by side: off by no more than what rounding a block's activations does.
+// The whole number of output n in a column of codes.
+int whole_number(const uint8_t *column, int64_t bits, int64_t n) {
+    if (bits == 8) return int8_t(column[n]);
+    if (bits == 4) return (n % 2 ? column[n / 2] >> 4 : column[n / 2] & 15) - 8;
+    const uint8_t *piece = column + n / 32 * 4 * bits;
+    const int64_t byte = n % 32 / 2, leading = bits - 4;
+    const int64_t bit = byte / (4 * leading) * 2 * leading + n % 2 * leading;
+    const int high = piece[16 + byte % (4 * leading)] >> bit & ((1 << leading) - 1);
+    return (n % 2 ? piece[byte] >> 4 : piece[byte] & 15) + 16 * high - (8 << leading);
+}
+
+// Products by 4 to 8 bits, side by side: off by no more than what rounding a block's activations does.
 void low_bits() {
     const int64_t rows = integer(0, 2), depth = width(), k = integer(0, 2) ? integer(0, depth) : depth;
     const int64_t threads = integer(1, 5), count = integer(1, 3), group = int64_t(32) << integer(0, 3);
@@ -362,8 +374,10 @@ void low_bits() {
     std::vector<larosa_low_bit> matrices;
     int64_t outputs = 0;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t some = width(), bits = integer(0, 1) ? 4 : 8, groups = (some + group - 1) / group;
-        const int64_t bytes = (some * bits + 7) / 8, stride = bytes + integer(0, 3), apart = groups + integer(0, 3);
+        const int64_t some = width(), bits = std::array{4, 5, 6, 8}[size_t(integer(0, 3))];
+        const int64_t groups = (some + group - 1) / group;
+        const bool whole = bits % 4 == 0;  // bytes
+        const int64_t bytes = whole ? (some * bits + 7) / 8 : (some + 31) / 32 * 4 * bits, stride = bytes + integer(0, 3), apart = groups + integer(0, 3);
         // The last column has no gap behind it.
         codes.emplace_back((depth - 1) * stride + bytes);
         const uint8_t same = extreme[integer(0, 3)];
@@ -399,8 +413,7 @@ void low_bits() {
                         const int64_t column = every ? i : indices[row * k + i];
                         const double scale = scales[m].wide[column * matrix.scales_stride + n / group];
                         const double scaled = scale * x[row * k + i];
-                        const uint8_t code = codes[m][column * matrix.codes_stride + n * matrix.bits / 8];
-                        const int q = matrix.bits == 8 ? int8_t(code) : (n % 2 ? code >> 4 : code & 15) - 8;
+                        const int q = whole_number(codes[m].get() + column * matrix.codes_stride, matrix.bits, n);
                         total += scaled * q, bound += 1e-5 * std::fabs(scaled * q);
                         largest = std::max(largest, std::fabs(scaled)), whole += std::abs(q);
                     }

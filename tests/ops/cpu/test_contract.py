@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from larosa.formats import FORMATS, ColumnFormat, Int4
 from larosa.ops import column_major
 from larosa.ops.cpu import library
+from larosa.ops.low_bit import LowBitWeights
 from tests.examples import examples
 
 from .cases import ISAS, bits
@@ -31,14 +33,15 @@ def scales() -> torch.Tensor:
     return random(2, 6, 2).abs().bfloat16()
 
 
-def low_bit(depth: int, *outputs: int, group: int = 32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Codes, of 4 bits and of 8 by turns, and scales of so many matrices."""
+def low_bit(depth: int, *outputs: int, form: ColumnFormat | None = None) -> LowBitWeights:
+    """So many random matrices, of 4 bits in groups of 32 where nothing is said."""
+    form = form or Int4(32)
     generator = torch.Generator().manual_seed(0)
-    codes = []
-    for i, size in enumerate(outputs):
-        lowest, highest, width, dtype = [(0, 256, -(-size // 2), torch.uint8), (-127, 128, size, torch.int8)][i % 2]
-        codes.append(torch.randint(lowest, highest, (depth, width), generator=generator, dtype=dtype))
-    return codes, [random(depth, -(-size // group)).bfloat16() for size in outputs]
+    codes = [
+        form.pack(torch.randint(form.lowest, form.highest + 1, (depth, size), generator=generator)) for size in outputs
+    ]
+    scales = [random(depth, form.groups(size)).bfloat16() for size in outputs]
+    return LowBitWeights(codes, scales, list(outputs), form.group, form.name)
 
 
 CALLS = {
@@ -62,8 +65,6 @@ CALLS = {
         random(1, 2),
         torch.tensor([[3, 5]], dtype=torch.int32),
         *low_bit(9, 7, 4),
-        [7, 4],
-        32,
         [None, random(4)],
         random(1, 11),
         torch.tensor([1]),
@@ -103,15 +104,15 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
     position = torch.tensor([outputs % 2000])
     rounded = [(10 * x).to(torch.int8) for x in (keys, cached)]
     counts = random(2, 2000, 2).abs().bfloat16()
-    few_bits = *low_bit(300, outputs, outputs, group=64), [outputs] * 2, 64, [None] * 2
+    few_bits = [(*low_bit(300, outputs, outputs, form=form(64)), [None] * 2) for form in FORMATS.values()]
 
     def results() -> list[torch.Tensor]:
         return [
             ops.linear(x, [weight], [None], residual),
             ops.adapt(x, digits, scale),
             ops.sparse_linear(values, indices, [columns], [None], residual),
-            ops.low_bit_linear(values, indices, *few_bits),
-            ops.low_bit_linear(x, None, *few_bits),
+            *(ops.low_bit_linear(values, indices, *weights) for weights in few_bits),
+            *(ops.low_bit_linear(x, None, *weights) for weights in few_bits),
             ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
             ops.attend(qkv, *rounded, position, None, None, None, None, 0.0, 0.125, 0, counts),
         ]
@@ -127,7 +128,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
 def test_rows_of_few_bits_are_computed_as_if_alone():
     x = random(4, 50)
     values, indices = ops.top_k(x, 20)
-    few_bits = *low_bit(50, 70), [70], 32, [None]
+    few_bits = *low_bit(50, 70), [None]
     narrow, narrow_dense = ops.low_bit_linear(values, indices, *few_bits), ops.low_bit_linear(x, None, *few_bits)
     above = ops.above(x, 0.7)
     counted = ops.low_bit_linear(*above[:2], *few_bits, None, above[2])
@@ -266,14 +267,17 @@ BAD = {
     ),
     "half elements": (lambda: ops.linear(random(1, 8), [in_halves(W)], [None]), ValueError, "middle"),
 }
-(CODES,), (SCALES,) = low_bit(8, 6)
+(CODES,), (SCALES,), *_ = low_bit(8, 6)
 LOW_BIT = {
-    "codes of floats": ({"codes": [SCALES]}, ValueError, "codes must be uint8"),
+    "codes of floats": ({"codes": [SCALES]}, ValueError, "codes of int4 must be uint8"),
     "codes of other columns": ({"codes": [CODES[:7]], "scales": [SCALES]}, ValueError, r"scales must be \[7, 1\]"),
     "codes of other outputs": ({"outputs": [7]}, ValueError, r"codes must be \[8, 4\]"),
     "codes by rows": ({"codes": [CODES.t().contiguous().t()]}, ValueError, "each column in one piece"),
     "scales of another dtype": ({"scales": [SCALES.half()]}, ValueError, "scales must be bfloat16"),
     "half a scale": ({"scales": [in_halves(SCALES)]}, ValueError, "middle"),
+    "codes of another format": ({"form": "int8"}, ValueError, "codes of int8 must be int8"),
+    "codes of other bits": ({"form": "int6"}, ValueError, r"codes must be \[8, 24\]"),
+    "an unknown format": ({"form": "int7"}, ValueError, "form must be one of int8, int6, int5, int4, not int7"),
     "a group of another size": ({"group": 48}, ValueError, "group must be one of 32, 64, 128, not 48"),
     "a bias of another size": ({"biases": [random(5)]}, ValueError, "bias"),
     "no matrices": ({"codes": [], "scales": [], "outputs": [], "biases": []}, ValueError, "no weights"),
@@ -316,7 +320,15 @@ def test_what_cannot_be_computed_is_refused(name):
 
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_what_low_bits_cannot_be_multiplied_with_is_refused(name):
-    usual = {"values": V, "indices": I, "codes": [CODES], "scales": [SCALES], "outputs": [6], "group": 32}
+    usual = {
+        "values": V,
+        "indices": I,
+        "codes": [CODES],
+        "scales": [SCALES],
+        "outputs": [6],
+        "group": 32,
+        "form": "int4",
+    }
     changed, error, message = LOW_BIT[name]
     with pytest.raises(error, match=message):
         ops.low_bit_linear(**(usual | {"biases": [None]} | changed))

@@ -91,7 +91,7 @@ def branches(x, dtype, bias):
             gate_up = ops.sparse_linear(*ops.rms_norm_top_k(y, None, 1e-6, 290), [inner], [None])
             chosen = ops.silu_mul_top_k(gate_up, 340)
             if adapter is adapters[1]:
-                y = ops.low_bit_linear(*chosen, [codes], [scales], [370], 64, [bias], carried)
+                y = ops.low_bit_linear(*chosen, [codes], [scales], [370], 64, "int8", [bias], carried)
             else:
                 y = ops.sparse_linear(*chosen, [outer], [bias], carried)
         return y

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larosa.formats import GROUPS, Int4, Int8
+from larosa.formats import FORMATS, GROUPS, ColumnFormat, Int4
 from larosa.ops.cpu import library
 from larosa.ops.low_bit import BLOCK, low_bit_linear_in_integers, low_bit_linear_reference
 from tests.examples import examples
@@ -32,6 +32,7 @@ class Problem:
     scales: list[torch.Tensor]
     outputs: list[int]
     group: int
+    form: str
     biases: list[torch.Tensor | None]
     residual: torch.Tensor | None = None
     count: torch.Tensor | None = None
@@ -46,12 +47,11 @@ def apart(x: torch.Tensor, gap: int) -> torch.Tensor:
 
 
 def low_bit(
-    chance: Chance, depth: int, outputs: list[int], group: int, kinds: list[type[Int4 | Int8]]
+    chance: Chance, depth: int, outputs: list[int], of: ColumnFormat
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Codes and scales of random matrices."""
     codes, scales = [], []
-    for kind, size in zip(kinds, outputs, strict=True):
-        of = kind(group)
+    for size in outputs:
         q = torch.randint(of.lowest, of.highest + 1, (depth, size), generator=chance.generator)
         gap = int(torch.randint(0, 3, (), generator=chance.generator))
         codes.append(apart(of.pack(q), gap))
@@ -65,14 +65,14 @@ def problems(draw, *kinds: str):
     rows, depth = draw(st.integers(0, 3)), draw(st.one_of(st.integers(1, 40), st.sampled_from([64, 130, 300])))
     outputs = draw(st.lists(OUTPUTS, min_size=1, max_size=3))
     group = draw(st.sampled_from(GROUPS))
-    formats = [draw(st.sampled_from([Int4, Int8])) for _ in outputs]
-    codes, scales = low_bit(chance, depth, outputs, group, formats)
+    form = draw(st.sampled_from(list(FORMATS)))
+    codes, scales = low_bit(chance, depth, outputs, FORMATS[form](group))
     k = draw(st.one_of(st.sampled_from([0, depth]), st.integers(0, min(depth, BLOCK + 1)), st.integers(0, depth)))
     values, indices = selection(chance, rows, depth, k)
     if draw(st.booleans()):
         values, indices = chance.tensor(rows, depth), None
     biases = [chance.maybe(n, dtype=draw(st.sampled_from(DTYPES))) for n in outputs]
-    problem = Problem(values, indices, codes, scales, outputs, group, biases, chance.maybe(rows, sum(outputs)))
+    problem = Problem(values, indices, codes, scales, outputs, group, form, biases, chance.maybe(rows, sum(outputs)))
     if rows == 1 and indices is not None and draw(st.booleans()):
         problem.count = torch.tensor([draw(st.integers(0, k))])
     return chance, problem
@@ -105,7 +105,7 @@ def test_results_are_off_by_no_more_than_a_block_s_unit(problem):
     bounds = []
     for value, index in zip(given.values.double()[:, :count], indices[:, :count].long(), strict=True):
         for codes, scales, size in zip(given.codes, given.scales, given.outputs, strict=True):
-            kind = Int4 if codes.dtype is torch.uint8 else Int8
+            kind = FORMATS[given.form]
             q = kind(given.group).unpack(codes[index], size).double().abs()
             scaled = (value[:, None] * scales[index].double()).abs()
             bound = torch.zeros(size, dtype=torch.float64)
@@ -126,13 +126,13 @@ def test_results_are_off_by_no_more_than_a_block_s_unit(problem):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", [Int4, Int8])
+@pytest.mark.parametrize("kind", FORMATS.values())
 def test_columns_that_are_not_kept_do_not_show(isa, kind):
     library.set_isa(isa)
     chance = Chance(torch.Generator().manual_seed(0), "normal", 1)
-    (codes,), (scales,) = low_bit(chance, 200, [330], 64, [kind])
+    (codes,), (scales,) = low_bit(chance, 200, [330], kind(64))
     values, indices = selection(chance, 1, 200, 90)
-    given = Problem(values, indices, [codes], [scales], [330], 64, [None])
+    given = Problem(values, indices, [codes], [scales], [330], 64, kind.name, [None])
     before = ops.low_bit_linear(*given.given())
     assert before.isfinite().all()
     skipped = torch.ones(200, dtype=torch.bool)
@@ -145,18 +145,18 @@ def test_columns_that_are_not_kept_do_not_show(isa, kind):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", [Int4, Int8])
+@pytest.mark.parametrize("kind", FORMATS.values())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_an_entry_that_is_not_finite_spoils_all_outputs(isa, kind, bad):
     library.set_isa(isa)
     chance = Chance(torch.Generator().manual_seed(1), "normal", 1)
-    codes, scales = low_bit(chance, 40, [70, 33], 32, [kind, kind])
+    codes, scales = low_bit(chance, 40, [70, 33], kind(32))
     for scale in scales:
         scale[5] = -17.0  # 3e38 overflows
-    codes[0][5] = 0x88 if kind is Int4 else 0  # whole numbers of nothing: infinity times 0 is NaN
+    codes[0][5] = kind(32).pack(torch.zeros(1, 70))[0]  # whole numbers of nothing: infinity times 0 is NaN
     x = chance.tensor(1, 40)
     x[0, 5] = bad
-    given = Problem(x, None, codes, scales, [70, 33], 32, [None, None])
+    given = Problem(x, None, codes, scales, [70, 33], 32, kind.name, [None, None])
     assert ops.low_bit_linear(*given.given()).isnan().all()
 
 
@@ -165,19 +165,19 @@ def test_an_entry_that_is_not_finite_spoils_all_outputs(isa, kind, bad):
 def test_next_to_nothing_is_nothing(isa, tiny):
     library.set_isa(isa)
     chance = Chance(torch.Generator().manual_seed(2), "normal", 1)
-    codes, scales = low_bit(chance, 20, [40], 32, [Int4])
+    codes, scales = low_bit(chance, 20, [40], Int4(32))
     bias, residual = chance.tensor(40), chance.tensor(1, 40)
-    given = Problem(torch.full((1, 20), tiny), None, codes, scales, [40], 32, [bias], residual)
+    given = Problem(torch.full((1, 20), tiny), None, codes, scales, [40], 32, Int4.name, [bias], residual)
     assert torch.equal(ops.low_bit_linear(*given.given()), bias + residual)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_largest_whole_numbers_do_not_overflow(isa):
     library.set_isa(isa)
-    for kind, q in ((Int4, -8), (Int4, 7), (Int8, -127), (Int8, 127)):
+    for kind, q in ((form, q) for form in FORMATS.values() for q in (form.lowest, form.highest)):
         codes = kind(32).pack(torch.full((16, 50), q))
         scales = torch.ones(16, 2, dtype=torch.bfloat16)
         for sign in (1.0, -1.0):
             x = torch.full((1, 16), sign * 127)
-            result = ops.low_bit_linear(x, None, [codes], [scales], [50], 32, [None])
+            result = ops.low_bit_linear(x, None, [codes], [scales], [50], 32, kind.name, [None])
             assert result.tolist() == [[sign * 127 * 16 * q] * 50]

@@ -36,7 +36,7 @@ def adapter(outputs: int) -> tuple[torch.Tensor, ...]:
 
 def few_bits(outputs: int = 512) -> tuple[Any, ...]:
     codes = torch.arange(600 * outputs // 2).to(torch.uint8).view(600, -1)
-    return [codes], [torch.full((600, outputs // 32), 2**-3, dtype=torch.bfloat16)], [outputs], 32, [None]
+    return [codes], [torch.full((600, outputs // 32), 2**-3, dtype=torch.bfloat16)], [outputs], 32, "int4", [None]
 
 
 def attention(dtype: torch.dtype) -> tuple[Any, ...]:

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from larosa.formats import GROUPS, ColumnFormat, Int4, Int8
+from larosa.errors import LarosaError
+from larosa.formats import GROUPS, ColumnFormat, Int4, Int5, Int6, Int8
 from larosa.ops import column_major
+from larosa.ops.cuda import kernels as cuda_kernels
 from larosa.ops.low_bit import low_bit_linear_reference
 from larosa.ops.low_bit_site import low_bit_site_reference
 from tests.examples import examples
@@ -23,7 +25,7 @@ FORMS = [Int4(32), Int8(128), Int4(64), Int8(32)]
 #: Whole pieces of 16 bytes, others, and more than the GPU that stands in for a large one has blocks for.
 OUTPUTS = [[256], [64, 50, 33], [1], [2300], [32, 64]]
 #: By which the largest term of a sum is larger than with the highest code: those of 4 bits count as 16 to 31 at first.
-LARGER = {4: 31 / 7, 8: 1.0}
+LARGER = {4: 31 / 7, 5: 16 / 15, 6: 32 / 31, 8: 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Given:
     @property
     def weights(self) -> tuple[Any, ...]:
         """The matrices."""
-        return self.codes, self.scales, self.outputs, self.form.group, self.biases
+        return self.codes, self.scales, self.outputs, self.form.group, self.form.name, self.biases
 
     def arguments(self) -> tuple[Any, ...]:
         added = self.residual, self.count, self.adapter, self.adapter_scale
@@ -126,6 +128,20 @@ def assert_near(result: torch.Tensor, exact: torch.Tensor) -> None:
 def listed(depth: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(depth, generator=seeded(2))[:k].sort().values
     return entries("normal", 1, k, seed=1), order.int()[None]
+
+
+@pytest.mark.parametrize("form", [Int6(64), Int5(32)], ids=str)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_codes_that_fill_no_bytes(target, form, sparse):
+    """Triton's kernels read them; those in CUDA C++ say that they do not."""
+    given = drawn(form, [64, 50, 33], 300, *(listed(300, 170) if sparse else (entries("normal", 2, 300, seed=1), None)))
+    if target.kernels is cuda_kernels:
+        with pytest.raises(
+            LarosaError, match=f"kernels read weights of int8 and int4, not of {form.name}: set LAROSA_"
+        ):
+            target("low_bit_linear", *given.arguments())
+    else:
+        given.check(target("low_bit_linear", *given.arguments()))
 
 
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
@@ -227,7 +243,8 @@ def usual(**changed: Any) -> tuple[Any, ...]:
     """Arguments of a product of 40 outputs."""
     given = {
         **{"values": torch.zeros(1, 5), "indices": None, "codes": [torch.zeros(5, 20, dtype=torch.uint8)]},
-        **{"scales": [torch.zeros(5, 2).bfloat16()], "outputs": [40], "group": 32, "biases": [None]},
+        **{"scales": [torch.zeros(5, 2).bfloat16()], "outputs": [40], "group": 32},
+        **{"form": "int4", "biases": [None]},
     }
     return tuple((given | changed).values())
 
@@ -236,7 +253,7 @@ def usual(**changed: Any) -> tuple[Any, ...]:
     ("changed", "complaint"),
     [
         ({"group": 48}, "group must be one of 32, 64, 128, not 48"),
-        ({"codes": [torch.zeros(5, 20)]}, "codes must all be uint8, two outputs each, or all be int8"),
+        ({"codes": [torch.zeros(5, 20)]}, "codes of int4 must be uint8"),
         ({"codes": [torch.zeros(5, 19, dtype=torch.uint8)]}, r"codes must be \[5, 20\]"),
         ({"codes": [torch.zeros(20, 5, dtype=torch.uint8).t()]}, "each column in one piece"),
         ({"scales": [torch.zeros(5, 2)]}, "scales must be bfloat16"),

@@ -47,7 +47,7 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("rms_norm_above_linear", x, None, 1e-5, 0.5, None, [column_major(weight)], [None], None)
         yield target("rms_norm_above_swiglu", x, None, 1e-5, 0.5, None, [column_major(weight)] * 2, [None] * 2)
         codes, ones = torch.arange(600 * 256).to(torch.uint8).view(600, 256), torch.ones(600, 16).bfloat16()
-        few_bits = [codes], [ones], [512], 32, [None]
+        few_bits = [codes], [ones], [512], 32, "int4", [None]
         yield target("low_bit_linear", x[:, :300].contiguous(), indices, *few_bits)
         yield target("low_bit_site", x, None, 1e-5, None, None, None, False, *few_bits)
         yield target("low_bit_site", x, None, None, None, 300, None, False, *few_bits)

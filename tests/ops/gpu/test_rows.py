@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from larosa.formats import Int4, Int8
 from larosa.ops import column_major
 from larosa.ops.linear import linear_reference, sparse_linear_reference
 
@@ -103,14 +104,14 @@ def test_sites_that_select(target, name, added, outputs):
     assert board.item() == 0
 
 
-@pytest.mark.parametrize(("rows", "codes"), [(3, torch.uint8), (7, torch.int8)])
+@pytest.mark.parametrize(("rows", "form"), [(3, Int4(32)), (7, Int8(32))])
 @pytest.mark.parametrize("call", ["count", "threshold", "everything", "linear", "linear with an adapter"])
-def test_weights_of_few_bits(target, rows, codes, call):
-    depth, outputs, pair = 300, [256, 64], 2 if codes is torch.uint8 else 1
-    info = torch.iinfo(codes)
-    stored = [torch.randint(info.min, info.max + 1, (depth, n // pair), generator=seeded(n)).to(codes) for n in outputs]
+def test_weights_of_few_bits(target, rows, form, call):
+    depth, outputs = 300, [256, 64]
+    whole = [torch.randint(form.lowest, form.highest + 1, (depth, n), generator=seeded(n)) for n in outputs]
+    stored = [form.pack(q) for q in whole]
     scales = [entries("normal", depth, n // 32, seed=n).bfloat16() for n in outputs]
-    weights = stored, scales, outputs, 32, [None, entries("normal", 64, seed=5)]
+    weights = stored, scales, outputs, form.group, form.name, [None, entries("normal", 64, seed=5)]
     x, residual = entries("normal", rows, depth, seed=0), entries("normal", rows, 320, seed=1)
     adapter = entries("normal", rows, 40, seed=2), column_major(entries("normal", 320, 40, seed=3))
     gain, score = entries("normal", depth, seed=4), entries("normal", depth, seed=6).abs()

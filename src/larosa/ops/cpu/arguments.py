@@ -8,12 +8,13 @@ cheap call.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 import torch
 
-from larosa.formats import GROUPS, OF_CODES, SCALE_DTYPE
+from larosa.formats import SCALE_DTYPE
+from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.low_bit import LowBitWeights
 
 #: `larosa_dtype`.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -81,24 +82,21 @@ def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool
     return b"".join(packed), total
 
 
-def low_bit(
-    codes: Weights, scales: Weights, outputs: Sequence[int], group: int, biases: Biases, depth: int
-) -> tuple[bytes, int]:
+def low_bit(weights: LowBitWeights, biases: Biases, depth: int) -> tuple[bytes, int]:
     """`larosa_low_bit` of the codes and scales of each matrix of `depth` columns, and the sum of their outputs."""
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group}")
+    codes, scales, outputs, group, form = weights
+    of = checks.column_format(form, group)
     packed: list[bytes] = []
     for matrix, scale, size, bias in zip(codes, scales, outputs, biases, strict=True):
-        form = OF_CODES.get(matrix.dtype)
-        if form is None:
-            raise ValueError(f"codes must be uint8, two outputs each, or int8, not {_of(matrix)}")
-        _by_columns("codes", matrix, depth, -(-size // form.outputs_each))
+        if matrix.dtype is not of.codes_dtype:
+            raise ValueError(f"codes of {form} must be {_name(of.codes_dtype)}, not {_of(matrix)}")
+        _by_columns("codes", matrix, depth, of.codes_width(size))
         if scale.dtype is not SCALE_DTYPE:
-            raise ValueError(f"scales must be {str(SCALE_DTYPE).removeprefix('torch.')}, not {_of(scale)}")
+            raise ValueError(f"scales must be {_name(SCALE_DTYPE)}, not {_of(scale)}")
         _by_columns("scales", scale, depth, -(-size // group))
         strides = matrix.stride(0), scale.stride(0)
         packed += (
-            _LOW_BIT.pack(matrix.data_ptr(), scale.data_ptr(), *strides, form.bits, group, size),
+            _LOW_BIT.pack(matrix.data_ptr(), scale.data_ptr(), *strides, of.bits, group, size),
             vector("bias", bias, size),
         )
     if not packed:
@@ -180,9 +178,13 @@ def rotary(name: str, values: torch.Tensor | None, keys: torch.Tensor) -> torch.
 
 
 def _names() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    return ", ".join(map(_name, DTYPES))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _of(x: torch.Tensor) -> str:
     order = "" if x.is_contiguous() else f" of strides {list(x.stride())}"
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{order}"
+    return f"{_name(x.dtype)} {list(x.shape)}{order}"

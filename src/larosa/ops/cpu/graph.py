@@ -94,7 +94,7 @@ def _reads(operator: _Operator, tensor: torch.Tensor) -> int:
 def _only_adds(operator: _Operator, tensor: torch.Tensor) -> bool:
     """Whether it is a product by columns with the tensor for its residual, and for nothing else."""
     function, args, _, _ = operator
-    at = {torch.ops.larosa.sparse_linear.default: 4, torch.ops.larosa.low_bit_linear.default: 7}.get(function)
+    at = {torch.ops.larosa.sparse_linear.default: 4, torch.ops.larosa.low_bit_linear.default: 8}.get(function)
     return at is not None and len(args) > at and args[at] is tensor and _reads(operator, tensor) == 1
 
 

@@ -10,6 +10,7 @@ from larosa.ops import checks
 from larosa.ops.cpu import arguments
 from larosa.ops.cpu.library import Attention, Vector, load
 from larosa.ops.linear import Biases, Weights
+from larosa.ops.low_bit import LowBitWeights
 from larosa.ops.schema import implement
 from larosa.ops.select import CountedSelection, Selection
 
@@ -193,6 +194,7 @@ def _low_bit_linear(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -208,7 +210,7 @@ def _low_bit_linear(
         checks.counts(count, rows)
     elif k != depth or count is not None:
         raise ValueError(f"without indices values must be [B, {depth}], all of them, not {list(values.shape)}")
-    matrices, total = arguments.low_bit(codes, scales, outputs, group, biases, depth)
+    matrices, total = arguments.low_bit(LowBitWeights(codes, scales, outputs, group, form), biases, depth)
     out = values.new_empty(rows, total)
     added = arguments.residual(residual, out)
     status = load().low_bit_linear(

@@ -19,7 +19,7 @@ ISA_VARIABLE = "LAROSA_CPU_ISA"
 ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondotprod")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
-INTERFACE = 4
+INTERFACE = 5
 
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 

@@ -28,6 +28,7 @@ def low_bit_linear(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -38,12 +39,12 @@ def low_bit_linear(
 
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
-    weights, depth = LowBitWeights(codes, scales, outputs, group), len(codes[0]) if codes else 0
+    weights, depth = LowBitWeights(codes, scales, outputs, group, form), len(codes[0]) if codes else 0
     rows, k = checks.listed(values, indices, depth)
     checks.counts(count, rows)
     total = checks.low_bit(weights, biases, depth)
     carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
-    listed, width = k if count is None else k // 2, codes_width(codes[0])  # what the host can only guess
+    listed, width = k if count is None else k // 2, codes_width(form)  # what the host can only guess
     plan = low_bit_plan(launch.machine(values.device), outputs, listed, width)
     assert plan is not None, "only those that select have none"
     product = Product.of_codes(plan, weights, biases, rows, adapter)
@@ -64,6 +65,7 @@ def low_bit_site(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
@@ -74,9 +76,9 @@ def low_bit_site(
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
     checks.site(k, threshold, eps, swiglu, outputs, residual, adapter)
-    weights, source = LowBitWeights(codes, scales, outputs, group), "AS_IS" if eps is None else "NORMED"
+    weights, source = LowBitWeights(codes, scales, outputs, group, form), "AS_IS" if eps is None else "NORMED"
     rows, width = checks.vectors("x", x)
-    total, element = checks.low_bit(weights, biases, width), codes_width(codes[0])
+    total, element = checks.low_bit(weights, biases, width), codes_width(form)
     carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
     selects, everything = k is not None, k is None and threshold is None
     widest = WIDEST_COMPARED if source == "AS_IS" and not selects else WIDEST_FUSED

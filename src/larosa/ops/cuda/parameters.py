@@ -7,15 +7,15 @@ import ctypes
 import torch
 
 from larosa.errors import LarosaError
-from larosa.formats import OF_CODES
+from larosa.formats import Int4, Int8
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
 
 #: What the kernels call the formats of weights and caches.
 TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
-#: The same of codes.
-CODE_NAMES = {dtype: form.__name__ for dtype, form in OF_CODES.items()}
+#: The same of codes, by the name of their format.
+_CODE_NAMES = {form.name: form.__name__ for form in (Int8, Int4)}
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_MATRICES = 4
 _BEYOND = 2**40  # more tiles than any matrix has
@@ -99,6 +99,20 @@ class Rotary(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
     )
+
+
+def check_codes(form: str) -> str:
+    """What the kernels call the codes of a format.
+
+    Raises:
+        LarosaError: they do not read them.
+    """
+    if form not in _CODE_NAMES:
+        raise LarosaError(
+            f"the CUDA kernels read weights of {' and '.join(_CODE_NAMES)}, not of {form}: "
+            "set LAROSA_CUDA_KERNELS=triton"
+        )
+    return _CODE_NAMES[form]
 
 
 def flag(wanted: bool) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from larosa.errors import LarosaError
-from larosa.formats import OF_CODES
+from larosa.formats import FORMATS
 from larosa.ops.cuda.launch import Argument, Grid
-from larosa.ops.cuda.parameters import CODE_NAMES, TYPE_NAMES, Matrices, address, flag
+from larosa.ops.cuda.parameters import TYPE_NAMES, Matrices, address, check_codes, flag
 from larosa.ops.cuda.plan import SPARSE_THREADS, SparsePlan
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
@@ -66,7 +66,7 @@ class Product:
         """The same for codes with scales; an adapter is read along."""
         packed, tiles = Matrices.of_codes(weights, biases, plan.tile // (1 + swiglu))
         macros = {
-            "WEIGHT": CODE_NAMES[weights.codes[0].dtype],
+            "WEIGHT": check_codes(weights.form),
             "ALIGNED": _codes_aligned(weights, adapter),
             "LOADS": str(plan.loads),
         }
@@ -94,13 +94,13 @@ def adapter_arguments(
     return [*arguments, c_int(adapter.shape[1]), address(scale)], {"SCALE": TYPE_NAMES[scale.dtype]}
 
 
-def codes_width(codes: torch.Tensor) -> int:
-    """How many codes 16 bytes hold."""
-    return 16 * OF_CODES[codes.dtype].outputs_each
+def codes_width(form: str) -> int:
+    """How many codes of a format 16 bytes hold."""
+    return 128 // FORMATS[form].bits
 
 
 def _codes_aligned(weights: LowBitWeights, adapter: torch.Tensor | None) -> str:
-    width = codes_width(weights.codes[0])
+    width = codes_width(weights.form)
     whole = all(size % width == 0 for size in weights.outputs)
     placed = all(each.data_ptr() % 16 == 0 and each.stride(0) % 16 == 0 for each in weights.codes)
     if adapter is not None:

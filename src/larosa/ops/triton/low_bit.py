@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from larosa.formats import FORMATS
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
@@ -24,6 +25,7 @@ def low_bit_linear(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
@@ -34,7 +36,7 @@ def low_bit_linear(
     depth = len(codes[0]) if codes else 0
     rows, k = checks.listed(values, indices, depth)
     checks.counts(count, rows)
-    total = checks.low_bit(LowBitWeights(codes, scales, outputs, group), biases, depth)
+    total = checks.low_bit(LowBitWeights(codes, scales, outputs, group, form), biases, depth)
     checks.residual(residual, adapter, rows, total, None, adapter_scale)
     if residual is not None and adapter is not None:
         residual = adapted(residual, adapter, adapter_scale)
@@ -47,7 +49,7 @@ def low_bit_linear(
             if parts:
                 _low_bit_kernel[(triton.cdiv(size, _OUTPUTS), parts, rows)](
                     *(values, indices, count, matrix, scale, partial, first, size, total, k),
-                    *(matrix.stride(0), scale.stride(0), matrix.dtype is torch.uint8, group, _PART, _OUTPUTS, _ENTRIES),
+                    *(matrix.stride(0), scale.stride(0), FORMATS[form].bits, group, _PART, _OUTPUTS, _ENTRIES),
                 )
             finish_parts(partial, count, bias, residual, result, first, size, k, _PART)
         first += size
@@ -66,6 +68,7 @@ def low_bit_site(
     scales: Weights,
     outputs: list[int],
     group: int,
+    form: str,
     biases: Biases,
     residual: torch.Tensor | None = None,
     adapter: torch.Tensor | None = None,
@@ -81,7 +84,7 @@ def low_bit_site(
         x, indices, count = found
     elif eps is not None:
         x = rms_norm(x, gain, eps)
-    weights = codes, scales, outputs, group, biases
+    weights = codes, scales, outputs, group, form, biases
     result = low_bit_linear(x, indices, *weights, residual, count, adapter, adapter_scale)
     return silu_mul(result) if swiglu else result
 
@@ -100,7 +103,7 @@ def _low_bit_kernel(
     k,
     stride,
     scale_stride,
-    PAIRS: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -123,11 +126,21 @@ def _low_bit_kernel(
         else:
             index = tl.load(indices_ptr + vector * k + entry, mask=listed, other=0).to(tl.int64)
         scale = tl.load(scales_ptr + index[:, None] * scale_stride + (output // GROUP)[None, :], mask=there, other=0.0)
-        if PAIRS:
-            pair = tl.load(codes_ptr + index[:, None] * stride + (output // 2)[None, :], mask=there, other=0)
+        column = codes_ptr + index[:, None] * stride
+        if BITS == 8:
+            code = tl.load(column + output[None, :], mask=there, other=0)
+        elif BITS == 4:
+            pair = tl.load(column + (output // 2)[None, :], mask=there, other=0)
             code = ((pair.to(tl.int32) >> (output % 2 * 4)[None, :]) & 15) - 8
-        else:
-            code = tl.load(codes_ptr + index[:, None] * stride + output[None, :], mask=there, other=0)
+        else:  # as `LeadingBits` has them
+            LEADING: tl.constexpr = BITS - 4
+            byte = output % 32 // 2
+            piece = column + (output // 32 * (4 * BITS))[None, :]
+            pair = tl.load(piece + byte[None, :], mask=there, other=0).to(tl.int32)
+            packed = tl.load(piece + (16 + byte % (4 * LEADING))[None, :], mask=there, other=0).to(tl.int32)
+            place = byte // (4 * LEADING) * 2 * LEADING + output % 2 * LEADING
+            high = (packed >> place[None, :]) & ((1 << LEADING) - 1)
+            code = ((pair >> (output % 2 * 4)[None, :]) & 15 | high << 4) - (8 << LEADING)
         total += (value[:, None] * scale.to(tl.float32)) * code.to(tl.float32)
     rows = tl.num_programs(2)
     tl.store(partial_ptr + (part * rows + vector) * outputs + first + output, tl.sum(total, 0), mask=exists)

@@ -40,10 +40,12 @@ struct larosa_matrix {
     struct larosa_vector scale;
 };
 
-/* A weight [outputs, depth] of 8 or 4 bits by columns: weight[n, d] = scales[d, n / group] * q[n, d], and its bias.
- * Codes of 8 bits are q; of 4 bits q + 8, two outputs a byte, the first of them in its low half. */
+/* A weight [outputs, depth] of 4, 5, 6 or 8 bits by columns: weight[n, d] = scales[d, n / group] * q[n, d], and its bias.
+ * Codes of 8 bits are q; of 4 bits q + 8, two outputs a byte, the first of them in its low half. Codes c = q + 16 of 5 bits and
+ * q + 32 of 6 are by 32 outputs, the last of which may be filling: 16 bytes with c & 15 likewise, and then n = 4 or 8 bytes with
+ * c >> 4. Those of the outputs in byte b of the 16 are in byte b % n, at bit b / n * n / 2, those of the first output lower. */
 struct larosa_low_bit {
-    const uint8_t *codes;   /* [depth, outputs * bits / 8, rounded up] */
+    const uint8_t *codes;   /* [depth, outputs * bits / 8, rounded up; of 5 and 6 bits whole 32 outputs] */
     const uint16_t *scales; /* bfloat16 [depth, outputs / group, rounded up] */
     int64_t codes_stride;   /* bytes from column to column */
     int64_t scales_stride;  /* likewise, in elements */
@@ -55,7 +57,7 @@ struct larosa_low_bit {
 
 /* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
  * another header is told apart before anything else of it is called. */
-enum { LAROSA_INTERFACE = 4 };
+enum { LAROSA_INTERFACE = 5 };
 int64_t larosa_interface(void);
 
 /* The instruction set in use, at first the widest that the processor has: "portable"; "avx2", "avxvnni", "avx512" or
@@ -116,7 +118,7 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
                          const int64_t *listed, int64_t threads);
 
 /* The same by weights of few bits, in whole numbers: values times scales are rounded by one unit for 16 listed columns of
- * a group of outputs, to 8 bits for codes of 4 and to 15 for codes of 8. Results have the same bits on every instruction set. A column whose value is not finite
+ * a group of outputs, to 8 bits for codes of 4 and to 15 for longer ones. Results have the same bits on every instruction set. A column whose value is not finite
  * makes NaN of all outputs. Null indices mean all columns, k = depth. */
 int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                           const struct larosa_low_bit *matrices, int64_t count, const float *residual, float *out,

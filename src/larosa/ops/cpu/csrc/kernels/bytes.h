@@ -102,6 +102,8 @@ inline Integers dots(Integers sums, Integers codes, Integers numbers) {
     return bits<Integers>(_mm256_dpbusd_epi32(raw(sums), raw(codes), raw(numbers)));
 #endif
 }
+#else
+constexpr bool kSignedCodes = true;
 #endif
 
 // Dot products of codes of four columns, a byte each, and whole numbers up to kLargest, which come packed in kWords
@@ -164,12 +166,13 @@ class NibbleDots {
 #endif
 };
 
-// Codes -128 to 127, and numbers of 15 bits, for which there is time while bytes are read.
+// Codes of a byte each, `offset` more than what they stand for, and numbers of 15 bits, for which there is time while bytes are
+// read. Codes are below 128, or of either kind of sign that dots() takes.
+template <int offset>
 class ByteDots {
   public:
-    static constexpr int kWords = 2, kLargest = 127 * 128;
+    static constexpr int kWords = 2, kLargest = 127 * 128, kOffset = offset;
 #ifdef LAROSA_DOTS
-    static constexpr int kOffset = kSignedCodes ? 0 : 128;  // added to codes, so that none is negative
     // Of each number a high digit, which counts 128 times, and a low one.
     static void pack(const Integers *numbers, Integers *words) {
         Integers high[4], low[4];
@@ -185,7 +188,6 @@ class ByteDots {
         low_ = start;
     }
     void add(Integers codes, const Integers *words) {
-        codes ^= repeat(kOffset);
         high_ = dots(high_, codes, words[0]);
         low_ = dots(low_, codes, words[1]);
     }
@@ -194,7 +196,6 @@ class ByteDots {
   private:
     Integers high_, low_;
 #else
-    static constexpr int kOffset = 0;
     static void pack(const Integers *numbers, Integers *words) {
         for (int i = 0; i < 2; ++i) words[i] = numbers[i] & 0xffff | numbers[i + 2] << 16;
     }
@@ -209,6 +210,69 @@ class ByteDots {
     Integers total_;
 #endif
 };
+
+// Codes -128 to 127.
+class SignedDots : public ByteDots<kSignedCodes ? 0 : 128> {
+  public:
+    void add(Integers codes, const Integers *words) { ByteDots::add(codes ^ repeat(kOffset), words); }
+};
+
+// Of 32 outputs each the four low bits, in 16 bytes, and the `leading` ones of two outputs, 4 bytes after the other at the top
+// of bytes; what there is below those is left there.
+template <int leading>
+inline void load_parts(const uint8_t *from, Integers &low, Words &top) {
+    constexpr int size = 16 + 4 * leading;
+    // The leading bits of 16 bytes are `leading` times 4 bytes, and in each 4 / leading times above each other.
+    constexpr int shift[4] = {8 - 2 * leading, 8 - 2 * leading * (1 / leading + 1), 8 - 2 * leading * (2 / leading + 1),
+                              8 - 2 * leading * (3 / leading + 1)};
+#if LAROSA_LANES == 4
+    low = load_bytes(from);
+    for (int i = 0; i < 4; ++i) {
+        uint32_t word;
+        __builtin_memcpy(&word, from + 16 + 4 * (i % leading), 4);
+        top[i] = word << shift[i];
+    }
+#else
+    Words packed, places;
+    for (int i = 0; i < kLanes; ++i) places[i] = uint32_t(shift[i % 4]);
+#if LAROSA_LANES == 16
+    Integers lows, tops;
+    for (int i = 0; i < kLanes; ++i) {
+        lows[i] = i / 4 * (size / 4) + i % 4;
+        tops[i] = i / 4 * (size / 4) + 4 + i % leading;
+    }
+    const __m512i first = _mm512_loadu_si512(from);
+    const __m512i rest = leading == 2
+        ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + 64)))
+        : _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from + 64)));
+    low = bits<Integers>(_mm512_permutex2var_epi32(first, raw(lows), rest));
+    packed = bits<Words>(_mm512_permutex2var_epi32(first, raw(tops), rest));
+#else
+    __m128i lows[2], tops[2];
+    for (int i = 0; i < 2; ++i) {
+        const uint8_t *piece = from + size * i;
+        uint64_t word = 0;
+        __builtin_memcpy(&word, piece + 16, 4 * leading);
+        lows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i *>(piece));
+        tops[i] = leading == 2 ? _mm_set1_epi64x(int64_t(word)) : _mm_set1_epi32(int32_t(word));
+    }
+    low = bits<Integers>(_mm256_set_m128i(lows[1], lows[0]));
+    packed = bits<Words>(_mm256_set_m128i(tops[1], tops[0]));
+#endif
+    top = packed << places;
+#endif
+}
+
+// The codes of the even and of the odd outputs (`LeadingBits` in formats/columns.py), a byte each.
+template <int leading>
+inline void load_leading(const uint8_t *from, Integers *codes) {
+    Integers low;
+    Words top;
+    load_parts<leading>(from, low, top);
+    constexpr int mask = (16 << leading) - 16;
+    codes[0] = low & repeat(15) | bits<Integers>(top >> (4 - 2 * leading)) & repeat(mask);
+    codes[1] = low >> 4 & repeat(15) | bits<Integers>(top >> (4 - leading)) & repeat(mask);
+}
 
 // Numbers that each stand for some lanes of 16 bytes, to be spread over them: for element i number
 // i / 4 * outputs / group, of so many outputs every 16 bytes.

@@ -1,4 +1,4 @@
-// Products of a vector with weights of 8 or 4 bits, by columns and in whole numbers.
+// Products of a vector with weights of 4 to 8 bits, by columns and in whole numbers.
 //
 // The vector's entries times the scales of their columns are rounded, by one unit for kBlock columns in each group of
 // outputs. Sums over a block are exact then. What is left in float32 has one order, and never multiplies and adds at once,
@@ -11,20 +11,22 @@ namespace LAROSA_ISA {
 namespace {
 
 constexpr int64_t kLine = 64;                // bytes of a cache line
-constexpr int64_t kTile = 4 * kLanes;        // bytes of a column that are taken at a time
+constexpr int64_t kTile = 4 * kLanes;        // bytes, of a column's codes, of a vector
 constexpr int64_t kQuads = kBlock / 4;       // of columns, whose digits share a word
 constexpr int64_t kRoom = kStrip / 32 + 16;  // groups of a strip, which have 32 outputs at least, in whole vectors
 
 // Entries up to this magnitude count as nothing: the reciprocal of a smaller one would be too large for a float.
 constexpr float kNothing = 1e-30f;
 
-// How outputs lie in the bytes of a column, and what dot products make of them.
+// How outputs lie in the bytes of a column, some vectors of which are taken at a time, and what dot products make of them.
 struct Nibbles {
     using Dots = NibbleDots;
-    static constexpr int64_t outputs = 2;  // a byte
-    static void totals(const Dots &dots, Integers *of) {
-        of[0] = dots.low();
-        of[1] = dots.high();
+    static constexpr int64_t outputs = 2, vectors = 1, tile = kTile;  // a byte; a tile; bytes of a tile
+    static int64_t width(int64_t count) { return (count + 1) / 2; }   // bytes of so many outputs
+    static void load(const uint8_t *from, Integers *bytes) { bytes[0] = load_bytes(from); }
+    static void totals(const Dots *dots, Integers *of) {
+        of[0] = dots->low();
+        of[1] = dots->high();
     }
     // Four outputs of each of two totals, in their own order.
     static void order(const float *totals, float *out) {
@@ -40,10 +42,26 @@ struct Nibbles {
 };
 
 struct WholeBytes {
-    using Dots = ByteDots;
-    static constexpr int64_t outputs = 1;
-    static void totals(const Dots &dots, Integers *of) { of[0] = dots.total(); }
+    using Dots = SignedDots;
+    static constexpr int64_t outputs = 1, vectors = 1, tile = kTile;
+    static int64_t width(int64_t count) { return count; }
+    static void load(const uint8_t *from, Integers *bytes) { bytes[0] = load_bytes(from); }
+    static void totals(const Dots *dots, Integers *of) { of[0] = dots->total(); }
     static void order(const float *totals, float *out) { __builtin_memcpy(out, totals, 4 * sizeof *out); }
+};
+
+// Of 32 outputs 16 bytes like those of Nibbles, and their `leading` bits behind: a vector each of the even and the odd ones.
+template <int leading>
+struct Leading {
+    using Dots = ByteDots<8 << leading>;
+    static constexpr int64_t outputs = 2, vectors = 2, tile = kTile / 16 * (16 + 4 * leading);
+    static int64_t width(int64_t count) { return (count + 31) / 32 * (16 + 4 * leading); }
+    static void load(const uint8_t *from, Integers *bytes) { load_leading<leading>(from, bytes); }
+    static void totals(const Dots *dots, Integers *of) {
+        of[0] = dots[0].total();
+        of[1] = dots[4].total();
+    }
+    static void order(const float *totals, float *out) { Nibbles::order(totals, out); }
 };
 
 // kBlock columns of a strip, and the vector's entries for them.
@@ -108,24 +126,28 @@ inline void round_entries(const float *values, const int32_t *columns, const lar
 template <class Type>
 inline void add_tile(const Block &block, const uint8_t *const *codes, int64_t at, int64_t group, const Spread &spread,
                      float *sums) {
-    typename Type::Dots dots[4];
-    for (int64_t i = 0; i < 4; ++i) dots[i].begin(spread(&block.starts[group]));
+    typename Type::Dots dots[4 * Type::vectors];
+    for (auto &each : dots) each.begin(spread(&block.starts[group]));
     for (int64_t quad = 0; quad < kQuads; ++quad) {
         Integers words[2];
         for (int64_t i = 0; i < Type::Dots::kWords; ++i) words[i] = spread(&block.words[quad][i][group]);
-        Integers columns[4];
-        for (int64_t i = 0; i < 4; ++i) columns[i] = load_bytes(codes[4 * quad + i] + at);
-        const Integers low[2] = {low_bytes(columns[0], columns[1]), low_bytes(columns[2], columns[3])};
-        const Integers high[2] = {high_bytes(columns[0], columns[1]), high_bytes(columns[2], columns[3])};
-        dots[0].add(low_pairs(low[0], low[1]), words);
-        dots[1].add(high_pairs(low[0], low[1]), words);
-        dots[2].add(low_pairs(high[0], high[1]), words);
-        dots[3].add(high_pairs(high[0], high[1]), words);
+        Integers columns[4][Type::vectors];
+        for (int64_t i = 0; i < 4; ++i) Type::load(codes[4 * quad + i] + at, columns[i]);
+        for (int64_t v = 0; v < Type::vectors; ++v) {
+            typename Type::Dots *of = dots + 4 * v;
+            const Integers low[2] = {low_bytes(columns[0][v], columns[1][v]), low_bytes(columns[2][v], columns[3][v])};
+            const Integers high[2] = {high_bytes(columns[0][v], columns[1][v]),
+                                      high_bytes(columns[2][v], columns[3][v])};
+            of[0].add(low_pairs(low[0], low[1]), words);
+            of[1].add(high_pairs(low[0], low[1]), words);
+            of[2].add(low_pairs(high[0], high[1]), words);
+            of[3].add(high_pairs(high[0], high[1]), words);
+        }
     }
     const Floats unit = bits<Floats>(spread(&block.units[group]));
     for (int64_t i = 0; i < 4; ++i) {
         Integers totals[Type::outputs];
-        Type::totals(dots[i], totals);
+        Type::totals(dots + i, totals);
         for (int64_t v = 0; v < Type::outputs; ++v, sums += kLanes)
             store(sums, load(sums) + __builtin_convertvector(totals[v], Floats) * unit);
     }
@@ -142,17 +164,17 @@ inline void order_tile(const float *sums, float *out) {
 template <class Type>
 inline void strip(const float *values, const int32_t *indices, int64_t k, int64_t listed, const larosa_low_bit &matrix,
                   int64_t depth, int64_t first, int64_t count, float *sums) {
-    constexpr int64_t outputs = Type::outputs;
-    const int64_t width = (count + outputs - 1) / outputs, whole = width / kTile * kTile;  // bytes
+    constexpr int64_t together = kTile * Type::outputs;  // outputs of a tile
+    const int64_t width = Type::width(count), whole = width / Type::tile;  // bytes, and tiles that have all theirs
     const int64_t first_group = first / matrix.group;
     const int64_t groups = (first + count - 1) / matrix.group + 1 - first_group;
-    const int64_t last_byte = (depth - 1) * matrix.codes_stride + (matrix.outputs - 1) / outputs;
-    const auto offset = [&](int64_t column) { return column * matrix.codes_stride + first / outputs; };
-    const Spread spread(16 * outputs, matrix.group);
+    const int64_t end = (depth - 1) * matrix.codes_stride + Type::width(matrix.outputs);
+    const auto offset = [&](int64_t column) { return column * matrix.codes_stride + Type::width(first); };
+    const Spread spread(16 * Type::outputs, matrix.group);
     const int shift = __builtin_ctzll(uint64_t(matrix.group));
     float mixed[kStrip];  // tile by tile, in the order of their totals
-    for (int64_t at = 0; at < width; at += kTile)
-        for (int64_t v = 0; v < kTile * outputs; v += kLanes) store(mixed + at * outputs + v, Floats{});
+    for (int64_t at = 0; at < count; at += together)
+        for (int64_t v = 0; v < together; v += kLanes) store(mixed + at + v, Floats{});
 
     Block block;
     for (int64_t from = 0; from < k; from += kBlock) {
@@ -168,34 +190,36 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
             block.next[i] = matrix.codes + offset(after);
             const uint16_t *scales = matrix.scales + after * matrix.scales_stride + first_group;
             for (int64_t at = 0; at < groups; at += kLine / 2) __builtin_prefetch(scales + at, 0, 3);
-            ends_inside = ends_inside && offset(columns[i]) + whole + kTile <= last_byte + 1;
+            ends_inside = ends_inside && offset(columns[i]) + (whole + 1) * Type::tile <= end;
         }
         round_entries<typename Type::Dots>(entries, columns, matrix, depth, first_group, groups, block);
-        const auto add = [&](int64_t at, const uint8_t *const *codes, int64_t codes_at) {
-            if (at % kLine == 0)
-                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at, 0, 3);
-            const int64_t group = ((first + at * outputs) >> shift) - first_group;
-            add_tile<Type>(block, codes, codes_at, group, spread, mixed + at * outputs);
+        const auto add = [&](int64_t tile, const uint8_t *const *codes, int64_t codes_at) {
+            const int64_t at = tile * Type::tile;
+            for (int64_t line = -at & (kLine - 1); line < Type::tile; line += kLine)
+                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at + line, 0, 3);
+            const int64_t group = ((first + tile * together) >> shift) - first_group;
+            add_tile<Type>(block, codes, codes_at, group, spread, mixed + tile * together);
         };
-        for (int64_t at = 0; at < whole; at += kTile) add(at, block.codes, at);
-        if (whole == width) continue;
+        for (int64_t tile = 0; tile < whole; ++tile) add(tile, block.codes, tile * Type::tile);
+        if (whole * Type::tile == width) continue;
         if (ends_inside) {
-            add(whole, block.codes, whole);
+            add(whole, block.codes, whole * Type::tile);
             continue;
         }
-        uint8_t rest[kBlock][kTile] = {};
+        uint8_t rest[kBlock][Type::tile] = {};
         const uint8_t *codes[kBlock];
         for (int64_t i = 0; i < kBlock; ++i) {
-            for (int64_t at = whole; at < width; ++at) rest[i][at - whole] = block.codes[i][at];
+            for (int64_t at = whole * Type::tile; at < width; ++at) rest[i][at - whole * Type::tile] = block.codes[i][at];
             codes[i] = rest[i];
         }
         add(whole, codes, 0);
     }
-    for (int64_t at = 0; at < whole; at += kTile) order_tile<Type>(mixed + at * outputs, sums + at * outputs);
-    if (whole < width) {
-        float rest[kTile * outputs];
-        order_tile<Type>(mixed + whole * outputs, rest);
-        for (int64_t at = whole * outputs; at < count; ++at) sums[at] = rest[at - whole * outputs];
+    const int64_t full = count / together * together;  // outputs of tiles that have all theirs
+    for (int64_t at = 0; at < full; at += together) order_tile<Type>(mixed + at, sums + at);
+    if (full < count) {
+        float rest[together];
+        order_tile<Type>(mixed + full, rest);
+        for (int64_t at = full; at < count; ++at) sums[at] = rest[at - full];
     }
 }
 
@@ -203,11 +227,11 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
 
 void low_bit_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                      const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums) {
-    if (matrix.bits == 4) {
-        strip<Nibbles>(values, indices, k, listed, matrix, depth, first, count, sums);
-    } else {
-        strip<WholeBytes>(values, indices, k, listed, matrix, depth, first, count, sums);
-    }
+    const auto run = matrix.bits == 4   ? strip<Nibbles>
+                     : matrix.bits == 5 ? strip<Leading<1>>
+                     : matrix.bits == 6 ? strip<Leading<2>>
+                                        : strip<WholeBytes>;
+    run(values, indices, k, listed, matrix, depth, first, count, sums);
 }
 
 }  // namespace LAROSA_ISA
