@@ -12,16 +12,9 @@ from larosa import LarosaError
 from larosa.benchmarks import gpu_decode, shapes
 from larosa.benchmarks.compiled_decoder import CompiledDecoder, decoder_bytes
 from larosa.benchmarks.decode import DENSE, DENSE_LOW_BIT, LAROSA
-from larosa.benchmarks.gpu_decode import (
-    COMPILED,
-    GEMLITE,
-    TEAL,
-    TINYGEMM,
-    measure_gpu_checkpoints,
-    measure_gpu_config,
-    measure_gpu_shape,
-)
+from larosa.benchmarks.gpu_decode import measure_gpu_checkpoints, measure_gpu_config, measure_gpu_shape
 from larosa.benchmarks.gpu_kernels import measure_gpu_kernels
+from larosa.benchmarks.gpu_rows import COMPILED, GEMLITE, TEAL, TINYGEMM, Rows
 from larosa.benchmarks.int4_kernel import has_gemlite
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import SHAPES, Layout, random_dense_model, random_quantization, sparse_models
@@ -49,7 +42,7 @@ READ = 1 << 20
 @pytest.fixture(autouse=True)
 def small_read_test(monkeypatch):
     """A machine without a GPU need not have room for one's read test."""
-    monkeypatch.setattr("larosa.benchmarks.gpu_decode.READ_BYTES", READ)
+    monkeypatch.setattr("larosa.benchmarks.gpu_rows.READ_BYTES", READ)
 
 
 def texts_of(name, sparsity):
@@ -59,7 +52,7 @@ def texts_of(name, sparsity):
 @pytest.fixture
 def measured(family_config):
     """A benchmark whose tokens took `SECONDS`, each of 1000 bytes of weights."""
-    rows = gpu_decode._Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
+    rows = Rows("tiny", family_config("llama"), CPU, torch.float16, 4, 8)
     for (name, sparsity), seconds in SECONDS.items():
         texts = texts_of(name, sparsity)
         rows.add(name, sparsity, "float16", CacheFormat(torch.float16), 1000, lambda: None, texts)

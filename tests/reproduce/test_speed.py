@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from larosa.benchmarks.decode import DENSE, LAROSA, TRANSFORMERS
-from larosa.benchmarks.gpu_decode import COMPILED, TEAL, GpuDecodeRow
+from larosa.benchmarks.gpu_rows import COMPILED, TEAL, GpuDecodeRow
 from larosa.benchmarks.results import Benchmark, per_token
 from larosa.decoding import CacheDtype
 from larosa.errors import LarosaError

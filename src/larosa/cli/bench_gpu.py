@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from larosa.benchmarks.gpu_decode import GpuDecodeBenchmark
 from larosa.benchmarks.gpu_kernels import GpuKernelBenchmark, measure_gpu_kernels
+from larosa.benchmarks.gpu_rows import GpuDecodeBenchmark
 from larosa.cli import options
 from larosa.cli.options import console
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from larosa.benchmarks.decode import DENSE, measure_config
-from larosa.benchmarks.gpu_decode import COMPILED, TEAL, measure_gpu_config
+from larosa.benchmarks.gpu_decode import measure_gpu_config
+from larosa.benchmarks.gpu_rows import COMPILED, TEAL
 from larosa.benchmarks.gpu_timing import gpu_machine
 from larosa.benchmarks.machine import machine
 from larosa.reproduce.context import Context
