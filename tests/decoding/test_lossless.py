@@ -283,7 +283,7 @@ def test_texts_in_turns_that_go_on_by_plain_steps_in_between(make_lossless, toke
     engine = Engine(DecoderWeights(model).whole(), 128, texts=2)
     speculation = Speculation(engine, DecoderWeights(model), in_blocks=True)
     prompts = [token_ids(1, length, seed=length) for length in (5, 9)]
-    sessions = [Session(engine, text, speculation) for text in range(2)]
+    sessions = [Session(engine, speculation.steps, text, speculation) for text in range(2)]
     samplers, texts = [Sampler(sampling) for _ in prompts], [[], []]
     for session, prompt, sampler, text in zip(sessions, prompts, samplers, texts, strict=True):
         logits = session.prefill(prompt[0].tolist())
