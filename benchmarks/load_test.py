@@ -84,9 +84,12 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], seen: Seen | None =
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise httpx.StreamError(event["error"]["message"])
                     if not pieces and seen is not None:
                         seen.first.append(time.perf_counter() - begun)
-                    pieces.append(json.loads(line.removeprefix("data: "))["choices"][0])
+                    pieces.append(event["choices"][0])
         logprobs = None
         if "logprobs" in body:
             keys = pieces[0]["logprobs"]
@@ -125,7 +128,7 @@ async def client(
             try:
                 if await ask(http, pool[number], seen) != alone[number]:
                     seen.wrong.append(f"request {number} got another answer than alone")
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.StreamError) as error:
                 seen.wrong.append(f"request {number}: {error!r}")
             seen.kinds["answered"] += 1
 
@@ -143,9 +146,11 @@ async def run(url: str, process: psutil.Process, given: argparse.Namespace) -> S
             asyncio.create_task(client(http, pool, alone, seed, begun + given.seconds, seen))
             for seed in range(given.clients)
         ]
-        memory = []
+        memory: list[tuple[float, float]] = []
         while not all(task.done() for task in clients):
             memory.append((time.monotonic() - begun, process.memory_info().rss / 2**20))
+            if len(memory) % 60 == 1:
+                print(f"{memory[-1][0]:.0f} s: {memory[-1][1]:.0f} MiB, {dict(seen.kinds)}", flush=True)
             await asyncio.wait(clients, timeout=10)
         await asyncio.gather(*clients)
         taken = time.monotonic() - begun
