@@ -15,9 +15,11 @@ settings.load_profile("quick")  # what --hypothesis-profile names is loaded afte
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures, but not where tests are only handed out to others (`-n`): transformers takes seconds."""
-    if not getattr(config.option, "numprocesses", None):
-        config.pluginmanager.import_plugin("tests.fixtures")
+    """Load the fixtures, also where tests are only handed out to others (`-n`).
+
+    There coverage runs already, as it does not yet where they are run: what importing larosa runs is counted there.
+    """
+    config.pluginmanager.import_plugin("tests.fixtures")
 
 
 def pytest_collection_finish() -> None:

@@ -196,7 +196,7 @@ def _annotate(axes: Any, point: Point, text: str, colour: str) -> None:
 
 EXPERIMENT = Experiment(
     "frontier",
-    "Divergence over bytes per token, with weights of 16, 8, 6, 5, 4 and 3 bits",
+    "Divergence over bytes per token, with weights of 16 to 3 bits",
     "nothing of the kind: it has weights of 4 bits at equal sparsity, in Table 9.",
     run,
 )
