@@ -52,7 +52,8 @@ def test_logits_are_the_forwards_but_for_8_bits_of_activations(
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(error[0]) < 0.02  # the prompt runs in the forward itself, up to the head
     # Where entries are selected, another one of 32 may be the last of them.
-    assert 1e-5 < float(error.median()) < (0.03 if conversion == "whole" else 0.15)
+    least = 5e-5 if weights == "int6" else 1e-4  # that of int6, with its half of the entries, is 1e-4
+    assert least < float(error.median()) < (0.03 if conversion == "whole" else 0.15)
 
 
 class InWholeNumbers(TorchDispatchMode):

@@ -150,6 +150,11 @@ class Int4(ColumnFormat):
         return digits.to(torch.int8) + self.lowest
 
 
+def _around(lowest: int, highest: int) -> tuple[float, ...]:
+    """What a search of scales tries in a range of 5 or 6 bits: places around both of its ends."""
+    return tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
+
+
 class LeadingBits(ColumnFormat):
     """Four bits a weight as `Int4` has them, and the leading ones of 32 neighbouring outputs behind those.
 
@@ -198,7 +203,7 @@ class Int6(LeadingBits):
     name = "int6"
     bits = 6
     lowest, highest = -32, 31
-    targets = tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
+    targets = _around(lowest, highest)
     usual_group = 64
 
 
@@ -208,7 +213,7 @@ class Int5(LeadingBits):
     name = "int5"
     bits = 5
     lowest, highest = -16, 15
-    targets = tuple(end * share / 100 for end in (lowest, highest) for share in _SHARES)
+    targets = _around(lowest, highest)
     usual_group = 32
 
 
