@@ -73,8 +73,9 @@ def low_bit_linear_reference(
 
     Args:
         values: [B, k], float32 (float64 for a reference); [B, D] where there are no indices.
-        indices: [B, k] int32, ascending in each row: which columns the values are for; None for all D columns.
-        codes: one matrix [D, columns] each, as the format has them. Columns may lie apart in memory.
+        indices: [B, k] int32, ascending in each row: which columns the values are for; None for all columns.
+        codes: one matrix [D, width] each, as the format has them. Columns may lie apart in memory. [m D, width] where
+            an entry has m columns, whose sum its value is multiplied with: column c is of entry c % D.
         scales: [D, ceil(N_i / group)] bfloat16 each, likewise.
         outputs: N_i of each matrix.
         group: outputs of a column that share a scale, one of `GROUPS`.
@@ -94,7 +95,7 @@ def low_bit_linear_reference(
         for matrix, scale, size in zip(codes, scales, outputs, strict=True)
     ]
     if indices is None:
-        indices = torch.arange(values.shape[1], dtype=torch.int32, device=values.device).expand(values.shape)
+        values, indices = _every_column(values, codes)
     return sparse_linear_reference(values, indices, weights, biases, residual, adapter, adapter_scale, count)
 
 
@@ -119,7 +120,7 @@ def low_bit_linear_in_integers(
     Arguments and result are those of `low_bit_linear_reference`, in float32.
     """
     if indices is None:
-        indices = torch.arange(values.shape[1], dtype=torch.int32).expand(values.shape)
+        values, indices = _every_column(values, codes)
     meant = [values.shape[1]] * len(values) if count is None else count.tolist()
     rows = []
     for value, index, k in zip(values, indices.long(), meant, strict=True):
@@ -132,6 +133,13 @@ def low_bit_linear_in_integers(
         rows.append(torch.cat(parts))
     result = torch.stack([values.new_empty(sum(outputs)), *rows])[1:]  # a stack of nothing is an error
     return result if residual is None else result + residual
+
+
+def _every_column(values: torch.Tensor, codes: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The list of all columns, of which entry d has d, d + D and so on."""
+    columns = len(codes[0])
+    values = values.repeat(1, columns // max(values.shape[1], 1))
+    return values, torch.arange(columns, dtype=torch.int32, device=values.device).expand(values.shape)
 
 
 def _segments(

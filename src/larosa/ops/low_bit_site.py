@@ -61,7 +61,7 @@ def low_bit_site_reference(
         x: [B, D] float32.
         gain: [D] of any float dtype, or None: of the norm.
         eps: of the norm; None for x as it is.
-        score: [D] of any float dtype, or None.
+        score: [D] of any float dtype, or None; with a threshold [m D] where an entry has m columns (see `above`).
         k: entries that are kept, those with the largest scores; None where a threshold says which, or all are.
         threshold: above which entries are kept; None where k says how many, or all are.
         swiglu: the matrices are an MLP's gate and up, and the result is silu(gate) * up.

@@ -11,7 +11,8 @@ from larosa.ops.top_k import top_k_mask
 #: Values [B, k] and their indices [B, k] int32, ascending in each row.
 Selection = tuple[torch.Tensor, torch.Tensor]
 #: The same of rows of D entries in memory for D, [B, D] each, and how many they are, [B] int64; zeros stand behind
-#: them. So shapes stay the same whatever is kept, and no host has to wait for a number.
+#: them. So shapes stay the same whatever is kept, and no host has to wait for a number. Where entries have several
+#: columns each (`above_reference`) it is memory for all of them, and the indices are columns.
 CountedSelection = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -36,7 +37,7 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
 
 @define("above(Tensor x, float threshold, Tensor? score=None) -> (Tensor values, Tensor indices, Tensor count)")
 def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
-    return _counted_selection(x, x.shape[1])
+    return _counted_selection(x, x.shape[1], score)
 
 
 @define(
@@ -46,7 +47,7 @@ def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None)
 def _rms_norm_above(
     x: torch.Tensor, gain: torch.Tensor | None, eps: float, threshold: float, score: torch.Tensor | None = None
 ) -> CountedSelection:
-    return _counted_selection(x, x.shape[1])
+    return _counted_selection(x, x.shape[1], score)
 
 
 @define(
@@ -54,11 +55,12 @@ def _rms_norm_above(
     "-> (Tensor values, Tensor indices, Tensor count)"
 )
 def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
-    return _counted_selection(gate_up, gate_up.shape[1] // 2)
+    return _counted_selection(gate_up, gate_up.shape[1] // 2, score)
 
 
-def _counted_selection(x: torch.Tensor, width: int) -> CountedSelection:
-    return *_selection(x, width), x.new_empty(len(x), dtype=torch.int64)
+def _counted_selection(x: torch.Tensor, width: int, score: torch.Tensor | None) -> CountedSelection:
+    columns = width if score is None else len(score)
+    return *_selection(x, columns), x.new_empty(len(x), dtype=torch.int64)
 
 
 def _selection(x: torch.Tensor, k: int) -> Selection:
@@ -96,13 +98,28 @@ def above_reference(x: torch.Tensor, threshold: float, score: torch.Tensor | Non
         x: [B, D], float32 (float64 for a reference).
         threshold: not negative; compared in the dtype of `x`.
         score: [D], not negative, any float dtype: magnitude times score is compared, a product in the dtype of `x`.
+            [m D] where an entry has m columns, each with a score of its own: column c is of entry c % D.
     """
+    if score is not None:
+        x = x.repeat(1, columns_each(score, x.shape[1]))
     weighted = x if score is None else x * score.to(x.dtype)
     mask = ~(weighted.abs() <= threshold)
     # The kept ones first, each in their order: of one shape whatever is kept, for a graph to capture.
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
     kept = mask.gather(-1, order)
     return torch.where(kept, x.gather(-1, order), 0), (order * kept).int(), mask.sum(-1)
+
+
+def columns_each(score: torch.Tensor, width: int) -> int:
+    """How many columns an entry has by the scores of all of them, for vectors of `width` entries.
+
+    Raises:
+        ValueError: the scores are of no whole number of columns an entry.
+    """
+    each, rest = divmod(len(score), max(width, 1))
+    if rest or (width and not each):
+        raise ValueError(f"score must have {width} entries, or a multiple of it, not {len(score)}")
+    return each
 
 
 def rms_norm_above_reference(
