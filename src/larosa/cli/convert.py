@@ -28,6 +28,7 @@ class Weights(StrEnum):
 
     FULL = WeightFormat.FULL
     INT8 = WeightFormat.INT8
+    INT4_4 = WeightFormat.INT4_4
     INT6 = WeightFormat.INT6
     INT5 = WeightFormat.INT5
     INT4 = WeightFormat.INT4

@@ -10,6 +10,7 @@ from larosa.config.block import (
     Thresholds,
     check_adapters,
     check_layers_per_rotation,
+    check_planes,
     check_quantization,
     check_sparsity,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "Thresholds",
     "check_adapters",
     "check_layers_per_rotation",
+    "check_planes",
     "check_quantization",
     "check_sparsity",
 ]

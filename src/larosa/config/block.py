@@ -189,6 +189,9 @@ class LarosaConfig(Settings):
             raise ValueError("give either 'keep' or 'thresholds', not both")
         if isinstance(value, Thresholds) and set(value.values) != set(method.sites):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
+        if info.field_name == "thresholds" and "score" in info.data:
+            selection = Selection.TOP_K if value is None else Selection.THRESHOLD
+            check_planes(info.data.get("quantization"), selection, info.data["score"])
         return value
 
     @field_validator("adapters")
@@ -218,6 +221,11 @@ class LarosaConfig(Settings):
     def linear_format(self) -> ColumnFormat | None:
         """What the decoder's linears are stored in; None for the model's own dtype."""
         return None if self.quantization is None else self.quantization.linear_format
+
+    @property
+    def planes(self) -> int:
+        """How many columns of the decoder's linears an entry of an activation may read."""
+        return 1 if self.linear_format is None else self.linear_format.planes
 
     @property
     def head_format(self) -> ColumnFormat | None:
@@ -288,3 +296,18 @@ def check_quantization(quantization: Quantization | None, method: Method) -> Qua
             f"method '{method}' skips rows of weights, which {quantization.weights} stores by columns: leave it out"
         )
     return quantization
+
+
+def check_planes(quantization: Quantization | None, selection: Selection, score: Score) -> None:
+    """Refuse weights in planes to a model that has no thresholds on scores, by which an entry's planes are told apart.
+
+    Raises:
+        LarosaError: the message says what it lacks.
+    """
+    if quantization is None or quantization.weights.planes == 1:
+        return
+    if selection is not Selection.THRESHOLD or not score.has_vectors:
+        raise LarosaError(
+            f"weights '{quantization.weights}': thresholds on scores say what is read of them: "
+            "--selection threshold --score fisher, the defaults"
+        )

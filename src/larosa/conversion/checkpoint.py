@@ -18,7 +18,7 @@ from larosa.calibration.sources import SELF
 from larosa.checkpoints.card import model_card
 from larosa.checkpoints.gguf import find_gguf
 from larosa.checkpoints.io import LOG_SUFFIX, check_output, find_device, load, load_config, save
-from larosa.config import LarosaConfig
+from larosa.config import LarosaConfig, Selection
 from larosa.conversion.options import ConversionOptions, ConversionSettings
 from larosa.conversion.pipeline import Sparsified, check_reach, sparsify
 from larosa.conversion.within import Trial, fewest_bytes
@@ -173,8 +173,8 @@ class Conversion:
         if auto:
             options["weights"] = WeightFormat.INT4  # which needs what any of them does
         asked = ConversionOptions(**options)
-        formats = _formats(max_kl, asked) if auto else None
         chosen = asked.complete()
+        formats = _formats(max_kl, asked, chosen.selection) if auto else None
         if formats is not None and streaming:
             raise LarosaError(
                 "--weights auto holds the model several times: leave --streaming out, or name the weights"
@@ -287,11 +287,14 @@ def _check_streaming(source: str, settings: ConversionSettings, outputs: list[Pa
         raise LarosaError("--streaming writes one model: give one --sparsity")
 
 
-def _formats(max_kl: float | None, options: ConversionOptions) -> _Formats:
-    """The formats of weights that `AUTO_WEIGHTS` stands for, that of fewest bits first."""
+def _formats(max_kl: float | None, options: ConversionOptions, selection: Selection) -> _Formats:
+    """The formats of weights that `AUTO_WEIGHTS` stands for, in the order to try them in."""
     if max_kl is None:
         raise LarosaError("--weights auto takes what reads the fewest bytes within a bound: add --max-kl")
-    return Quantization.choices(options.head, options.weight_group, options.quantizer)
+    choices = Quantization.choices(options.head, options.weight_group, options.quantizer)
+    if selection is Selection.THRESHOLD:
+        return choices
+    return {weights: quantization for weights, quantization in choices.items() if weights.planes == 1}
 
 
 def _check_disk(
@@ -309,7 +312,7 @@ def _check_disk(
     adapters = settings.adapters or AdapterFormat.usual(head.dtype)
     needed += sizes.adapter_bytes(settings.rotation, settings.layers_per_rotation, adapters, item)
     if settings.score.has_vectors:
-        needed += sizes.score_entries * item
+        needed += (1 if linears is None else linears.planes) * sizes.score_entries * item
     if not streaming:  # which keeps the merged weights there before it rounds them
         needed -= sizes.linear_bytes(None, item) - sizes.linear_bytes(linears, item)
     needed -= sizes.hidden * (column_bytes([len(head)], None, item) - column_bytes([len(head)], of_head, item))

@@ -25,6 +25,7 @@ from larosa.config import (
     Settings,
     check_adapters,
     check_layers_per_rotation,
+    check_planes,
     check_quantization,
     check_sparsity,
 )
@@ -130,8 +131,8 @@ class ConversionOptions:
     - `sparsity` is a fraction of what `budget` says.
     - `calibration` is `self` (sampled from the model), a named data set, `bundled`, or the path of a file or folder;
       `seed` is of its sample, and of random rotations.
-    - `adapters` is `int8` for models of 16 bits, `weight_group` 32 for 4 bits and 128 for 8, `head` `int8` where
-      `weights` are of few bits.
+    - `adapters` is `int8` for models of 16 bits, `weight_group` 32 for 4 and 5 bits, 64 for 6 and 4+4, 128 for 8,
+      `quantizer` `gptq` but for 4+4, `head` `int8` where `weights` are of few bits.
     - `selection` `threshold` needs search `fisher`, and meets the sparsity on average.
     - `alphas` are coefficients of the sites' sparsities, instead of a search.
     """
@@ -259,6 +260,7 @@ class ConversionOptions:
         if compensates and self.prefill is Prefill.DENSE:
             raise LarosaError("--compensation linear fits the weights to sparse prompts: leave --prefill dense out")
         quantization = Quantization.complete(self.weights, self.head, self.weight_group, self.quantizer)
+        check_planes(quantization, selection, score)
         fits = quantization is not None and quantization.quantizer is Quantizer.GPTQ
         measures = search is not Search.NONE or selection is not Selection.TOP_K
         calibrated = rotation.is_calibrated or value_rotation or score is Score.FISHER

@@ -32,7 +32,7 @@ from larosa.config import (
 )
 from larosa.config import Search as SearchKind
 from larosa.conversion.options import ConversionOptions, ConversionSettings
-from larosa.conversion.searches import SEARCHES, Limits, settle
+from larosa.conversion.searches import SEARCHES, Limits, priced_thresholds, settle
 from larosa.errors import LarosaError
 from larosa.formats import AdapterFormat, Quantization
 from larosa.models import Family, family_of, set_adapter, set_scores
@@ -53,7 +53,7 @@ from larosa.rotation import (
 from larosa.sparsity import SiteSizes, keep_counts
 from larosa.sparsity.compensation import compensate
 from larosa.sparsity.greedy import GreedyAllocation
-from larosa.sparsity.prices import no_thresholds
+from larosa.sparsity.prices import PricedThresholds, no_thresholds
 from larosa.sparsity.thresholds import Allocation, calibrate_thresholds, uniform_shares
 from larosa.utils.finite import check_converted, check_weights
 from larosa.utils.layer_files import in_memory
@@ -133,12 +133,16 @@ class Sparsified:
     def stored(self, quantization: Quantization) -> Sparsified:
         """A copy of a model that is stored in full, stored by few bits.
 
-        Its counts or thresholds are those of the model in full, for every sparsity, which has to stay as it is.
+        Its counts or thresholds are those of the model in full, for every sparsity, which has to stay as it is. In
+        planes it has thresholds of its own, and a sparsity is of all of them.
         """
         copied = copy.deepcopy(self.model)
         quantize(copied, self.architecture, quantization, self.sequences, self.device)
         check_converted(copied, self.sequences)
-        return replace(self, model=copied)
+        if quantization.weights.planes == 1:
+            return replace(self, model=copied)
+        limits = _of_planes(copied, self.architecture, self.limits, self.sequences)
+        return replace(self, model=copied, limits=limits, _found={})
 
 
 def sparsify(
@@ -206,8 +210,20 @@ def sparsify(
         limits = None
     if settings.quantization is not None:  # last: what it rounds are the weights that the model runs by
         quantize(model, architecture, settings.quantization, sequences, where)
+        if settings.quantization.weights.planes > 1:
+            limits = _of_planes(model, architecture, limits, sequences)
+            settle(model, architecture, LarosaConfig.parse(model.config.larosa), None, limits(block.sparsity))
     check_converted(model, sequences)
     return Sparsified(model, architecture, limits, sequences, where)
+
+
+def _of_planes(
+    model: Any, architecture: Architecture, limits: Limits | None, sequences: torch.Tensor | None
+) -> PricedThresholds:
+    """What gives a model that is stored in planes its thresholds; `limits` gave them to it before."""
+    assert isinstance(limits, PricedThresholds), "planes go with thresholds on Fisher scores"
+    assert sequences is not None, "thresholds have calibration sequences"
+    return priced_thresholds(model, architecture, sequences, limits)
 
 
 def check_reach(settings: ConversionSettings, architecture: Architecture, sizes: SiteSizes) -> None:

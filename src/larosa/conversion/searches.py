@@ -72,21 +72,33 @@ def _fisher_search(
 ) -> Limits | None:
     """Set the counts or thresholds of each layer and site that cost the least divergence by the scores' estimate."""
     sizes = SiteSizes.of(model.config)
+    limits: Limits
+    if block.selection is Selection.THRESHOLD:
+        limits = priced_thresholds(model, architecture, sequences)
+    else:
+        set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
+        costs = sensitivity.fisher_costs(model, architecture, _runs(model, architecture, sequences))
+        limits = partial(sensitivity.cheapest, sizes=sizes, costs=costs)
+    settle(model, architecture, block, None, limits(block.sparsity))
+    return limits
+
+
+def priced_thresholds(
+    model: Any, architecture: Architecture, sequences: torch.Tensor, before: prices.PricedThresholds | None = None
+) -> prices.PricedThresholds:
+    """The thresholds of a model that has Fisher scores, for any sparsity; see `PricedThresholds`."""
+    return prices.PricedThresholds(model, architecture, _runs(model, architecture, sequences), before)
+
+
+def _runs(model: Any, architecture: Architecture, sequences: torch.Tensor) -> Callable[[], None]:
+    """What runs a model over as many sequences as ranks of entries settle with."""
     few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
 
     def run() -> None:
         for _ in track(decoder_outputs(model, architecture, few), "Costs of entries", total=len(few)):
             pass
 
-    limits: Limits
-    if block.selection is Selection.THRESHOLD:
-        limits = prices.PricedThresholds(model, architecture, run)
-    else:
-        set_keep_counts(model, architecture, keep_counts(0.0, PerSite(), sizes))
-        costs = sensitivity.fisher_costs(model, architecture, run)
-        limits = partial(sensitivity.cheapest, sizes=sizes, costs=costs)
-    settle(model, architecture, block, None, limits(block.sparsity))
-    return limits
+    return run
 
 
 def _identity(model: Any, architecture: Architecture, block: LarosaConfig, sequences: torch.Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from larosa.architectures import find_architecture
-from larosa.config import GATE, SITES
+from larosa.config import GATE, SITES, LarosaConfig
 from larosa.models import DenseTokens, Selector, selectors
 from larosa.parallel import Shard, shard_of, whole_config
 from larosa.parallel.shard import SHARDED
@@ -54,6 +54,7 @@ class ZeroCounter:
         architecture = find_architecture(model.config.model_type)
         self._shard = shard_of(model)
         self._sizes = SiteSizes.of(whole_config(model))
+        self._planes = LarosaConfig.parse(model.config.larosa).planes
         layers = list(architecture.layers(model))
         found = selectors(model, architecture)
         self._sparse_sites = tuple(found)
@@ -75,7 +76,8 @@ class ZeroCounter:
     def zeros(self) -> dict[str, torch.Tensor]:
         """Zeros so far, [layers, tokens] int64 for each site, tokens in the order they came; empty for a dense model.
 
-        Beside h1 to h4 there is `gate` where the method sparsifies it. Of several ranks, those of all.
+        Beside h1 to h4 there is `gate` where the method sparsifies it. Of several ranks, those of all. With weights in
+        planes an entry counts once for each that it does not read.
         """
         # On the CPU, where the layers of a split model meet.
         zeros = {
@@ -93,13 +95,14 @@ class ZeroCounter:
         """The shares so far over tokens and layers, by site; None for a dense model."""
         if not self._zeros:
             return None
-        return {site: Spread.of(zeros.double() / self._sizes.width[site]) for site, zeros in self.zeros().items()}
+        entries = {site: self._planes * width for site, width in self._sizes.width.items()}
+        return {site: Spread.of(zeros.double() / entries[site]) for site, zeros in self.zeros().items()}
 
     def skipped(self) -> torch.Tensor:
         """The share of the decoder's weights that each token did not read, [tokens] float64."""
         zeros = self.zeros()
         weights = sum(zeros[site].sum(0) * self._sizes.outputs[site] for site in self._sparse_sites)
-        return torch.as_tensor(weights).double() / self._sizes.linear_weights
+        return torch.as_tensor(weights).double() / (self._planes * self._sizes.linear_weights)
 
     def actual_sparsity(self) -> Spread | None:
         """The spread of `skipped`; None for a dense model."""

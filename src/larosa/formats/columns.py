@@ -36,10 +36,12 @@ class ColumnFormat(ABC):
     """How a linear W [N outputs, D inputs] is stored: W[n, d] = scales[d, n // group] * q[n, d].
 
     `codes` hold the whole numbers q of column d in row d, `scales` [D, ceil(N / group)] are bfloat16; the last group of
-    a column may be short. Scales may be negative.
+    a column may be short. Scales may be negative. With several `planes` W is a sum of as many such matrices, each of
+    what those before it leave: column d of plane p is in row p D + d, and a product may read it or not.
     """
 
     group: int
+    planes: int = 1
     name: ClassVar[str]
     bits: ClassVar[int]
     #: The range of q.
@@ -72,17 +74,21 @@ class ColumnFormat(ABC):
         return -(-outputs // self.group)
 
     def column_bytes(self, outputs: int) -> int:
-        """Bytes of a column of so many outputs, codes and scales."""
+        """Bytes of a column of so many outputs, codes and scales of all planes."""
         codes = self.codes_width(outputs) * self.codes_dtype.itemsize
-        return codes + self.groups(outputs) * SCALE_DTYPE.itemsize
+        return self.planes * (codes + self.groups(outputs) * SCALE_DTYPE.itemsize)
 
     def empty(self, outputs: int, inputs: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of a linear of these sizes, for the caller or a checkpoint to fill."""
-        codes = torch.empty(inputs, self.codes_width(outputs), dtype=self.codes_dtype, device=device)
-        return codes, torch.empty(inputs, self.groups(outputs), dtype=SCALE_DTYPE, device=device)
+        columns = self.planes * inputs
+        codes = torch.empty(columns, self.codes_width(outputs), dtype=self.codes_dtype, device=device)
+        return codes, torch.empty(columns, self.groups(outputs), dtype=SCALE_DTYPE, device=device)
 
     def dequantize(self, codes: torch.Tensor, scales: torch.Tensor, outputs: int, dtype: torch.dtype) -> torch.Tensor:
-        """The linear's transpose W^T [D, N]: exact in float32 and float64, in 16 bits rounded once."""
+        """The linear's transpose W^T [D, N]: exact in float32 and float64, in 16 bits rounded once.
+
+        Of several planes it is that of each, [planes D, N], and any columns of it may be asked for.
+        """
         # bfloat16 numbers are multiplied exactly before they are rounded, anyway.
         exact = torch.float32 if dtype is torch.float16 else dtype
         weight = torch.empty(len(codes), outputs, dtype=dtype, device=codes.device)

@@ -8,20 +8,47 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from larosa.errors import LarosaError
-from larosa.formats.columns import FORMATS, ColumnFormat, check_group
+from larosa.formats.columns import FORMATS, ColumnFormat, Int4, check_group
 
 
 class WeightFormat(StrEnum):
-    """What linears are stored as: the model's own dtype (`full`), or few bits with scales, by a name of `FORMATS`."""
+    """What linears are stored as: the model's own dtype (`full`), or few bits with scales, by a name of `FORMATS`.
+
+    `int4+4` is two planes of `int4`, of which a token reads none, the first or both for each entry of an input.
+    """
 
     FULL = "full"
     INT8 = "int8"
+    INT4_4 = "int4+4"
     INT6 = "int6"
     INT5 = "int5"
     INT4 = "int4"
 
+    @property
+    def planes(self) -> int:
+        """How many columns an entry of a linear's input has."""
+        return 2 if self is WeightFormat.INT4_4 else 1
 
-_FEW_BITS = "of weights of few bits: add --weights " + ", ".join(FORMATS)
+    @property
+    def columns(self) -> type[ColumnFormat]:
+        """What each of them is stored in, of a format of few bits."""
+        return Int4 if self is WeightFormat.INT4_4 else FORMATS[self]
+
+    @property
+    def usual_group(self) -> int:
+        """Outputs that share a scale where the user does not say, of a format of few bits."""
+        return 64 if self is WeightFormat.INT4_4 else self.columns.usual_group
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's codes, of a format of few bits."""
+        return self.planes * self.columns.bits
+
+
+#: Those of few bits, the fewest first.
+FEW_BITS = sorted((form for form in WeightFormat if form is not WeightFormat.FULL), key=lambda form: form.bits)
+
+_FEW_BITS = "of weights of few bits: add --weights " + ", ".join(form for form in WeightFormat if form != "full")
 
 
 class Quantizer(StrEnum):
@@ -52,12 +79,16 @@ class Quantization(BaseModel):
     def _check_head(cls, value: WeightFormat, info: ValidationInfo) -> WeightFormat:
         if value is WeightFormat.FULL and info.data.get("weights") is WeightFormat.FULL:
             raise ValueError("nothing is stored by few bits: leave 'quantization' out")
+        if value.planes > 1:
+            raise ValueError(f"a head is read whole, '{value}' is of what is read in part: 'int8' takes as much")
         return value
 
     @field_validator("quantizer")
     @classmethod
     def _check_quantizer(cls, value: Quantizer | None, info: ValidationInfo) -> Quantizer | None:
         weights = info.data.get("weights")
+        if value is Quantizer.GPTQ and weights is not None and weights.planes > 1:
+            raise ValueError(f"weights '{weights}' are rounded plane by plane, by 'rtn'")
         if weights is not None and (value is None) != (weights is WeightFormat.FULL):
             raise ValueError(f"weights '{weights}' " + ("need one" if value is None else "have none"))
         return value
@@ -84,6 +115,10 @@ class Quantization(BaseModel):
         weights = weights or WeightFormat.FULL
         full = weights is WeightFormat.FULL
         head = head or (WeightFormat.FULL if full else WeightFormat.INT8)
+        if head.planes > 1:
+            raise LarosaError(f"--head {head}: a head is read whole, and int8 takes as much")
+        if weights.planes > 1 and quantizer is Quantizer.GPTQ:
+            raise LarosaError(f"--weights {weights} are rounded plane by plane: --quantizer rtn, or leave it out")
         if full and quantizer is not None:
             raise LarosaError(f"--quantizer {quantizer} is {_FEW_BITS}")
         if full and head is WeightFormat.FULL:
@@ -93,25 +128,26 @@ class Quantization(BaseModel):
         return cls(
             weights=weights,
             head=head,
-            group=FORMATS[head if full else weights].usual_group if group is None else check_group(group),
-            quantizer=None if full else quantizer or Quantizer.GPTQ,
+            group=(head if full else weights).usual_group if group is None else check_group(group),
+            quantizer=None if full else quantizer or (Quantizer.GPTQ if weights.planes == 1 else Quantizer.RTN),
         )
 
     @classmethod
     def choices(
         cls, head: WeightFormat | None, group: int | None, quantizer: Quantizer | None
     ) -> dict[WeightFormat, Quantization | None]:
-        """What `complete` makes of the other options for each format of weights, the one of fewest bits first.
+        """What `complete` makes of the other options for each format of weights, in the order to try them in.
 
-        Group and quantizer are of weights of few bits: `full` ones go without.
+        First come planes, of which a token reads what it needs: they mostly win. Then the one of fewest bits. Group and
+        quantizer are of weights of few bits: `full` ones go without.
         """
         chosen: dict[WeightFormat, Quantization | None] = {
-            WeightFormat(name): cls.complete(WeightFormat(name), head, group, quantizer)
-            for name in sorted(FORMATS, key=lambda name: FORMATS[name].bits)
+            weights: cls.complete(weights, head, group, None if weights.planes > 1 else quantizer)
+            for weights in sorted(FEW_BITS, key=lambda form: -form.planes)
         }
         of_head = None if head in (None, WeightFormat.FULL) else group
         return {**chosen, WeightFormat.FULL: cls.complete(WeightFormat.FULL, head, of_head, None)}
 
 
 def _format(name: WeightFormat, group: int) -> ColumnFormat | None:
-    return FORMATS[name](group) if name in FORMATS else None
+    return None if name is WeightFormat.FULL else name.columns(group, name.planes)

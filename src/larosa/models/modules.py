@@ -273,6 +273,19 @@ def set_scores(
                     score.copy_(column_norms(readers) if scores is None else scores[index][site])
 
 
+@torch.no_grad()
+def set_planes(selector: Threshold, further: torch.Tensor) -> None:
+    """Let a selector decide of each entry about several planes of the weights it is multiplied with.
+
+    Args:
+        further: scores of the planes after the first, [(planes - 1) D].
+    """
+    assert selector.score is not None, "scores tell planes apart"
+    first = selector.score
+    selector.planes = 1 + len(further) // len(first)
+    selector.score = nn.Parameter(torch.cat([first, further.to(first)]), requires_grad=False)
+
+
 #: Weights converted to float64 at a time, so that no matrix needs a whole float64 copy.
 _PIECE = 2**24
 

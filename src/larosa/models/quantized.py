@@ -49,15 +49,17 @@ class QuantizedLinear(nn.Module):
         self.selector = nn.Identity() if selector is None else selector
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y = S(x) W^T + b."""
+        """y = S(x) W^T + b; x [..., D], or what a selector before several linears made of it, [..., planes D]."""
         x = self.selector(x)
+        if x.shape[-1] == self.in_features:
+            x = torch.cat([x] * self.format.planes, dim=-1)
         biases: Iterable[torch.Tensor | None] = (
             repeat(None) if self.bias is None else self.bias.to(x.dtype).split(_OUTPUTS)
         )
         return torch.cat([F.linear(x, *piece) for piece in zip(self._pieces(x.dtype), biases, strict=False)], dim=-1)
 
     def _pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The weight [N, D], some outputs at a time."""
+        """The weight [N, planes D], some outputs at a time."""
         of = self.format
         for at in range(0, self.out_features, _OUTPUTS):
             outputs = min(_OUTPUTS, self.out_features - at)
@@ -76,7 +78,8 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {self.format.name}, group={self.format.group}"
+        planes = "" if self.format.planes == 1 else f", planes={self.format.planes}"
+        return f"{sizes}, {self.format.name}, group={self.format.group}{planes}"
 
 
 def quantized_like(form: ColumnFormat, linear: Any) -> QuantizedLinear:

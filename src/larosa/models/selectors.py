@@ -56,15 +56,24 @@ class DenseTokens:
 
 
 class Selector(nn.Module):
-    """Zeros some entries of each token's activation, but for the tokens that are left dense."""
+    """Zeros some entries of each token's activation, but for the tokens that are left dense.
+
+    Where an entry is multiplied with several `planes` of a weight, each has a copy of its own, which is zeroed or not.
+    """
+
+    planes = 1
 
     def __init__(self, dense: DenseTokens | None = None) -> None:
         super().__init__()
         self.dense = dense or DenseTokens()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Sparsify x [..., positions, D]."""
-        return self.dense.keep(x, self.select)
+        """Sparsify x [..., positions, D], to [..., positions, planes D]."""
+        return self.dense.keep(self.copies(x), self.select)
+
+    def copies(self, x: torch.Tensor) -> torch.Tensor:
+        """The copies of x [..., D], side by side."""
+        return x if self.planes == 1 else torch.cat([x] * self.planes, dim=-1)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., D] unconditionally."""
@@ -96,14 +105,21 @@ class TopK(Selector):
 class Threshold(Selector):
     """Keeps the entries above `threshold` (paper, equation 5): how many, varies from token to token.
 
-    Compared is the magnitude or, where there is a `score`, magnitude times score.
+    Compared is the magnitude or, where there is a `score`, magnitude times score; each copy's has one of its own.
     """
 
     score: nn.Parameter | None
 
-    def __init__(self, threshold: float, dense: DenseTokens | None = None, score: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        threshold: float,
+        dense: DenseTokens | None = None,
+        score: torch.Tensor | None = None,
+        planes: int = 1,
+    ) -> None:
         super().__init__(dense)
         self.threshold = threshold
+        self.planes = planes
         self.score = None if score is None else nn.Parameter(score, requires_grad=False)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,8 +139,9 @@ def make_selector(config: LarosaConfig, site: str, layer: int, weight: torch.Ten
             uninitialised, for the caller or a checkpoint to fill.
         dense: shared by the layer's selectors.
     """
-    score = weight.new_empty(weight.shape[1]) if config.score.has_vectors else None
+    planes = config.planes
+    score = weight.new_empty(planes * weight.shape[1]) if config.score.has_vectors else None
     if config.thresholds is not None:
-        return Threshold(config.thresholds[site][layer], dense, score)
+        return Threshold(config.thresholds[site][layer], dense, score, planes)
     assert config.keep is not None, "validated"
     return TopK(config.keep[site][layer], dense, score)

@@ -12,7 +12,7 @@ from larosa.calibration import attached, visit_layers
 from larosa.calibration.observers import SecondMoment
 from larosa.config import SITES, LarosaConfig
 from larosa.formats import ColumnFormat, Quantization, Quantizer
-from larosa.models import note_tie, quantize_head, quantize_layer
+from larosa.models import Threshold, column_norms, note_tie, quantize_head, quantize_layer, selectors, set_planes
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
 from larosa.utils.layer_files import in_memory
@@ -67,6 +67,7 @@ def quantize_linears(
         assert sequences is not None, "GPTQ has calibration sequences"
         _fit(model, architecture, form, sequences, device)
         return
+    found = selectors(model, architecture)
     for index, layer in enumerate(track(architecture.layers(model), "Quantizing layers")):
         with in_memory(layer):
             rounded = {
@@ -76,7 +77,31 @@ def quantize_linears(
                 ]
                 for site in SITES
             }
+            if form.planes > 1:
+                for site in SITES:
+                    selector, linears = found[site][index], architecture.linears(layer, site)
+                    assert isinstance(selector, Threshold), "planes go with thresholds"
+                    set_planes(selector, _further_scores(selector, linears, form, rounded[site]))
             _store(layer, architecture, form, rounded)
+
+
+def _further_scores(
+    selector: Threshold, linears: list[nn.Linear], form: ColumnFormat, rounded: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Scores of a site's planes after the first, [(planes - 1) D]: what dropping one costs beside what an entry does.
+
+    What a plane leaves has no direction of its own: it counts by its length alone, as a weight of that length does in
+    the mean over the site.
+    """
+    assert selector.score is not None, "planes go with scores"
+    weights = column_norms([linear.weight for linear in linears]).square().sum()
+    unit = (selector.score.double().square().sum() / weights).sqrt() if weights > 0 else weights
+    squares = torch.zeros((form.planes - 1) * len(selector.score), dtype=torch.float64, device=weights.device)
+    for linear, (codes, scales) in zip(linears, rounded, strict=True):
+        after = len(selector.score)
+        columns = form.dequantize(codes[after:], scales[after:], len(linear.weight), torch.float32)
+        squares += columns.double().square().sum(1)
+    return unit * squares.sqrt()
 
 
 def _fit(

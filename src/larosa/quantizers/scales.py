@@ -39,6 +39,8 @@ def round_groups(weights: torch.Tensor, form: ColumnFormat) -> tuple[torch.Tenso
 def round_to_nearest(weight: torch.Tensor, form: ColumnFormat, where: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a weight [N, D] of any float dtype, each of its groups rounded by itself.
 
+    Of several planes each one rounds what those before it leave.
+
     Args:
         where: what it is of, for the message.
 
@@ -50,9 +52,13 @@ def round_to_nearest(weight: torch.Tensor, form: ColumnFormat, where: str) -> tu
     piece = _PIECE if weight.is_cpu else _PIECE_ELSEWHERE
     step = max(piece // (len(form.targets) * outputs), 1)
     for at in range(0, inputs, step):
-        columns = slice(at, at + step)
-        scales[columns], q = round_groups(grouped(weight[:, columns], form), form)
-        codes[columns] = form.pack(q.flatten(1)[:, :outputs])
+        left = grouped(weight[:, at : at + step], form)
+        for plane in range(form.planes):
+            columns = slice(plane * inputs + at, plane * inputs + at + len(left))
+            scales[columns], q = round_groups(left, form)
+            codes[columns] = form.pack(q.flatten(1)[:, :outputs])
+            if plane + 1 < form.planes:
+                left = left - q * scales[columns, :, None].to(q)
     check_scales(scales, where)
     return codes, scales
 

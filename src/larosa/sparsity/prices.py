@@ -39,12 +39,24 @@ class PricedThresholds:
     Args:
         model: sparsified by thresholds on Fisher scores, whose thresholds are changed.
         run: runs it on the calibration sequences.
+        before: those of the model before it was stored in planes. The coherences are its, as all planes together are
+            its weights, but each entry has several columns now.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, run: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture,
+        run: Callable[[], object],
+        before: PricedThresholds | None = None,
+    ) -> None:
         self._model, self._architecture, self._run = model, architecture, run
         self._sizes = SiteSizes.of(model.config)
         set_thresholds(model, architecture, no_thresholds(self._sizes))
+        if before is not None:
+            (self._dense,) = observed(model, architecture, run, Histogram)
+            self._scale: dict[Place, float] = before._scale
+            return
         self._dense, coherences = observed(model, architecture, run, Histogram, Coherence)
         # A threshold is on the root of an entry's worth, the same for all weights: this times the root of the price.
         self._scale = {
@@ -112,7 +124,10 @@ class SteadyShares:
 
 
 class Histogram:
-    """How the magnitudes of a site's entries times scores are distributed, to within a hundredth of each."""
+    """How the magnitudes of a site's entries times scores are distributed, to within a hundredth of each.
+
+    With several planes an entry counts once for each.
+    """
 
     def __init__(self, selector: Any, _linears: list[Any]) -> None:
         self._selector = selector
@@ -123,7 +138,7 @@ class Histogram:
         """A forward pre-hook."""
         x = self._selector.dense.sparse_tokens(inputs[0]).float()
         if self._selector.score is not None:
-            x = x * self._selector.score.float()
+            x = self._selector.copies(x) * self._selector.score.float()
         bins = (x.abs().contiguous().view(torch.int32) >> _SHIFT).flatten()
         self._counts = self._counts + torch.bincount(bins, minlength=_BINS).cpu()
 

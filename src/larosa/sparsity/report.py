@@ -165,7 +165,7 @@ def inspect_config(config: Any, *, parameters: bool = True) -> Inspection:
     if block is not None:
         stored = block.rotation, block.layers_per_rotation, block.adapters
         adapters, adapter_bytes = sizes.adapter_weights(*stored), sizes.adapter_bytes(*stored, item)
-    scores = sizes.score_entries if block is not None and block.score.has_vectors else 0
+    scores = block.planes * sizes.score_entries if block is not None and block.score.has_vectors else 0
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     head = sizes.vocabulary * sizes.hidden
     head_column = column_bytes([sizes.vocabulary], None if block is None else block.head_format, item)
