@@ -26,7 +26,7 @@ def formats(make_model):
     converted = sparsify(make_model("llama"), None, settings)
     made = {
         weights: converted if stored is None else converted.stored(stored)
-        for weights, stored in Quantization.choices(None, None, "rtn").items()
+        for weights, stored in Quantization.choices(None, None, "rtn", planes=False).items()
     }
     return made, {weights: [read(each, percent) for percent in PERCENTS] for weights, each in made.items()}
 

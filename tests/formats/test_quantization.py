@@ -16,8 +16,26 @@ INT4 = {"weights": "int4", "head": "int8", "group": 64, "quantizer": "gptq"}
 
 
 def test_every_format_can_be_asked_for():
-    assert {each.value for each in WeightFormat} == {"full", *FORMATS}
-    assert {each.value for each in Weights} == {"full", *FORMATS, "auto"}
+    assert {each.value for each in WeightFormat} == {"full", "int4+4", *FORMATS}
+    assert {each.value for each in Weights} == {*WeightFormat, "auto"}
+
+
+def test_planes():
+    priced = {"score": "fisher", "search": "fisher", "keep": None}
+    priced["thresholds"] = {part: {site: [0.1] for site in SITES} for part in ("values", "dropped")}
+    planes = {"weights": "int4+4", "head": "int8", "group": 64, "quantizer": "rtn"}
+    config = LarosaConfig.parse(BLOCK | priced | {"quantization": planes})
+    assert LarosaConfig.parse(config.model_dump(mode="json")) == config
+    assert (config.linear_format, config.head_format, config.planes) == (Int4(64, planes=2), Int8(64), 2)
+    assert complete("int4+4", None, None, None) == Quantization(**planes)
+    # 4 bits and 16 of a scale for 64 weights, twice; of D = 3 inputs two columns each.
+    assert config.linear_format.column_bytes(128) == 2 * (64 + 2 * 2)
+    assert [tuple(t.shape) for t in config.linear_format.empty(128, 3)] == [(6, 64), (6, 2)]
+    choices = list(Quantization.choices(None, None, "gptq", planes=True))
+    assert choices == ["int4+4", "int4", "int5", "int6", "int8", "full"]
+    for changes in ({"score": "magnitude"}, {"thresholds": None, "keep": BLOCK["keep"]}):
+        with pytest.raises(LarosaError, match=r"weights 'int4\+4': thresholds on scores say what is read of them"):
+            LarosaConfig.parse(BLOCK | priced | {"quantization": planes} | changes)
 
 
 def test_goes_through_json_unchanged():
@@ -42,6 +60,8 @@ def test_goes_through_json_unchanged():
         ({"weights": "full"}, "quantization.quantizer'.*weights 'full' have none"),
         ({"weights": "full", "head": "full", "quantizer": None}, "quantization.head'.*leave 'quantization' out"),
         ({"zero_points": True}, "quantization.zero_points'"),
+        ({"weights": "int4+4"}, r"quantization.quantizer'.*weights 'int4\+4' are rounded plane by plane, by 'rtn'"),
+        ({"head": "int4+4"}, "quantization.head'.*a head is read whole"),
     ],
 )
 def test_faults(changes, message):
@@ -86,15 +106,17 @@ def test_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("int7", None, None, None), "unknown format of weights 'int7': one of full, int8, int6, int5, int4"),
+        (("int7", None, None, None), "unknown format of weights 'int7': one of full, int8, int4\\+4, int6, int5, int4"),
         (("int4", "int7", None, None), "unknown format of the head 'int7'"),
         (("int4", None, 48, None), "a weight group of 48: one of 32, 64, 128"),
         (("int4", None, None, "awq"), "unknown quantizer 'awq': one of rtn, gptq"),
         (
             (None, None, None, "gptq"),
-            "--quantizer gptq is of weights of few bits: add --weights int8, int6, int5, int4",
+            r"--quantizer gptq is of weights of few bits: add --weights int8, int4\+4, int6, int5, int4",
         ),
         (("full", None, 64, None), "--weight-group 64 is of weights of few bits"),
+        (("int4+4", None, None, "gptq"), r"--weights int4\+4 are rounded plane by plane: --quantizer rtn"),
+        (("int4", "int4+4", None, None), r"--head int4\+4: a head is read whole, and int8 takes as much"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

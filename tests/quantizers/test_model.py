@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from larosa import LarosaError
 from larosa.architectures import find_architecture
 from larosa.config import SITES, LarosaConfig
 from larosa.conversion.checkpoint import Conversion
+from larosa.evaluation.zeros import ZeroCounter
 from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
 from larosa.models import QuantizedLinear, selectors
 from larosa.quantizers import gptq, quantize, round_to_nearest
@@ -74,6 +76,106 @@ def test_computes_what_its_codes_say(make_model, quick_convert, token_ids, famil
         site: plain.config.larosa["keep"][site] for site in SITES
     }
     ids = token_ids(2, 15)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def planes(make_model, quick_convert):
+    """A model whose linears are in two planes of 4 bits, and the same in full."""
+    options = {"sparsity": 0.6, "selection": "threshold", "search": "fisher", "dense_first_token": False}
+    both = (quick_convert(make_model("llama", torch.float64), **options, **few) for few in (PLANES, {}))
+    return tuple(both)
+
+
+PLANES = {"weights": "int4+4", "weight_group": 32, "head": "full"}
+
+
+def halves(linear):
+    """The two planes of a linear, [N, D] float64 each."""
+    return dense_weight(linear).chunk(2, dim=1)
+
+
+def test_planes_are_what_rounding_leaves(planes):
+    model, plain = planes
+    form = replace(linears(model)[0, "h4", 0].format, planes=1)
+    for at, linear in linears(plain).items():
+        if at is None:
+            continue
+        first, second = halves(linears(model)[at])
+        for found, wanted in ((first, linear.weight), (second, linear.weight - first)):
+            codes, scales = round_to_nearest(wanted, form, "")
+            assert torch.equal(found.T, form.dequantize(codes, scales, len(wanted), torch.float64))
+        assert (linear.weight - first - second).norm() < 0.015 * linear.weight.norm()
+
+
+def test_an_entry_reads_the_planes_whose_scores_it_is_worth(planes, token_ids):
+    """Against every product by itself, with masks by loops."""
+    model, plain = planes
+    architecture = find_architecture("llama")
+    found, before = selectors(model, architecture), selectors(plain, architecture)
+    seen: dict = {}
+    for at, linear in linears(model).items():
+        if at is not None:
+            linear.register_forward_hook(lambda _m, x, y, at=at: seen.update({at: (x[0], y)}))
+    for site in SITES:
+        for index, selector in enumerate(found[site]):
+            assert torch.equal(selector.score[: len(selector.score) // 2], before[site][index].score)
+            selector.register_forward_pre_hook(lambda _m, x, at=(index, site): seen.update({at: x[0]}))
+    model(token_ids(2, 9))
+    read = total = 0
+    for (index, site, number), linear in ((at, each) for at, each in linears(model).items() if at is not None):
+        x, selector = seen[index, site], found[site][index]
+        first, second = selector.score.chunk(2)
+        masks = [x.abs() * score > selector.threshold for score in (first, second)]
+        expected = sum((x * mask) @ plane.T for mask, plane in zip(masks, halves(linear), strict=True))
+        expected = expected if linear.bias is None else expected + linear.bias
+        torch.testing.assert_close(seen[index, site, number][1], expected, rtol=1e-10, atol=1e-10)
+        assert not (masks[1] & ~masks[0]).any()
+        read += sum(int(mask.sum()) for mask in masks) * linear.out_features
+        total += 2 * masks[0].numel() * linear.out_features
+    assert read / total == pytest.approx(0.4, abs=0.1)  # on other text
+    with ZeroCounter(model) as zeros:
+        model(token_ids(2, 9))
+        assert float(zeros.skipped().mean()) == pytest.approx(1 - read / total)
+
+
+def test_scores_of_the_second_plane_are_lengths_in_the_unit_of_the_first(planes):
+    model, plain = planes
+    architecture = find_architecture("llama")
+    found = selectors(model, architecture)
+    for site in SITES:
+        for index, selector in enumerate(found[site]):
+            first, second = selector.score.chunk(2)
+            layer = architecture.layers(plain)[index]
+            weights = torch.cat([linear.weight for linear in architecture.linears(layer, site)])
+            quantized = [linears(model)[at] for at in linears(model) if at is not None and at[:2] == (index, site)]
+            left = torch.cat([halves(linear)[1] for linear in quantized])
+            unit = first.norm() / weights.norm()
+            torch.testing.assert_close(second, left.norm(dim=0) * unit, rtol=1e-6, atol=0)
+
+
+def test_planes_count_bytes_as_they_are_stored(planes):
+    model, _ = planes
+    report = larosa.inspect(model)
+    stored = sum(each.codes.nbytes + each.scales.nbytes for at, each in linears(model).items() if at is not None)
+    assert report.bytes_dense_total == stored
+    assert report.score_bytes == 8 * 2 * sum(each.in_features for each in site_heads(model))
+    read = report.bytes_sparse_total - report.adapter_bytes - report.score_bytes
+    assert read / stored == pytest.approx(0.4, abs=0.01)
+
+
+def site_heads(model):
+    """One linear of each site."""
+    return [linear for at, linear in linears(model).items() if at is not None and at[2] == 0]
+
+
+def test_planes_without_thresholds_are_all_read(make_model, quick_convert, token_ids):
+    options = {"sparsity": 0.0, "selection": "threshold", "search": "fisher"}
+    model, plain = (quick_convert(make_model("qwen2", torch.float64), **options, **few) for few in (PLANES, {}))
+    for at, linear in linears(plain).items():
+        if at is not None:
+            linear.weight.copy_(sum(halves(linears(model)[at])))
+    ids = token_ids(2, 9)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-10, atol=1e-10)
 
 

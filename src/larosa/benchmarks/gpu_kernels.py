@@ -14,7 +14,7 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
-from larosa.formats import FORMATS, AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
+from larosa.formats import AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
 from larosa.ops import column_major
 from larosa.ops.low_bit import LowBitWeights
 
@@ -83,7 +83,8 @@ def measure_gpu_kernels(
         rows: list[GpuKernelRow] = []
         if weights in (None, WeightFormat.FULL):
             rows += [row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)]
-        for form in (Int8, Int4) if weights is None else [FORMATS[weights]] if weights in FORMATS else []:
+        few = (Int8, Int4) if weights is None else () if weights is WeightFormat.FULL else (weights.columns,)
+        for form in few:
             rows += bench.low_bit_products(form(form.usual_group), low_bit_matrices(config), sparsities)
         if weights is None:
             rows += bench.selections(config.hidden_size, config.intermediate_size)

@@ -39,6 +39,7 @@ from larosa.formats import Adapter, AdapterFormat, Quantization, Quantizer, Weig
 from larosa.models import (
     Int8Adapter,
     QuantizedLinear,
+    Threshold,
     empty_model,
     family_of,
     selectors,
@@ -99,6 +100,9 @@ SHAPES: dict[str, Callable[[], Any]] = {
 #: Elements of random numbers that fill all weights, over and over. A prime: rows of a matrix begin at different places.
 _BLOCK = 1_000_003
 
+#: What rounding to 4 bits leaves of a weight, about.
+_NEXT_PLANE = 0.1
+
 #: Random tokens by which thresholds are set.
 _TOKENS = 128
 
@@ -138,6 +142,11 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_layers_per_rotation(self.layers_per_rotation)
+
+    @property
+    def planes(self) -> int:
+        """Columns of the linears that an entry of an activation may read."""
+        return 1 if self.quantization is None else self.quantization.weights.planes
 
     def stored(self, dtype: torch.dtype) -> AdapterFormat:
         """How a model of this dtype stores them."""
@@ -223,6 +232,8 @@ def random_sparse_model(
 def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection, rotation: Rotation) -> LarosaConfig:
     """The settings of a random model that keeps everything."""
     sizes = SiteSizes.of(config)
+    if layout.planes > 1:
+        selection = Selection.THRESHOLD  # also where nothing is skipped
     everything = _counts(sizes, 0.0) if selection is Selection.TOP_K else {"thresholds": no_thresholds(sizes)}
     return LarosaConfig(
         larosa_version=__version__,
@@ -314,7 +325,7 @@ def _calibrate(model: Any, sparsity: float) -> Thresholds:
 
     def calibrate(site: str) -> Callable[[Any, Any], None]:
         def hook(selector: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen = SortedMagnitudes((inputs[0] * selector.score).abs().flatten().sort().values)
+            seen = SortedMagnitudes((selector.copies(inputs[0]) * selector.score).abs().flatten().sort().values)
             selector.threshold = seen.threshold(sparsity)
             dropped[site].append(seen.dropped(selector.threshold))
 
@@ -362,6 +373,12 @@ def _fill(model: Any, seed: int, others: Collection[int] = ()) -> None:
         # Of either sign: codes alone have a mean, which every layer would add to the stream and the next multiply.
         signs = torch.randint(2, block.shape, generator=generator) * 2 - 1
         _repeat(signs * (1 + 0.1 * block) / (length * math.sqrt(linear.in_features)), linear.scales)
+        for plane, scales in enumerate(linear.scales.chunk(form.planes)):
+            scales *= _NEXT_PLANE**plane
+    for selector in model.modules():
+        if isinstance(selector, Threshold) and selector.score is not None:
+            for plane, score in enumerate(selector.score.chunk(selector.planes)):
+                score *= _NEXT_PLANE**plane
     if adapters:
         one, shard = random_adapter(len(adapters[0].scale), model.dtype, AdapterFormat.INT8, seed), shard_of(model)
         if shard is not None:

@@ -17,7 +17,7 @@ from larosa.checkpoints.io import find_device, load
 from larosa.cli import bench_gpu, bench_lossless, options
 from larosa.cli.options import console
 from larosa.cli.together import check_alone, ranks_of
-from larosa.config import Selection
+from larosa.config import Score, Selection, check_planes
 from larosa.decoding import CacheDtype
 from larosa.decoding.lossless import DRAFT_ALONE
 from larosa.errors import LarosaError
@@ -151,7 +151,8 @@ def decode(
         return
     fractions = options.fractions("0.25,0.5" if sparsity is None else sparsity)
     settings |= {"sparsities": fractions, "layers": layers, "vocab_size": vocab_size, "layout": layout}
-    settings["selection"] = selection or Selection.TOP_K
+    settings["selection"] = selection or (Selection.TOP_K if layout.planes == 1 else Selection.THRESHOLD)
+    check_planes(layout.quantization, settings["selection"], Score.WEIGHTS)
     usual = torch.float16 if where.type == "cuda" else torch.bfloat16
     settings["dtype"] = usual if dtype is options.Dtype.AUTO else getattr(torch, dtype)
     if where.type == "cuda":

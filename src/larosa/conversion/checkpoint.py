@@ -291,10 +291,8 @@ def _formats(max_kl: float | None, options: ConversionOptions, selection: Select
     """The formats of weights that `AUTO_WEIGHTS` stands for, in the order to try them in."""
     if max_kl is None:
         raise LarosaError("--weights auto takes what reads the fewest bytes within a bound: add --max-kl")
-    choices = Quantization.choices(options.head, options.weight_group, options.quantizer)
-    if selection is Selection.THRESHOLD:
-        return choices
-    return {weights: quantization for weights, quantization in choices.items() if weights.planes == 1}
+    planes = selection is Selection.THRESHOLD
+    return Quantization.choices(options.head, options.weight_group, options.quantizer, planes)
 
 
 def _check_disk(

@@ -134,16 +134,17 @@ class Quantization(BaseModel):
 
     @classmethod
     def choices(
-        cls, head: WeightFormat | None, group: int | None, quantizer: Quantizer | None
+        cls, head: WeightFormat | None, group: int | None, quantizer: Quantizer | None, planes: bool
     ) -> dict[WeightFormat, Quantization | None]:
         """What `complete` makes of the other options for each format of weights, in the order to try them in.
 
-        First come planes, of which a token reads what it needs: they mostly win. Then the one of fewest bits. Group and
-        quantizer are of weights of few bits: `full` ones go without.
+        Where a model can have `planes` they come first: a token reads of them what it needs, and they mostly win. Then
+        comes the one of fewest bits. Group and quantizer are of weights of few bits: `full` ones go without.
         """
         chosen: dict[WeightFormat, Quantization | None] = {
             weights: cls.complete(weights, head, group, None if weights.planes > 1 else quantizer)
             for weights in sorted(FEW_BITS, key=lambda form: -form.planes)
+            if planes or weights.planes == 1
         }
         of_head = None if head in (None, WeightFormat.FULL) else group
         return {**chosen, WeightFormat.FULL: cls.complete(WeightFormat.FULL, head, of_head, None)}

@@ -162,6 +162,8 @@ def _own_config(shard: Shard) -> Any:
     if config.intermediate_size < 1:
         raise LarosaError(f"{ranks.size} ranks cannot share {shard.whole.intermediate_size} columns of an MLP")
     if getattr(config, "larosa", None) is not None:
+        if LarosaConfig.parse(config.larosa).planes > 1:
+            raise LarosaError("ranks do not share weights in planes: run int4+4 on one device, or convert to int4")
         config.larosa = shard.own_block(config.larosa)
     return config
 
