@@ -116,9 +116,9 @@ def columns_each(score: torch.Tensor, width: int) -> int:
     Raises:
         ValueError: the scores are of no whole number of columns an entry.
     """
-    each, rest = divmod(len(score), max(width, 1))
-    if rest or (width and not each):
-        raise ValueError(f"score must have {width} entries, or a multiple of it, not {len(score)}")
+    each, rest = divmod(score.numel(), width) if width else (1, score.numel())
+    if rest or not each:
+        raise ValueError(f"score must have {width} entries, or a multiple of it, not {score.numel()}")
     return each
 
 

@@ -137,6 +137,15 @@ std::unique_ptr<Typed> maybe(int64_t count) {
     return integer(0, 1) ? std::make_unique<Typed>(count, integer(0, 2)) : nullptr;
 }
 
+// Such numbers, none negative.
+std::unique_ptr<Typed> maybe_scores(int64_t count) {
+    std::unique_ptr<Typed> scores = maybe(count);
+    if (!scores) return scores;
+    for (int64_t i = 0; i < count; ++i) scores->wide[i] = std::fabs(scores->wide[i]);
+    for (int64_t i = 0; i < scores->narrow.size(); ++i) scores->narrow[i] &= 0x7fff;
+    return scores;
+}
+
 larosa_vector vector_of(const std::unique_ptr<Typed> &typed) {
     return typed ? typed->vector() : larosa_vector{nullptr, 0};
 }
@@ -222,11 +231,7 @@ void selections() {
     what = "top_k rows " + std::to_string(rows) + " width " + std::to_string(width) + " k " + std::to_string(k);
     const Heap<float> x = floats(rows * width);
     for (int64_t i = 0; i < x.size() / 8; ++i) x[integer(0, x.size() - 1)] = kSpecial[integer(0, 7)];
-    std::unique_ptr<Typed> score = maybe(width);
-    if (score) {
-        for (int64_t i = 0; i < width; ++i) score->wide[i] = std::fabs(score->wide[i]);
-        for (int64_t i = 0; i < score->narrow.size(); ++i) score->narrow[i] &= 0x7fff;
-    }
+    const std::unique_ptr<Typed> score = maybe_scores(width);
     const larosa_vector weights = vector_of(score);
     const Heap<float> values(rows * k);
     const Heap<int32_t> indices(rows * k);
@@ -251,18 +256,27 @@ void selections() {
         for (int64_t i = 0; i < width; ++i)
             check(kept[i] || k == 0 || rank(row, i) < lowest || (rank(row, i) == lowest && i > last), "a larger one");
     }
-    const Heap<float> kept(rows * width);
-    const Heap<int32_t> where(rows * width);
+    const int64_t each = integer(1, 3);  // columns of an entry
+    const std::unique_ptr<Typed> scores = maybe_scores(each * width);
+    const int64_t columns = scores ? each * width : width;
+    const larosa_vector scored = vector_of(scores);
+    const Heap<float> kept(rows * columns);
+    const Heap<int32_t> where(rows * columns);
     const Heap<int64_t> counts(rows);
-    const larosa_vector unscored = {nullptr, LAROSA_FLOAT32};
-    larosa_above(x.get(), rows, width, 1.0f, &unscored, kept.get(), where.get(), counts.get());
+    larosa_above(x.get(), rows, width, columns, 1.0f, &scored, kept.get(), where.get(), counts.get());
     add_digest(kept), add_digest(where), add_digest(counts);
     for (int64_t row = 0; row < rows; ++row) {
+        const float *values_of = kept.get() + row * columns;
+        const int32_t *columns_of = where.get() + row * columns;
         int64_t expected = 0;
-        for (int64_t i = 0; i < width; ++i)
-            if (!(std::fabs(x[row * width + i]) <= 1))
-                check(expected < counts[row] && where[row * width + expected++] == i, "not above");
+        for (int64_t i = 0; i < columns; ++i) {
+            const float &entry = x[row * width + i % width];
+            if (std::fabs(entry * (scores ? scores->wide[i] : 1)) <= 1) continue;
+            check(expected < counts[row] && columns_of[expected] == i, "not above");
+            check(std::memcmp(&values_of[expected++], &entry, sizeof entry) == 0, "not the value above");
+        }
         check(expected == counts[row], "too many");
+        for (int64_t i = expected; i < columns; ++i) check(values_of[i] == 0 && columns_of[i] == 0, "no zeros behind");
     }
 }
 
@@ -361,9 +375,11 @@ int whole_number(const uint8_t *column, int64_t bits, int64_t n) {
 
 // Products by 4 to 8 bits, side by side: off by no more than what rounding a block's activations does.
 void low_bits() {
-    const int64_t rows = integer(0, 2), depth = width(), k = integer(0, 2) ? integer(0, depth) : depth;
+    const int64_t rows = integer(0, 2), entries = width(), each = integer(1, 3);  // columns of an entry
+    const int64_t depth = each * entries, k = integer(0, 2) ? integer(0, depth) : depth;
     const int64_t threads = integer(1, 5), count = integer(1, 3), group = int64_t(32) << integer(0, 3);
     const bool every = k == depth && integer(0, 1);
+    const int64_t given = every ? entries : k;  // values of a row
     const bool largest = integer(0, 4) == 0;  // whole numbers and codes of the largest magnitude alone
     static const uint8_t extreme[] = {0x80, 0x7f, 0x00, 0xff};
     what = "low_bit_linear rows " + std::to_string(rows) + " depth " + std::to_string(depth) + " k " +
@@ -390,13 +406,13 @@ void low_bits() {
                             vector_of(biases.back())});
         outputs += some;
     }
-    const Heap<float> x = floats(rows * k), residual = floats(rows * outputs), out(rows * outputs);
+    const Heap<float> x = floats(rows * given), residual = floats(rows * outputs), out(rows * outputs);
     if (largest) std::fill_n(x.get(), x.size(), integer(0, 1) ? 1.0f : -1.0f);
     Heap<int32_t> indices(every ? 0 : rows * k);
     for (int64_t i = 0; i < indices.size(); ++i) indices[i] = int32_t(integer(0, depth - 1));
     const float *added = integer(0, 1) ? residual.get() : nullptr;
-    check(larosa_low_bit_linear(x.get(), every ? nullptr : indices.get(), rows, k, depth, matrices.data(), count, added,
-                                out.get(), nullptr, threads) == LAROSA_OK,
+    check(larosa_low_bit_linear(x.get(), every ? nullptr : indices.get(), rows, given, depth, matrices.data(), count,
+                                added, out.get(), nullptr, threads) == LAROSA_OK,
           "refused");
     add_digest(out);
     int64_t offset = 0;
@@ -412,7 +428,7 @@ void low_bits() {
                     for (int64_t i = from; i < std::min(from + 16, k); ++i) {
                         const int64_t column = every ? i : indices[row * k + i];
                         const double scale = scales[m].wide[column * matrix.scales_stride + n / group];
-                        const double scaled = scale * x[row * k + i];
+                        const double scaled = scale * x[row * given + i % given];
                         const int q = whole_number(codes[m].get() + column * matrix.codes_stride, matrix.bits, n);
                         total += scaled * q, bound += 1e-5 * std::fabs(scaled * q);
                         largest = std::max(largest, std::fabs(scaled)), whole += std::abs(q);
@@ -456,6 +472,26 @@ void norms() {
     larosa_silu_mul_top_k(gate_up.get(), rows, width, k, &none, values.get(), indices.get());
     for (int64_t i = 0; i < rows * k; ++i)
         check(values[i] == out[i / k * width + indices[i]], "not a value of silu_mul");
+    const int64_t columns = width * integer(1, 3);  // of which entries have as many each
+    const Typed score(columns, integer(0, 2));
+    const larosa_vector scores = score.vector();
+    const Heap<float> kept(rows * columns), expected(rows * columns);
+    const Heap<int32_t> where(rows * columns), at(rows * columns);
+    const Heap<int64_t> counts(rows), many(rows);
+    const auto same = [&] {
+        check(std::memcmp(kept.get(), expected.get(), size_t(rows * columns) * sizeof(float)) == 0 &&
+                  std::memcmp(where.get(), at.get(), size_t(rows * columns) * sizeof(int32_t)) == 0 &&
+                  std::memcmp(counts.get(), many.get(), size_t(rows) * sizeof(int64_t)) == 0,
+              "fused, what is above is another");
+    };
+    larosa_silu_mul_above(gate_up.get(), rows, width, columns, 0.5f, &scores, kept.get(), where.get(), counts.get());
+    larosa_above(out.get(), rows, width, columns, 0.5f, &scores, expected.get(), at.get(), many.get());
+    same();
+    larosa_rms_norm_above(x.get(), &gains, 1e-5, rows, width, columns, 0.5f, &scores, kept.get(), where.get(),
+                          counts.get());
+    larosa_rms_norm(x.get(), &gains, 1e-5, rows, width, out.get());
+    larosa_above(out.get(), rows, width, columns, 0.5f, &scores, expected.get(), at.get(), many.get());
+    same();
     replays(x, gains, rows, width);
 }
 

@@ -53,6 +53,9 @@ CALLS = {
     "above": lambda: (random(2, 9), 0.5, random(9).abs()),
     "rms_norm_above": lambda: (random(2, 9), random(9), 1e-5, 0.5, random(9).abs()),
     "silu_mul_above": lambda: (random(2, 10), 0.5, random(5).abs()),
+    "above of two columns each": lambda: (random(2, 9), 0.5, random(18).abs()),
+    "rms_norm_above of two columns each": lambda: (random(2, 9), None, 1e-5, 0.5, random(18).abs()),
+    "silu_mul_above of three columns each": lambda: (random(2, 10), 0.5, random(15).abs()),
     "linear": lambda: (random(2, 9), [random(3, 9), random(4, 9)], [None, random(4)], random(2, 7)),
     "adapt": lambda: (random(2, 9), (20 * random(3, 11)).to(torch.int8), random(3)),
     "sparse_linear": lambda: (
@@ -69,6 +72,7 @@ CALLS = {
         random(1, 11),
         torch.tensor([1]),
     ),
+    "low_bit_linear of two columns each": lambda: (random(2, 9), None, *low_bit(18, 7, 4), [None, None]),
     "attend": lambda: (random(1, 64), *cache(), torch.tensor([3]), random(6, 8), random(6, 8), None, None, 0.0, 1.0, 0),
     "attend of digits": lambda: (random(1, 64), *digits(), torch.tensor([3]), *[None] * 4, 0.0, 1.0, 0, scales()),
     "attend of several caches": lambda: (
@@ -113,6 +117,7 @@ def test_results_have_the_same_bits_on_any_number_of_threads(isa, seed, outputs,
             ops.sparse_linear(values, indices, [columns], [None], residual),
             *(ops.low_bit_linear(values, indices, *weights) for weights in few_bits),
             *(ops.low_bit_linear(x, None, *weights) for weights in few_bits),
+            ops.low_bit_linear(x[:, :100], None, *few_bits[-1]),
             ops.attend(qkv, keys, cached, position, None, None, None, None, 0.0, 0.125, 0),
             ops.attend(qkv, *rounded, position, None, None, None, None, 0.0, 0.125, 0, counts),
         ]
@@ -130,12 +135,14 @@ def test_rows_of_few_bits_are_computed_as_if_alone():
     values, indices = ops.top_k(x, 20)
     few_bits = *low_bit(50, 70), [None]
     narrow, narrow_dense = ops.low_bit_linear(values, indices, *few_bits), ops.low_bit_linear(x, None, *few_bits)
-    above = ops.above(x, 0.7)
+    above = ops.above(x[:, :25], 0.7, torch.cat([torch.ones(25), random(25).abs()]))
     counted = ops.low_bit_linear(*above[:2], *few_bits, None, above[2])
+    halves = ops.low_bit_linear(x[:, :25], None, *few_bits)
     for row in range(4):
         one = slice(row, row + 1)
         assert torch.equal(narrow[one], ops.low_bit_linear(values[one], indices[one], *few_bits))
         assert torch.equal(narrow_dense[one], ops.low_bit_linear(x[one], None, *few_bits))
+        assert torch.equal(halves[one], ops.low_bit_linear(x[one, :25], None, *few_bits))
         alone = ops.low_bit_linear(above[0][one], above[1][one], *few_bits, None, above[2][one])
         assert torch.equal(counted[one], alone)
 
@@ -213,6 +220,8 @@ def test_a_row_or_column_of_nothing():
     bias, residual = random(5), random(2, 5)
     result = ops.sparse_linear(values, indices, [column_major(random(5, 8))], [bias], residual)
     assert torch.equal(result, residual + bias)
+    # A list of nothing, which PyTorch keeps no memory for, is not that of all columns.
+    assert torch.equal(ops.low_bit_linear(values, indices, *low_bit(8, 5), [bias], residual), residual + bias)
 
 
 def in_halves(x: torch.Tensor) -> torch.Tensor:
@@ -282,7 +291,19 @@ LOW_BIT = {
     "a bias of another size": ({"biases": [random(5)]}, ValueError, "bias"),
     "no matrices": ({"codes": [], "scales": [], "outputs": [], "biases": []}, ValueError, "no weights"),
     "too large index": ({"indices": I + 1}, IndexError, "column"),
-    "no indices": ({"indices": None}, ValueError, r"without indices values must be \[B, 8\]"),
+    "no indices": (
+        {"indices": None, "values": random(1, 3)},
+        ValueError,
+        r"without indices values must be \[B, 8\], or \[B, D\] with 8 a multiple of D, not \[1, 3\]",
+    ),
+    "more values than columns": ({"indices": None, "values": random(1, 16)}, ValueError, r"not \[1, 16\]"),
+    "values of nothing": ({"indices": None, "values": random(1, 0)}, ValueError, r"not \[1, 0\]"),
+    "a count of no list": ({"indices": None, "count": torch.tensor([1])}, ValueError, "give indices"),
+    "a column of a third plane": (
+        {"indices": torch.tensor([[7, 8]], dtype=torch.int32)},
+        IndexError,
+        "not that of a column",
+    ),
     "wrong residual": ({"residual": random(1, 5)}, ValueError, "residual"),
 }
 ATTEND = {

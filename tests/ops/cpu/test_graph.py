@@ -34,10 +34,17 @@ def layer(x, position, seed=0, dtype=torch.float32):
     cos, sin = random(7, 8).float(), random(7, 8).float()
 
     output_of_all, widen, weighted = column_major(random(24, 24)), random(48, 24), random(24).abs()
+    # Two columns an entry, each with a score of its own.
+    codes, scales = (40 * random(48, 24)).clamp(-127, 127).to(torch.int8), (random(48, 1) / 40).bfloat16()
+    planes, both_weighted = ([codes], [scales], [24], 32, "int8", [None]), torch.cat([weighted, weighted / 2])
 
     def listed(selection, weights, residual):
         values, indices, count = selection
         return ops.sparse_linear(values, indices, weights, [None], residual, count=count)
+
+    def listed_planes(selection, residual):
+        values, indices, count = selection
+        return ops.low_bit_linear(values, indices, *planes, residual, count)
 
     def run():
         chosen = ops.rms_norm_top_k(x, gain, 1e-6, 11, None)
@@ -51,6 +58,11 @@ def layer(x, position, seed=0, dtype=torch.float32):
         y = listed(ops.rms_norm_above(y, gain, 1e-6, 0.7), [output_of_all], y)
         y = listed(ops.above(y, 0.8, weighted), [output_of_all], None)
         y = listed(ops.silu_mul_above(torch.ops.larosa.linear(y, [widen], [None]), 0.1, weighted), [output_of_all], y)
+        y = ops.rms_norm(y, None, 1e-6)  # or else numbers overflow
+        y = listed_planes(ops.rms_norm_above(y, gain, 1e-6, 0.7, both_weighted), y)
+        y = listed_planes(ops.above(y, 0.8, both_weighted), None)
+        y = listed_planes(ops.silu_mul_above(ops.linear(y, [widen], [None]), 0.1, both_weighted), y)
+        y = ops.low_bit_linear(y, None, *planes, y)
         return ops.linear(ops.silu_mul(y), [head], [None])
 
     return run

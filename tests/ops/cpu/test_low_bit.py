@@ -69,8 +69,9 @@ def problems(draw, *kinds: str):
     codes, scales = low_bit(chance, depth, outputs, FORMATS[form](group))
     k = draw(st.one_of(st.sampled_from([0, depth]), st.integers(0, min(depth, BLOCK + 1)), st.integers(0, depth)))
     values, indices = selection(chance, rows, depth, k)
-    if draw(st.booleans()):
-        values, indices = chance.tensor(rows, depth), None
+    if draw(st.booleans()):  # all columns, of which an entry has as many as the next
+        each = draw(st.sampled_from([each for each in (1, 2, 3) if depth % each == 0]))
+        values, indices = chance.tensor(rows, depth // each), None
     biases = [chance.maybe(n, dtype=draw(st.sampled_from(DTYPES))) for n in outputs]
     problem = Problem(values, indices, codes, scales, outputs, group, form, biases, chance.maybe(rows, sum(outputs)))
     if rows == 1 and indices is not None and draw(st.booleans()):
@@ -98,12 +99,13 @@ def test_results_are_off_by_no_more_than_a_block_s_unit(problem):
         biases=[doubled(bias) for bias in given.biases],
         residual=doubled(given.residual),
     )
-    indices = given.indices
+    values, indices, depth = given.values, given.indices, len(given.codes[0])
     if indices is None:
-        indices = torch.arange(given.values.shape[1]).expand(given.values.shape)
+        values = values[:, torch.arange(depth) % values.shape[1]]
+        indices = torch.arange(depth).expand(values.shape)
     count = indices.shape[1] if given.count is None else int(given.count)
     bounds = []
-    for value, index in zip(given.values.double()[:, :count], indices[:, :count].long(), strict=True):
+    for value, index in zip(values.double()[:, :count], indices[:, :count].long(), strict=True):
         for codes, scales, size in zip(given.codes, given.scales, given.outputs, strict=True):
             kind = FORMATS[given.form]
             q = kind(given.group).unpack(codes[index], size).double().abs()
@@ -142,6 +144,32 @@ def test_columns_that_are_not_kept_do_not_show(isa, kind):
     assert torch.equal(ops.low_bit_linear(*given.given()), before)
     scales[indices[0, 7], 2] = math.nan
     assert ops.low_bit_linear(*given.given()).isnan().nonzero()[:, 1].tolist() == list(range(128, 192))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 41, 300])
+def test_two_planes_give_the_bits_of_whole_numbers(isa, threads, depth):
+    """All columns of every entry, and those whose scores reach; large enough for threads to share."""
+    library.set_isa(isa)
+    chance = Chance(torch.Generator().manual_seed(4), "normal", threads)
+    codes, scales = low_bit(chance, 2 * depth, [1500, 1030], Int4(64))
+    weights = codes, scales, [1500, 1030], 64, Int4.name, [None, chance.tensor(1030)]
+    x = chance.tensor(2, depth)
+    every = chance.run(ops.low_bit_linear, x, None, *weights)
+    assert torch.equal(bits(every), bits(low_bit_linear_in_integers(x, None, *weights)))
+    listed = x.repeat(1, 2), torch.arange(2 * depth, dtype=torch.int32).repeat(2, 1)
+    assert torch.equal(every, chance.run(ops.low_bit_linear, *listed, *weights))
+    # The second column of an entry is read where its first one is, and not always.
+    score = torch.cat([torch.ones(depth), torch.full((depth,), 0.4)])
+    values, indices, count = ops.above(x, 0.5, score)
+    kept = chance.run(ops.low_bit_linear, values, indices, *weights, None, count)
+    assert torch.equal(bits(kept), bits(low_bit_linear_in_integers(values, indices, *weights, None, count)))
+    read = torch.cat([x * (x.abs() > 0.5), x * ((0.4 * x).abs() > 0.5)], dim=1).double()
+    dense = [Int4(64).dequantize(*columns, torch.float64) for columns in zip(codes, scales, [1500, 1030], strict=True)]
+    exact = torch.cat([read @ weight for weight in dense], dim=1)
+    exact[:, 1500:] += weights[-1][1].double()
+    assert (kept - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("isa", ISAS)

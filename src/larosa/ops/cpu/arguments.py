@@ -15,6 +15,7 @@ from larosa.formats import SCALE_DTYPE
 from larosa.ops import checks
 from larosa.ops.linear import Biases, Weights
 from larosa.ops.low_bit import LowBitWeights
+from larosa.ops.select import columns_each
 
 #: `larosa_dtype`.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,6 +55,12 @@ def vector(name: str, values: torch.Tensor | None, width: int) -> bytes:
     if values.dtype not in DTYPES or values.shape != (width,) or not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous [{width}] of {_names()}, not {_of(values)}")
     return _VECTOR.pack(values.data_ptr(), DTYPES[values.dtype])
+
+
+def scores(score: torch.Tensor | None, width: int) -> tuple[bytes, int]:
+    """`larosa_vector` of one score for each column of `width` entries, or of none, and how many columns they have."""
+    columns = width if score is None else width * columns_each(score, width)
+    return vector("score", score, columns), columns
 
 
 def matrices(weights: Weights, biases: Biases, depth: int, *, column_major: bool) -> tuple[bytes, int]:

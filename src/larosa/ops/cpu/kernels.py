@@ -73,10 +73,10 @@ def _silu_mul_top_k(gate_up: torch.Tensor, k: int, score: torch.Tensor | None = 
 def _above(x: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
     x = arguments.activations("x", x)
     rows, width = x.shape
-    found = values, indices, count = _counted(x, width)
-    packed = arguments.vector("score", score, width)
+    packed, columns = arguments.scores(score, width)
+    found = values, indices, count = _counted(x, columns)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().above(x.data_ptr(), rows, width, threshold, packed, *outputs)
+    load().above(x.data_ptr(), rows, width, columns, threshold, packed, *outputs)
     return found
 
 
@@ -86,26 +86,26 @@ def _rms_norm_above(
 ) -> CountedSelection:
     x = arguments.activations("x", x)
     rows, width = x.shape
-    found = values, indices, count = _counted(x, width)
-    gains, scores = arguments.vector("gain", gain, width), arguments.vector("score", score, width)
+    gains, (scores, columns) = arguments.vector("gain", gain, width), arguments.scores(score, width)
+    found = values, indices, count = _counted(x, columns)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().rms_norm_above(x.data_ptr(), gains, eps, rows, width, threshold, scores, *outputs)
+    load().rms_norm_above(x.data_ptr(), gains, eps, rows, width, columns, threshold, scores, *outputs)
     return found
 
 
 @implement("silu_mul_above", "CPU")
 def _silu_mul_above(gate_up: torch.Tensor, threshold: float, score: torch.Tensor | None = None) -> CountedSelection:
     gate_up, width = _gate_up(gate_up)
-    found = values, indices, count = _counted(gate_up, width)
-    packed = arguments.vector("score", score, width)
+    packed, columns = arguments.scores(score, width)
+    found = values, indices, count = _counted(gate_up, columns)
     outputs = values.data_ptr(), indices.data_ptr(), count.data_ptr()
-    load().silu_mul_above(gate_up.data_ptr(), len(gate_up), width, threshold, packed, *outputs)
+    load().silu_mul_above(gate_up.data_ptr(), len(gate_up), width, columns, threshold, packed, *outputs)
     return found
 
 
-def _counted(x: torch.Tensor, width: int) -> CountedSelection:
-    """Room for a selection from rows of so many entries, and for how many each has."""
-    return *arguments.room(x, width, width), x.new_empty(len(x), dtype=torch.int64)
+def _counted(x: torch.Tensor, columns: int) -> CountedSelection:
+    """Room for a selection from rows of so many columns, and for how many each has."""
+    return *arguments.room(x, columns, columns), x.new_empty(len(x), dtype=torch.int64)
 
 
 @implement("linear", "CPU")
@@ -208,8 +208,13 @@ def _low_bit_linear(
     if indices is not None:
         indices = arguments.selection(indices, values)
         checks.counts(count, rows)
-    elif k != depth or count is not None:
-        raise ValueError(f"without indices values must be [B, {depth}], all of them, not {list(values.shape)}")
+    elif count is not None:
+        raise ValueError("a count is of the entries of a list: give indices")
+    elif k != depth and (not k or depth % k):
+        raise ValueError(
+            f"without indices values must be [B, {depth}], or [B, D] with {depth} a multiple of D, "
+            f"not {list(values.shape)}"
+        )
     matrices, total = arguments.low_bit(LowBitWeights(codes, scales, outputs, group, form), biases, depth)
     out = values.new_empty(rows, total)
     added = arguments.residual(residual, out)

@@ -19,7 +19,7 @@ ISA_VARIABLE = "LAROSA_CPU_ISA"
 ISAS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondotprod")
 
 #: `LAROSA_INTERFACE` of larosa_cpu.h, which `_SIGNATURES` and the structures here are of.
-INTERFACE = 5
+INTERFACE = 6
 
 _NAMES = ("liblarosa_cpu.so", "liblarosa_cpu.dylib")
 
@@ -71,12 +71,12 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p),
     ),
     "silu_mul_top_k": (None, (c_void_p, c_int64, c_int64, c_int64, c_char_p, c_void_p, c_void_p)),
-    "above": (None, (c_void_p, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "above": (None, (c_void_p, c_int64, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "rms_norm_above": (
         None,
-        (c_void_p, c_char_p, c_double, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
+        (c_void_p, c_char_p, c_double, c_int64, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p),
     ),
-    "silu_mul_above": (None, (c_void_p, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
+    "silu_mul_above": (None, (c_void_p, c_int64, c_int64, c_int64, c_float, c_char_p, c_void_p, c_void_p, c_void_p)),
     "linear": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "linear_meanwhile": (c_int, (c_void_p, c_int64, c_int64, c_char_p, c_int64, c_void_p, c_void_p, c_int64)),
     "sparse_linear": (

@@ -185,14 +185,29 @@ const int32_t *counting(int64_t count) {
     return memory.data();
 }
 
-// `kept` has room for one more than x: an entry is written before it is known to be kept.
-int64_t keep_above(const float *x, int64_t width, float threshold, const larosa_vector &score, float *kept,
+// `kept` has room for one more than the columns: a value is written before it is known to be kept.
+int64_t keep_above(const float *x, int64_t width, int64_t columns, float threshold, larosa_vector score, float *kept,
                    float *values, int32_t *indices) {
-    int32_t *where = scratch<int32_t>(width + 1);
-    const int64_t count = kernels().above(x, score, width, threshold, kept, where);
-    std::fill_n(std::copy_n(kept, count, values), width - count, 0.0f);
-    std::fill_n(std::copy_n(where, count, indices), width - count, 0);
+    int32_t *where = scratch<int32_t>(columns + 1);
+    int64_t count = kernels().above(x, score, width, threshold, kept, where);
+    for (int64_t from = width; from < columns; from += width) {  // the next column of each entry
+        score.data = static_cast<const char *>(score.data) + width * element_size(score.dtype);
+        const int64_t more = kernels().above(x, score, width, threshold, kept + count, where + count);
+        for (const int64_t end = count + more; count < end; ++count) where[count] += int32_t(from);
+    }
+    std::fill_n(std::copy_n(kept, count, values), columns - count, 0.0f);
+    std::fill_n(std::copy_n(where, count, indices), columns - count, 0);
     return count;
+}
+
+// Each row's k values over and over, `columns` of them, for the caller's thread and those that work for it.
+const float *repeated(const float *values, int64_t rows, int64_t k, int64_t columns) {
+    static thread_local std::vector<float> memory;
+    memory.clear();
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t from = 0; from < columns; from += k)
+            memory.insert(memory.end(), values + row * k, values + (row + 1) * k);
+    return memory.data();
 }
 
 // What up to kTogether rows keep of `depth` columns: the columns that any of them keeps, each with a value for every row.
@@ -381,34 +396,34 @@ void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, in
     });
 }
 
-void larosa_above(const float *x, int64_t rows, int64_t width, float threshold, const larosa_vector *score,
-                  float *values, int32_t *indices, int64_t *counts) {
+void larosa_above(const float *x, int64_t rows, int64_t width, int64_t columns, float threshold,
+                  const larosa_vector *score, float *values, int32_t *indices, int64_t *counts) {
     for (int64_t row = 0; row < rows; ++row)
-        counts[row] = keep_above(x + row * width, width, threshold, *score, scratch<float>(width + 1),
-                                 values + row * width, indices + row * width);
+        counts[row] = keep_above(x + row * width, width, columns, threshold, *score, scratch<float>(columns + 1),
+                                 values + row * columns, indices + row * columns);
 }
 
 void larosa_rms_norm_above(const float *x, const larosa_vector *gain, double eps, int64_t rows, int64_t width,
-                           float threshold, const larosa_vector *score, float *values, int32_t *indices,
-                           int64_t *counts) {
+                           int64_t columns, float threshold, const larosa_vector *score, float *values,
+                           int32_t *indices, int64_t *counts) {
     parallel(1, deferred_threads(), [&](int64_t) {
-        float *normed = scratch<float>(2 * width + 1);
+        float *normed = scratch<float>(width + columns + 1);
         for (int64_t row = 0; row < rows; ++row) {
             kernels().rms_norm(x + row * width, *gain, eps, width, normed);
-            counts[row] = keep_above(normed, width, threshold, *score, normed + width, values + row * width,
-                                     indices + row * width);
+            counts[row] = keep_above(normed, width, columns, threshold, *score, normed + width, values + row * columns,
+                                     indices + row * columns);
         }
     });
 }
 
-void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, float threshold,
+void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, int64_t columns, float threshold,
                            const larosa_vector *score, float *values, int32_t *indices, int64_t *counts) {
     parallel(1, deferred_threads(), [&](int64_t) {
-        float *product = scratch<float>(2 * width + 1);
+        float *product = scratch<float>(width + columns + 1);
         for (int64_t row = 0; row < rows; ++row) {
             larosa_silu_mul(gate_up + row * 2 * width, 1, width, product);
-            counts[row] = keep_above(product, width, threshold, *score, product + width, values + row * width,
-                                     indices + row * width);
+            counts[row] = keep_above(product, width, columns, threshold, *score, product + width,
+                                     values + row * columns, indices + row * columns);
         }
     });
 }
@@ -474,6 +489,8 @@ int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t r
     }
     if (listed) k = clamp(*listed, 0, k);
     if (indices && !kernels().all_below(indices, rows * k, depth)) return LAROSA_BAD_INDEX;
+    // An empty list may have no indices either.
+    if (!indices && k > 0 && k < depth) values = repeated(values, rows, k, depth), k = depth;
     const int32_t *every = indices ? nullptr : counting(k);
     by_columns(matrices, count, rows, k, kBlock, matrices->bits, residual, out, threads,
                [=](int64_t from, int64_t some, const Block<larosa_low_bit> &block, float *sums) {

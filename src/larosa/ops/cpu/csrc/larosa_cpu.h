@@ -57,7 +57,7 @@ struct larosa_low_bit {
 
 /* What this header says, as a number: another one whenever a declaration changes, so that a library that was built from
  * another header is told apart before anything else of it is called. */
-enum { LAROSA_INTERFACE = 5 };
+enum { LAROSA_INTERFACE = 6 };
 int64_t larosa_interface(void);
 
 /* The instruction set in use, at first the widest that the processor has: "portable"; "avx2", "avxvnni", "avx512" or
@@ -86,14 +86,16 @@ void larosa_rms_norm_top_k(const float *x, const struct larosa_vector *gain, dou
 void larosa_silu_mul_top_k(const float *gate_up, int64_t rows, int64_t width, int64_t k,
                            const struct larosa_vector *score, float *values, int32_t *indices);
 /* The entries of each row of x whose magnitude, times the score if any, is not up to the threshold, and how many they
- * are: values and indices [rows, width] end in zeros in each row, counts [rows]. */
-void larosa_above(const float *x, int64_t rows, int64_t width, float threshold, const struct larosa_vector *score,
-                  float *values, int32_t *indices, int64_t *counts);
+ * are: values and indices [rows, columns] end in zeros in each row, counts [rows]. `columns` is the width, or a multiple of
+ * it where an entry has several columns, each with one of as many scores: column c is of entry c % width, and indices are
+ * of columns. */
+void larosa_above(const float *x, int64_t rows, int64_t width, int64_t columns, float threshold,
+                  const struct larosa_vector *score, float *values, int32_t *indices, int64_t *counts);
 /* The same of rms_norm and of silu_mul, whose results are not kept. */
 void larosa_rms_norm_above(const float *x, const struct larosa_vector *gain, double eps, int64_t rows, int64_t width,
-                           float threshold, const struct larosa_vector *score, float *values, int32_t *indices,
-                           int64_t *counts);
-void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, float threshold,
+                           int64_t columns, float threshold, const struct larosa_vector *score, float *values,
+                           int32_t *indices, int64_t *counts);
+void larosa_silu_mul_above(const float *gate_up, int64_t rows, int64_t width, int64_t columns, float threshold,
                            const struct larosa_vector *score, float *values, int32_t *indices, int64_t *counts);
 
 /* out[rows, sum of outputs] = residual + x W^T + bias, the matrices' outputs side by side; residual may be null. */
@@ -119,7 +121,8 @@ int larosa_sparse_linear(const float *values, const int32_t *indices, int64_t ro
 
 /* The same by weights of few bits, in whole numbers: values times scales are rounded by one unit for 16 listed columns of
  * a group of outputs, to 8 bits for codes of 4 and to 15 for longer ones. Results have the same bits on every instruction set. A column whose value is not finite
- * makes NaN of all outputs. Null indices mean all columns, k = depth. */
+ * makes NaN of all outputs. Null indices mean all columns where k is not 0: depth is k, or a multiple of it, and column c
+ * is of value c % k. */
 int larosa_low_bit_linear(const float *values, const int32_t *indices, int64_t rows, int64_t k, int64_t depth,
                           const struct larosa_low_bit *matrices, int64_t count, const float *residual, float *out,
                           const int64_t *listed, int64_t threads);
