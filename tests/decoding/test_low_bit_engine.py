@@ -18,6 +18,8 @@ CONVERSIONS = {
     "whole": {"sparsity": 0.0},
     "half": {"sparsity": 0.5, "rotation": "block", "adapters": "int8"},
     "threshold": {"sparsity": 0.25, "selection": "threshold"},
+    "much": {"sparsity": 0.6, "selection": "threshold"},
+    "nothing": {"sparsity": 0.0, "selection": "threshold"},
     "plain": {"method": "topk", "sparsity": 0.25},
 }
 
@@ -40,6 +42,8 @@ def make(make_model, quick_convert):
         ("llama", "int8", "half"),
         ("llama", "int6", "half"),
         ("llama", "int5", "threshold"),
+        *(("llama", "int4+4", name) for name in ("much", "nothing")),
+        ("qwen2", "int4+4", "much"),
         *(("qwen2", "int4", name) for name in ("whole", "threshold", "plain")),
     ],
 )
@@ -67,7 +71,8 @@ class InWholeNumbers(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("weights", "conversion"),
-    [("int8", "whole"), ("int4", "half"), ("int8", "threshold"), ("int4", "plain"), ("int6", "threshold")],
+    [("int8", "whole"), ("int4", "half"), ("int8", "threshold"), ("int4", "plain"), ("int6", "threshold")]
+    + [("int4+4", "much"), ("int4+4", "nothing")],
 )
 def test_replayed_steps_have_the_bits_of_the_definition(make, token_ids, weights, conversion):
     model, ids = make("llama", weights, conversion, torch.bfloat16), token_ids(1, LENGTH)

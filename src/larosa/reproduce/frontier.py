@@ -17,6 +17,8 @@ from larosa.reproduce.results import Cell, Column, Picture, Results, Table
 from larosa.reproduce.variants import BEST, Variant
 
 SPARSITIES = (0.0, 0.25, 0.40, 0.50)
+#: Of weights in planes, half of which are as many bits as one plane.
+SPARSITIES_OF_PLANES = (0.40, 0.50, 0.55, 0.60, 0.65, 0.70)
 
 
 class ThreeBits(Int8):
@@ -34,12 +36,13 @@ class ThreeBits(Int8):
 
 
 def _stored(weights: WeightFormat) -> Variant:
-    return replace(BEST, label=weights, weights=weights, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8)
+    quantizer = Quantizer.GPTQ if weights.planes == 1 else Quantizer.RTN
+    return replace(BEST, label=weights, weights=weights, quantizer=quantizer, head=WeightFormat.INT8)
 
 
 VARIANTS = (
     BEST,
-    *map(_stored, (WeightFormat.INT8, WeightFormat.INT6, WeightFormat.INT5, WeightFormat.INT4)),
+    *map(_stored, (weights for weights in WeightFormat if weights is not WeightFormat.FULL)),
     replace(BEST, label=ThreeBits.name, unstored=ThreeBits(ThreeBits.usual_group), head=WeightFormat.INT8),
 )
 _FULL, LLAMA_CPP = "full", "llama.cpp"
@@ -82,7 +85,7 @@ def run(context: Context) -> Results:
     ours = [
         Point(variant.label if variant.stored else _FULL, sparsity, context.evaluate(variant, sparsity))
         for variant in VARIANTS
-        for sparsity in SPARSITIES
+        for sparsity in (SPARSITIES if variant.weights.planes == 1 else SPARSITIES_OF_PLANES)
     ]
     theirs = [] if context.settings.llama_cpp is None else read_points(context.settings.llama_cpp, context)
     dense = context.evaluate_dense()
@@ -105,7 +108,8 @@ def run(context: Context) -> Results:
         "A token reads weights, scales, adapters and score vectors of the decoder, less the columns that the evaluated "
         "tokens did skip, and the whole head; not keys, values and norms. A file has the embedding too, "
         "which llama.cpp keeps as one with a tied head, by few bits.",
-        "full is the checkpoint's own number format; few bits are fitted by GPTQ with the head in 8. No checkpoint has "
+        "full is the checkpoint's own number format; few bits are fitted by GPTQ with the head in 8, int4+4 is rounded "
+        "plane by plane, and its sparsity is of both. No checkpoint has "
         "3 bits: those rows are of weights rounded so, their bytes what they would take. "
         "All are by recipe best, converted once; ± is a standard error over tokens taken as independent.",
     ]
