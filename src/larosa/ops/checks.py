@@ -89,6 +89,27 @@ def listed(values: torch.Tensor, indices: torch.Tensor | None, width: int) -> tu
     return rows, entries
 
 
+def listed_columns(values: torch.Tensor, indices: torch.Tensor | None, columns: int) -> tuple[int, int, int]:
+    """Rows and length of a list of columns, and how many of them a value is for.
+
+    One, unless there are no indices: of all columns an entry of `values` can have several.
+    """
+    if indices is not None:
+        return *selection(values, indices), 1
+    return len(values), columns, columns_each("without indices values", values, columns)
+
+
+def columns_each(name: str, x: torch.Tensor, columns: int) -> int:
+    """How many of so many columns each entry of vectors has."""
+    width = vectors(name, x)[1]
+    each, rest = divmod(columns, max(width, 1))
+    if rest or (width and not each):
+        raise ValueError(
+            f"{name} must be [B, {columns}], or [B, {columns} / m] where an entry has m columns, not {tuple(x.shape)}"
+        )
+    return max(each, 1)
+
+
 def counts(counts: torch.Tensor | None, rows: int) -> None:
     """How many entries of each row of a list are meant: [B] int64; or None."""
     if counts is not None and (counts.dtype != torch.int64 or counts.shape != (rows,) or not counts.is_contiguous()):
@@ -220,6 +241,20 @@ def site(
             raise ValueError("nothing is added to silu(gate) * up")
     if adapter is not None and eps is not None:
         raise ValueError("an adapter goes with x as it is, not with its norm")
+
+
+def site_columns(
+    x: torch.Tensor, columns: int, k: int | None, threshold: float | None, score: torch.Tensor | None
+) -> int:
+    """How many of so many columns each entry of a site's vector has: several where a threshold selects, or nothing."""
+    each = columns_each("x", x, columns)
+    if each > 1 and k is not None:
+        raise ValueError(f"entries that k keeps have one column each: codes must be of {x.shape[1]}, not {columns}")
+    if threshold is not None:
+        if each > 1 and score is None:
+            raise ValueError(f"score must have {columns} entries, one a column, where an entry has {each} of them")
+        vector("score", score, columns)
+    return each
 
 
 def attention(

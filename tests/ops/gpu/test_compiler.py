@@ -16,7 +16,15 @@ KERNELS = (
     *(
         (
             "sparse_linear.cu",
-            {"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "ROWS": "1", **flags},
+            {
+                "WEIGHT": weight,
+                "LANES": lanes,
+                "CLUSTER": cluster,
+                "SWIGLU": "false",
+                "ROWS": "1",
+                "COLUMNS_EACH": "1",
+                **flags,
+            },
         )
         for weight, lanes, cluster, flags in (
             ("Half", "32", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "false"}),
@@ -36,7 +44,7 @@ KERNELS = (
             "sparse_linear.cu",
             {
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "SWIGLU": "false", "LOADS": "5"},
-                **{"ROWS": "1", **flags},
+                **{"ROWS": "1", "COLUMNS_EACH": "1", **flags},
             },
         )
         for weight, lanes, cluster, flags in (
@@ -46,6 +54,7 @@ KERNELS = (
             ("Int8", "16", "8", {"ALIGNED": "true", "ADAPTER": "true", "ALONE": "true", "CARRIED": "Half"}),
             ("Int4", "14", "2", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false", "ROWS": "2"}),
             ("Int8", "32", "1", {"ALIGNED": "false", "ADAPTER": "false", "ALONE": "false", "ROWS": "4"}),
+            ("Int4", "14", "2", {"ALIGNED": "true", "ADAPTER": "false", "ALONE": "false", "COLUMNS_EACH": "2"}),
         )
     ),
     *(
@@ -54,10 +63,10 @@ KERNELS = (
             {
                 **{"SOURCE": "NORMED", "EACH": "8", "FILLED": "true", "GAIN": "BFloat16", "SCORE": "None"},
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": "2", "ALIGNED": "true", "SWIGLU": "true"},
-                **{"MOST_KEPT": "2048", "ADAPTER": "false", "ALONE": "true"},
+                **{"MOST_KEPT": "2048", "ADAPTER": "false", "ALONE": "true", "COLUMNS_EACH": each},
             },
         )
-        for source in ("top_k_linear.cu", "above_linear.cu")
+        for source, each in (("top_k_linear.cu", "1"), ("above_linear.cu", "1"), ("above_linear.cu", "2"))
         for weight, lanes in (("Int4", "14"), ("Int8", "28"))
     ),
     *(
@@ -122,13 +131,15 @@ KERNELS = (
             "above.cu",
             {
                 **{"SOURCE": source, "BLOCK": "1024", "EARLY": early},
-                **{"EACH": each, "FILLED": filled, "GAIN": gain, "SCORE": score},
+                **{"EACH": each, "FILLED": filled, "GAIN": gain, "SCORE": score, "COLUMNS_EACH": columns},
             },
         )
-        for source, early, each, filled, gain, score in (
-            ("AS_IS", "true", "11", "false", "None", "float"),
-            ("GATED", "false", "19", "false", "None", "Half"),
-            ("NORMED", "false", "4", "true", "Half", "None"),
+        for source, early, each, filled, gain, score, columns in (
+            ("AS_IS", "true", "11", "false", "None", "float", "1"),
+            ("GATED", "false", "19", "false", "None", "Half", "1"),
+            ("NORMED", "false", "4", "true", "Half", "None", "1"),
+            ("AS_IS", "false", "10", "false", "None", "BFloat16", "2"),
+            ("GATED", "false", "28", "true", "None", "float", "3"),
         )
     ),
     *(
@@ -137,7 +148,7 @@ KERNELS = (
             {
                 **{"SOURCE": source, "EACH": each, "FILLED": "true", "GAIN": gain, "SCORE": "float"},
                 **{"WEIGHT": weight, "LANES": lanes, "CLUSTER": cluster, "ALIGNED": "true"},
-                **{"SWIGLU": swiglu, "ALONE": "true", "ADAPTER": adapter, **format_},
+                **{"SWIGLU": swiglu, "ALONE": "true", "ADAPTER": adapter, "COLUMNS_EACH": "1", **format_},
             },
         )
         for source, each, gain, weight, lanes, cluster, swiglu, adapter, format_ in (
@@ -146,6 +157,9 @@ KERNELS = (
             ("AS_IS", "22", "None", "Half", "8", "2", "false", "false", {}),
             ("AS_IS", "28", "None", "BFloat16", "8", "2", "false", "true", {"SCALE": "BFloat16"}),
             ("AS_IS", "8", "None", "float", "8", "2", "false", "true", {}),
+            ("AS_IS", "28", "None", "Int4", "14", "4", "false", "true", {"SCALE": "float", "COLUMNS_EACH": "2"}),
+            ("AS_IS", "16", "None", "Int4", "14", "4", "false", "true", {"CARRIED": "Half", "COLUMNS_EACH": "2"}),
+            ("NORMED", "16", "Half", "Int4", "14", "2", "false", "false", {"COLUMNS_EACH": "2"}),
         )
     ),
     ("greedy.cu", {"CLUSTER": "8"}),

@@ -91,11 +91,16 @@ def multiply(
     along: Along,
     alone: bool,
     width: int,
+    each: int = 1,
 ) -> torch.Tensor:
-    """The product, of which a thread has `width` weights in 16 bytes: of several rows at once where all are whole."""
-    rows, k = values.shape
+    """The product, of which a thread has `width` weights in 16 bytes: of several rows at once where all are whole.
+
+    Without indices each value is for `each` columns.
+    """
+    rows, k = len(values), each * values.shape[1]
     result = values.new_empty(rows, outputs)
     macros = {**product.macros, "ADAPTER": flag(along.adapter is not None), "ALONE": flag(alone)}
+    macros["COLUMNS_EACH"] = str(each)
     whole = indices is None and count is None
     for part in _parts(rows, together(width)) if whole else [range(rows)]:
         added, format_ = along.arguments(part.start)

@@ -40,7 +40,7 @@ def low_bit_linear(
     With an adapter, the residual is read early: neither of the two kernels launched just before may write it.
     """
     weights, depth = LowBitWeights(codes, scales, outputs, group, form), len(codes[0]) if codes else 0
-    rows, k = checks.listed(values, indices, depth)
+    rows, k, each = checks.listed_columns(values, indices, depth)
     checks.counts(count, rows)
     total = checks.low_bit(weights, biases, depth)
     carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
@@ -50,7 +50,7 @@ def low_bit_linear(
     product = Product.of_codes(plan, weights, biases, rows, adapter)
     teams = adapter is not None and SPARSE_THREADS // 2 % plan.lanes == 0
     along = Along(residual, adapter, adapter_scale, carried)
-    return multiply(values, indices, count, product, total, along, teams, width)
+    return multiply(values, indices, count, product, total, along, teams, width, each)
 
 
 def low_bit_site(
@@ -78,22 +78,26 @@ def low_bit_site(
     checks.site(k, threshold, eps, swiglu, outputs, residual, adapter)
     weights, source = LowBitWeights(codes, scales, outputs, group, form), "AS_IS" if eps is None else "NORMED"
     rows, width = checks.vectors("x", x)
-    total, element = checks.low_bit(weights, biases, width), codes_width(form)
+    depth = len(codes[0]) if codes else 0
+    each = checks.site_columns(x, depth, k, threshold, score)
+    total, element = checks.low_bit(weights, biases, depth), codes_width(form)
     carried = checks.residual(residual, adapter, rows, total, None, adapter_scale)
     selects, everything = k is not None, k is None and threshold is None
+    if everything:
+        score = None
     widest = WIDEST_COMPARED if source == "AS_IS" and not selects else WIDEST_FUSED
     plan = None
     # All of x as it is has nothing to select, and what selects by count takes no adapter along.
     apart = (everything and eps is None) or (selects and adapter is not None)
     if k != 0 and width <= widest and not apart:
-        listed = width if everything else k or width // 2
-        plan = low_bit_plan(launch.machine(x.device), outputs, listed, element, k or width)
+        listed = depth if everything else k or depth // 2
+        plan = low_bit_plan(launch.machine(x.device), outputs, listed, element, k or depth)
     if plan is None:
         along = residual, adapter, adapter_scale
         return _low_bit_apart(x, gain, eps, score, k, threshold, swiglu, weights, biases, *along)
     product = Product.of_codes(plan, weights, biases, rows, adapter, swiglu)
     result = x.new_empty(rows, total // (1 + swiglu))
-    vectors = Vector.of("gain", gain, width), c_float(eps or 0.0), Vector.of("score", score, width)
+    vectors = Vector.of("gain", gain, width), c_float(eps or 0.0), Vector.of("score", score, depth)
     macros = {**product.macros, **selection_macros(source, width, SPARSE_THREADS, gain, score)}
     if k is not None:
         checks.kept(k, width)
@@ -103,7 +107,7 @@ def low_bit_site(
         launch.run(x, "top_k_linear.cu", "top_k_linear", macros, product.grid, counted)
         return result
     carrying, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
-    macros |= {"ADAPTER": flag(adapter is not None), "ALONE": flag(True), **format_}
+    macros |= {"ADAPTER": flag(adapter is not None), "ALONE": flag(True), "COLUMNS_EACH": str(each), **format_}
     least = c_float(_BELOW_ALL if threshold is None else threshold)
     written = address(result), c_int(result.shape[1])
     compared = address(x), c_int(width), least, *vectors, product.matrices, *carrying, *written

@@ -11,7 +11,7 @@ from larosa.ops import checks
 from larosa.ops.cuda import launch
 from larosa.ops.cuda.parameters import TYPE_NAMES, Vector, address, flag
 from larosa.ops.cuda.plan import ROW_THREADS
-from larosa.ops.select import CountedSelection, Selection
+from larosa.ops.select import CountedSelection, Selection, columns_each
 
 _WIDEST = 32 * ROW_THREADS
 #: Of an MLP's vector so wide, whose product takes an adapter along: of longer ones the selection takes longer than
@@ -86,11 +86,12 @@ def compare(
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> CountedSelection:
-    """The entries of a source above a threshold; see `select`."""
-    macros, rows = _selecting_macros(source, width, gain, score), len(x)
-    values, indices = x.new_empty(rows, width), x.new_empty(rows, width, dtype=torch.int32)
+    """The entries of a source above a threshold, or the columns of each that are by their scores; see `select`."""
+    each, rows = 1 if score is None else columns_each(score, width), len(x)
+    macros = _selecting_macros(source, width, gain, score) | {"COLUMNS_EACH": str(each)}
+    values, indices = x.new_empty(rows, each * width), x.new_empty(rows, each * width, dtype=torch.int32)
     count = x.new_empty(rows, dtype=torch.int64)
-    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)
+    vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, each * width)
     results = address(values), address(indices), address(count)
     arguments = (address(x), c_int(width), c_float(threshold), *vectors, *results)
     launch.run(x, "above.cu", "select_above", macros, launch.Grid(rows, 1, ROW_THREADS), arguments)

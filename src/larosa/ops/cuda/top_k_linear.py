@@ -165,6 +165,7 @@ def _compare_and_multiply(
 ) -> torch.Tensor:
     """One launch where every block can have a multiprocessor to itself, else one after the other."""
     rows, width = checks.vectors("x", x)
+    checks.vector("score", score, width)
     outputs = checks.matrices(weights, biases, width, column_major=True)
     carried = checks.residual(residual, adapter, rows, outputs, weights[0].dtype, adapter_scale)
     sizes, element = [len(weight) for weight in weights], weights[0].element_size()
@@ -181,7 +182,7 @@ def _compare_and_multiply(
     macros = {
         **product.macros,
         **selection_macros(source, width, SPARSE_THREADS, gain, score),
-        **{"ADAPTER": flag(adapter is not None), "ALONE": flag(True)},
+        **{"ADAPTER": flag(adapter is not None), "ALONE": flag(True), "COLUMNS_EACH": "1"},
     }
     along, format_ = adapter_arguments(residual, adapter, adapter_scale, carried)
     vectors = Vector.of("gain", gain, width), c_float(eps), Vector.of("score", score, width)

@@ -34,7 +34,7 @@ def low_bit_linear(
 ) -> torch.Tensor:
     """See `low_bit_linear_reference`."""
     depth = len(codes[0]) if codes else 0
-    rows, k = checks.listed(values, indices, depth)
+    rows, k, each = checks.listed_columns(values, indices, depth)
     checks.counts(count, rows)
     total = checks.low_bit(LowBitWeights(codes, scales, outputs, group, form), biases, depth)
     checks.residual(residual, adapter, rows, total, None, adapter_scale)
@@ -49,7 +49,7 @@ def low_bit_linear(
             if parts:
                 _low_bit_kernel[(triton.cdiv(size, _OUTPUTS), parts, rows)](
                     *(values, indices, count, matrix, scale, partial, first, size, total, k),
-                    *(matrix.stride(0), scale.stride(0), FORMATS[form].bits, group, _PART, _OUTPUTS, _ENTRIES),
+                    *(matrix.stride(0), scale.stride(0), each, FORMATS[form].bits, group, _PART, _OUTPUTS, _ENTRIES),
                 )
             finish_parts(partial, count, bias, residual, result, first, size, k, _PART)
         first += size
@@ -76,6 +76,7 @@ def low_bit_site(
 ) -> torch.Tensor:
     """See `low_bit_site_reference`."""
     checks.site(k, threshold, eps, swiglu, outputs, residual, adapter)
+    checks.site_columns(x, len(codes[0]) if codes else 0, k, threshold, score)
     indices, count = None, None
     if k is not None:
         x, indices = top_k(x, k, score) if eps is None else rms_norm_top_k(x, gain, eps, k, score)
@@ -103,6 +104,7 @@ def _low_bit_kernel(
     k,
     stride,
     scale_stride,
+    COLUMNS_EACH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
@@ -112,6 +114,7 @@ def _low_bit_kernel(
     part, vector = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     exists = output < size
+    given = k // COLUMNS_EACH  # values of a vector
     count = k if count_ptr is None else tl.minimum(tl.load(count_ptr + vector), k)
     if part * PART >= count:
         return
@@ -120,7 +123,8 @@ def _low_bit_kernel(
         entry = part * PART + start + tl.arange(0, ENTRIES)
         listed = entry < count
         there = listed[:, None] & exists[None, :]
-        value = tl.load(values_ptr + vector * k + entry, mask=listed, other=0.0)
+        place = entry if COLUMNS_EACH == 1 else entry % given
+        value = tl.load(values_ptr + vector * given + place, mask=listed, other=0.0)
         if indices_ptr is None:
             index = entry.to(tl.int64)
         else:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from larosa.ops import checks
-from larosa.ops.select import CountedSelection, Selection
+from larosa.ops.select import CountedSelection, Selection, columns_each
 
 _AS_IS, _NORMED, _GATED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _NAN_KEY = tl.constexpr(0x7F800001)  # all NaN alike, above infinity
@@ -83,15 +83,17 @@ def _compare(
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> CountedSelection:
+    each = 1 if score is None else columns_each(score, width)
     checks.vector("gain", gain, width)
-    checks.vector("score", score, width)
-    values, indices = x.new_empty(len(x), width), x.new_empty(len(x), width, dtype=torch.int32)
+    checks.vector("score", score, each * width)
+    values, indices = x.new_empty(len(x), each * width), x.new_empty(len(x), each * width, dtype=torch.int32)
     count = x.new_empty(len(x), dtype=torch.int64)
     threshold = c_float(threshold).value  # which Triton's interpreter would compare as it is
     block = triton.next_power_of_2(width)
     if len(x):
         _compare_kernel[(len(x),)](
-            x, gain, score, values, indices, count, width, threshold, eps, source, block, num_warps=_warps(block)
+            *(x, gain, score, values, indices, count, width, threshold, eps, source, each, block),
+            num_warps=_warps(block),
         )
     return values, indices, count
 
@@ -156,21 +158,34 @@ def _compare_kernel(
     threshold,
     eps,
     SOURCE: tl.constexpr,
+    COLUMNS_EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     there = at < width
     x = _activation(x_ptr, gain_ptr, row, at, there, width, eps, SOURCE)
+    total = 0
+    for column in tl.static_range(COLUMNS_EACH):
+        total += tl.sum(_kept(x, score_ptr, column * width + at, there, threshold).to(tl.int32))
+    # Zeros stand behind those that are kept: what is dropped goes there.
+    first = row * width * COLUMNS_EACH
+    before = 0  # kept of columns in front of these
+    for column in tl.static_range(COLUMNS_EACH):
+        index = column * width + at
+        kept = _kept(x, score_ptr, index, there, threshold)
+        up_to = before + tl.cumsum(kept.to(tl.int32), 0)
+        place = first + tl.where(kept, up_to - 1, total + index - up_to)
+        tl.store(values_ptr + place, tl.where(kept, x, 0.0), mask=there)
+        tl.store(indices_ptr + place, tl.where(kept, index, 0), mask=there)
+        before += tl.sum(kept.to(tl.int32))
+    tl.store(count_ptr + row, total)
+
+
+@triton.jit
+def _kept(x, score_ptr, index, there, threshold):
     weighted = x
     if score_ptr is not None:
-        weighted = x * tl.load(score_ptr + at, mask=there, other=0.0).to(tl.float32)
+        weighted = x * tl.load(score_ptr + index, mask=there, other=0.0).to(tl.float32)
     # NaN is above: it is not equal to itself.
-    kept = there & ((tl.abs(weighted) > threshold) | (weighted != weighted))
-    up_to = tl.cumsum(kept.to(tl.int32), 0)
-    count = tl.sum(kept.to(tl.int32))
-    tl.store(count_ptr + row, count.to(tl.int64))
-    # Zeros stand behind those that are kept: what is dropped goes there.
-    place = row * width + tl.where(kept, up_to - 1, count + at - up_to)
-    tl.store(values_ptr + place, tl.where(kept, x, 0.0), mask=there)
-    tl.store(indices_ptr + place, tl.where(kept, at, 0), mask=there)
+    return there & ((tl.abs(weighted) > threshold) | (weighted != weighted))

@@ -55,6 +55,7 @@ def above_linear(
     adapter_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `above_linear_reference`."""
+    checks.vector("score", score, checks.vectors("x", x)[1])
     values, indices, count = above(x, threshold, score)
     return sparse_linear(values, indices, weights, biases, residual, adapter, adapter_scale, count)
 
@@ -70,6 +71,7 @@ def rms_norm_above_linear(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `rms_norm_above_linear_reference`."""
+    checks.vector("score", score, checks.vectors("x", x)[1])
     values, indices, count = rms_norm_above(x, gain, eps, threshold, score)
     return sparse_linear(values, indices, weights, biases, residual, count=count)
 

@@ -3,8 +3,10 @@
 //
 // With an ADAPTER it is residual R^T instead of the residual. That reads memory while x is still being made, and goes
 // into the same sums.
+//
+// Where an entry has COLUMNS_EACH columns, D of first ones before D of second ones, each of them has a score of its own.
 #ifndef ADAPTER
-#error "ADAPTER is given by the launcher"
+#error "ADAPTER and COLUMNS_EACH are given by the launcher"
 #endif
 constexpr int DEPTH = 5;  // loads in flight in each thread
 
@@ -12,11 +14,12 @@ constexpr int DEPTH = 5;  // loads in flight in each thread
 #include "activation.cuh"
 
 // A block looks at all entries and lists its part of those above. Of a longer vector, of which that would take too long, it
-// looks at every CLUSTER-th row of 32 and lists what it finds there.
-constexpr bool AT_ALL = EACH <= 16;
+// looks at every CLUSTER-th row of 32 and lists what it finds there. Beside an adapter's pieces there are registers for 16
+// scores.
+constexpr bool AT_ALL = EACH * (ADAPTER ? COLUMNS_EACH : 1) <= 16;
 constexpr int ROW = 32 * (AT_ALL ? 1 : CLUSTER);
 constexpr int SEEN = AT_ALL ? EACH : (EACH + CLUSTER - 1) / CLUSTER;    // by a thread
-constexpr int ROOM = (EACH + CLUSTER - 1) / CLUSTER * THREADS;  // for entries
+constexpr int ROOM = (EACH + CLUSTER - 1) / CLUSTER * THREADS * COLUMNS_EACH;  // for entries of the list
 static_assert(SOURCE == AS_IS || (SOURCE == NORMED && AT_ALL && !ADAPTER), "a norm is over all entries, and of the residual");
 static_assert(EACH <= 32, "a bit for each entry that a thread sees");
 
@@ -40,7 +43,7 @@ struct Asked {
     const int first = (AT_ALL ? 0 : cluster_rank<CLUSTER>() * 32) + Threads::warp() * SEEN * ROW + Threads::lane();
     float entry[SEEN];
     float gains[SEEN];
-    float scores[SEEN];
+    float scores[COLUMNS_EACH][SEEN];
 
     DEVICE Asked(const float* x, int width, Vector gain, Vector score) : x(x), width(width), gain(gain), score(score) {}
 
@@ -49,7 +52,9 @@ struct Asked {
 
     DEVICE void at_last() {
         gain.read<GAIN, ALL, ROW>(gains, first, width);
-        score.read<SCORE, ALL, ROW>(scores, first, width);
+#pragma unroll
+        for (int c = 0; c < COLUMNS_EACH; ++c)
+            score.read<SCORE, ALL, ROW>(scores[c], first + c * width, width + c * width);
         wait_for_inputs();
 #pragma unroll
         for (int i = 0; i < SEEN; ++i) entry[i] = load_fresh(x + index(i), there(i));
@@ -68,11 +73,15 @@ DEVICE int list(Shared& shared, Asked& asked, float threshold, float eps, unsign
         }
         factor = inverse_rms(shared.block.sum(squares), asked.width, eps);
     }
-    unsigned keep = 0;
+    unsigned keep[COLUMNS_EACH] = {};
 #pragma unroll
     for (int i = 0; i < SEEN; ++i)
-        if (asked.there(i) && above(asked.entry[i] * factor, asked.scores[i], threshold)) keep |= 1u << i;
-    const unsigned own = __popc(keep);
+#pragma unroll
+        for (int c = 0; c < COLUMNS_EACH; ++c)
+            if (asked.there(i) && above(asked.entry[i] * factor, asked.scores[c][i], threshold)) keep[c] |= 1u << i;
+    unsigned own = 0;
+#pragma unroll
+    for (int c = 0; c < COLUMNS_EACH; ++c) own += __popc(keep[c]);
     const unsigned up_to = Threads::up_to(own);
     if (Threads::lane() == 31) shared.kept[Threads::warp()] = up_to;
     __syncthreads();  // the adapter's entries have been read, too
@@ -81,12 +90,14 @@ DEVICE int list(Shared& shared, Asked& asked, float threshold, float eps, unsign
     const unsigned size = part.size();
     unsigned place = Threads::before(shared.kept) + up_to - own - part.begin;
 #pragma unroll
-    for (int i = 0; i < SEEN; ++i) {
-        const bool kept = keep & 1u << i;
-        const Entry entry{asked.entry[i], asked.index(i) * stride};
-        entry.put(shared.entries + place, kept && place < size);
-        if (kept) ++place;
-    }
+    for (int c = 0; c < COLUMNS_EACH; ++c)
+#pragma unroll
+        for (int i = 0; i < SEEN; ++i) {
+            const bool kept = keep[c] & 1u << i;
+            const Entry entry{asked.entry[i], (asked.index(i) + c * asked.width) * stride};
+            entry.put(shared.entries + place, kept && place < size);
+            if (kept) ++place;
+        }
     __syncthreads();
     return part.size();
 }
@@ -105,7 +116,7 @@ above_linear(const float* x, int width, float threshold, Vector gain, float eps,
     settle(x);
     Asked asked(x, width, gain, score);
     if constexpr (ADAPTER) {
-        if (threadIdx.x == 0) score.fetch(width);
+        if (threadIdx.x == 0) score.fetch(COLUMNS_EACH * width);
         add_adapter<ROOM>(sum, shared.entries, residual + row * carried, adapter, adapter_stride, carried,
                           SCALE_ARGUMENTS tile, asked);
     } else {

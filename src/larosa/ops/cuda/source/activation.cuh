@@ -20,24 +20,29 @@ DEVICE int first_of_thread() {
     return Threads::warp() * EACH * 32 + Threads::lane();
 }
 
-// The thread's entries of a gain or score in format T, read early where there is room for them.
-template <class T>
+// The thread's entries of a gain or score in format T, read early where there is room for them. Of scores that entries have
+// COLUMNS of, those of their first columns come first, and so on.
+template <class T, int COLUMNS = 1>
 struct Factors {
+    static constexpr bool HELD = IN_REGISTERS && (COLUMNS == 1 || EACH * THREADS * COLUMNS <= 20480);
+
     const Vector vector;
     const int width;
-    float early[IN_REGISTERS ? EACH : 1];
+    float early[COLUMNS][HELD ? EACH : 1];
 
     DEVICE Factors(Vector vector, int width) : vector(vector), width(width) {
-        if constexpr (IN_REGISTERS)
-            vector.read<T, FILLED>(early, first_of_thread(), width);
+        if constexpr (HELD)
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column)
+                vector.read<T, FILLED>(early[column], first_of_thread() + column * width, width + column * width);
         else if (threadIdx.x == 0)
-            vector.fetch(width);
+            vector.fetch(COLUMNS * width);
     }
 
-    DEVICE float at(int i) const {
-        if constexpr (IN_REGISTERS) return early[i];
+    DEVICE float at(int i, int column = 0) const {
+        if constexpr (HELD) return early[column][i];
         const int at = first_of_thread() + i * 32;
-        return at < width ? vector.at(at, 1.0f) : 1.0f;
+        return at < width ? vector.at(at + column * width, 1.0f) : 1.0f;
     }
 };
 

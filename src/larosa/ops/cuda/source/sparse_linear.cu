@@ -5,8 +5,10 @@
 // goes into the same sums.
 //
 // Of ROWS vectors, where they are more than one, all entries are meant: a block reads its columns once for all of them.
+//
+// Without indices all k columns are meant, of which an entry has COLUMNS_EACH: column c is of entry c % (k / COLUMNS_EACH).
 #ifndef ADAPTER
-#error "ADAPTER and ROWS are given by the launcher"
+#error "ADAPTER, ROWS and COLUMNS_EACH are given by the launcher"
 #endif
 #ifdef LOADS
 constexpr int DEPTH = LOADS;  // loads in flight in each thread
@@ -26,16 +28,18 @@ constexpr int EARLIER = 16 * 1024 / 16 / LANES;  // entries, 16 KB, that the fir
 constexpr int CHUNK = ROWS == 1 && ALONE ? 3072 : ROWS > 4 && ALONE ? 1024 : 2048;
 static_assert(TEAMS == 1 || MATES % LANES == 0, "a group is in one team");
 
-// The entries that a product reads, without indices all `k` of a vector, or of each row, and how far apart columns are.
+// The columns that a product reads, without indices all that `width` entries of a vector have, or of each row, and how far
+// apart columns are.
 struct Listed {
     const float* values;
     const int* indices;
     unsigned stride;
-    int k;
+    int width;
 
     DEVICE Held at(int i) const {
         const unsigned column = ROWS == 1 && indices ? load_fresh(indices + i) : i;
-        return held(column * stride, [&](int row) { return load_fresh(values + row * k + i); });
+        const float* value = values + (COLUMNS_EACH == 1 ? i : i % width);
+        return held(column * stride, [&](int row) { return load_fresh(value + row * width); });
     }
 };
 
@@ -102,7 +106,8 @@ sparse_linear(const float* values, const int* indices, int k, const long long* c
         listed = Part::of_block(min(static_cast<int>(load_fresh(count + row)), k));
         earlier = min(earlier, listed.size());
     }
-    const Listed entries{values + row * k, indices ? indices + row * k : nullptr, tile.stride(), k};
+    const int given = k / COLUMNS_EACH;  // values of a row
+    const Listed entries{values + row * given, indices ? indices + row * k : nullptr, tile.stride(), given};
     add<DEPTH>(sum, shared, entries, listed, earlier, tile.columns());
     release_dependents();
     finish(shared.sums, tile, sum, 1.0f, ADAPTER || !residual ? nullptr : residual + row * outputs,
