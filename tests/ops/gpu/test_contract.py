@@ -34,9 +34,14 @@ def adapter(outputs: int) -> tuple[torch.Tensor, ...]:
     return x(90), digits, torch.full((outputs,), 2**-7)
 
 
-def few_bits(outputs: int = 512) -> tuple[Any, ...]:
-    codes = torch.arange(600 * outputs // 2).to(torch.uint8).view(600, -1)
-    return [codes], [torch.full((600, outputs // 32), 2**-3, dtype=torch.bfloat16)], [outputs], 32, "int4", [None]
+def few_bits(outputs: int = 512, columns: int = 600) -> tuple[Any, ...]:
+    codes = torch.arange(columns * outputs // 2).to(torch.uint8).view(columns, -1)
+    return [codes], [torch.full((columns, outputs // 32), 2**-3, dtype=torch.bfloat16)], [outputs], 32, "int4", [None]
+
+
+def scores() -> torch.Tensor:
+    """Of two columns an entry."""
+    return x(1200)[0].abs()
 
 
 def attention(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -54,6 +59,8 @@ CALLS = {
     "above": lambda: (x(), 0.5, None),
     "rms_norm_above": lambda: (x(), None, 1e-5, 0.5, None),
     "silu_mul_above": lambda: (x(), 0.5, None),
+    "above of two columns": lambda: (x(), 0.5, scores()),
+    "silu_mul_above of two columns": lambda: (x(1200), 0.5, scores()),
     "linear": lambda: (x(), [weights()[0][0].contiguous()], [None], None),
     "sparse_linear": lambda: (*kept(), *weights(), None),
     "sparse_linear of a counted list": lambda: (*kept(), *weights(), *[None] * 3, torch.tensor([200])),
@@ -72,7 +79,9 @@ CALLS = {
     "rms_norm_above_swiglu": lambda: (x(), None, 1e-5, 0.5, None, *weights(2)),
     "low_bit_linear": lambda: (*kept(), *few_bits()),
     "low_bit_linear of a counted list": lambda: (*kept(), *few_bits(), None, torch.tensor([200])),
+    "low_bit_linear of two columns": lambda: (x(), None, *few_bits(columns=1200)),
     "low_bit_site": lambda: (x(), None, 1e-5, None, None, None, False, *few_bits()),
+    "low_bit_site of two columns": lambda: (x(), None, None, scores(), None, 0.5, False, *few_bits(columns=1200)),
     "attend": lambda: attention(torch.float16),
     "attend of digits": lambda: attention(torch.int8),
     "greedy": lambda: (x(),),

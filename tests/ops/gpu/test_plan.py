@@ -135,7 +135,11 @@ def test_any_product_of_codes_has_a_plan(gpu, outputs, k, width, selected):
 
 @pytest.mark.parametrize(
     ("outputs", "k"),
-    [([4096, 1024, 1024], 4096), ([4096], 4096), ([14336] * 2, 2048), ([4096], 14336), ([4096] * 3, 4096)],
+    [
+        *(([4096, 1024, 1024], 4096), ([4096], 4096), ([14336] * 2, 2048), ([4096], 14336), ([4096] * 3, 4096)),
+        # Of two columns an entry, as long as Llama-3-8B and -70B have them where blocks select for themselves.
+        *(([4096], 28672), ([14336] * 2, 8192), ([8192, 1024, 1024], 16384), ([8192], 16384)),
+    ],
 )
 def test_products_of_codes_fill_an_h200_in_one_round(outputs, k):
     plan = low_bit_plan(H200, outputs, k, 32, k)

@@ -51,6 +51,12 @@ def test_the_order_of_threads_does_not_matter(emulator, target, order):
         yield target("low_bit_linear", x[:, :300].contiguous(), indices, *few_bits)
         yield target("low_bit_site", x, None, 1e-5, None, None, None, False, *few_bits)
         yield target("low_bit_site", x, None, None, None, 300, None, False, *few_bits)
+        score = entries("normal", 1200, seed=8).abs()
+        twice = [codes.repeat(2, 1)], [ones.repeat(2, 1)], *few_bits[2:]
+        yield from target("above", x, 0.5, score)
+        yield target("low_bit_linear", x, None, *twice)
+        yield target("low_bit_site", x, None, None, score, None, 0.5, False, *twice)
+        yield target("low_bit_site", x, None, 1e-5, score, None, 0.5, False, *twice)
         yield target("greedy", x)
         yield target("embed", weight, torch.tensor([3, 199]))
         yield target("linear", x, [weight], [None], None)
