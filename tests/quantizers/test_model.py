@@ -87,7 +87,7 @@ def planes(make_model, quick_convert):
     return tuple(both)
 
 
-PLANES = {"weights": "int4+4", "weight_group": 32, "head": "full"}
+PLANES = {"weights": "int4+4", "weight_group": 32, "head": "full", "quantizer": "rtn"}
 
 
 def halves(linear):

@@ -123,8 +123,9 @@ def test_a_cache_of_8_bits(target, engine, make_model, token_ids, rounded_logits
         ("int8", {"sparsity": 0.5, "rotation": "block", "adapters": "full"}),
         ("int8", {"sparsity": 0.25, "selection": "threshold"}),
         ("int4", {"method": "topk", "sparsity": 0.25}),
+        ("int4+4", {"sparsity": 0.6, "selection": "threshold"}),
     ],
-    ids=["whole", "adapters of digits", "adapters", "thresholds", "plain"],
+    ids=["whole", "adapters of digits", "adapters", "thresholds", "plain", "planes"],
 )
 @pytest.mark.slow_in_triton
 def test_weights_of_few_bits(target, engine, make_model, quick_convert, token_ids, weights, options):
@@ -158,8 +159,9 @@ def rows_of(runner, target, tokens, positions, texts):
         {"sparsity": 0.5},
         {"sparsity": 0.5, "selection": "threshold"},
         {"sparsity": 0.0, "weights": "int4", "weight_group": 32, "quantizer": "rtn"},
+        {"sparsity": 0.6, "selection": "threshold", "weights": "int4+4", "weight_group": 32},
     ],
-    ids=["dense", "counts", "thresholds", "codes"],
+    ids=["dense", "counts", "thresholds", "codes", "planes"],
 )
 @pytest.mark.slow_in_triton
 def test_rows_of_a_step_give_what_they_give_alone(target, engine, make_model, quick_convert, token_ids, options):
