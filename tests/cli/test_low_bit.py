@@ -65,6 +65,30 @@ def test_formats_between_4_and_8_bits(cli, checkpoint, tmp_path):
     assert "larosa engine" in outcome.err
 
 
+def test_two_planes_of_4_bits(cli, refused, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ("--weights", "int4+4", "--sparsity", 0.6)
+    outcome = cli("convert", checkpoint, out, *QUICK, *options, "--json", tmp_path / "c.json")
+    assert outcome.code == 0, outcome.err
+    stored = {"weights": "int4+4", "head": "int8", "group": 64, "quantizer": "rtn"}
+    assert read(out / "config.json")["larosa"]["quantization"] == stored
+    # Of both planes together so much is skipped, on the calibration's tokens.
+    assert read(tmp_path / "c.json")["sparsity"]["weights"] == pytest.approx(0.6, abs=0.01)
+    outcome = cli("eval", out, "--reference", checkpoint, "--sequence-length", 64, "--json", tmp_path / "e.json")
+    assert outcome.code == 0, outcome.err
+    assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 0.2
+    texts = []
+    for engine in ("transformers", "larosa"):
+        outcome = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3, "--engine", engine)
+        assert outcome.code == 0, outcome.err
+        texts.append(outcome.out)
+    assert texts[0] == texts[1]
+    outcome = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3, "--lossless", "--temperature", 0)
+    assert outcome.code == 0, outcome.err
+    message = refused("convert", checkpoint, tmp_path / "no", *QUICK, *options, "--selection", "top-k")
+    assert message.endswith("say what is read of them: --selection threshold --score fisher, the defaults")
+
+
 def test_several_sparsities_share_their_weights(cli, checkpoint, tmp_path):
     outcome = cli(
         *("convert", checkpoint, tmp_path / "out", *QUICK, "--weights", "int8", "--sparsity", "0.5,0.25"),
@@ -88,7 +112,7 @@ def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp
     ("options", "message"),
     [
         (("--weights", "int4", "--weight-group", 48), "a weight group of 48: one of 32, 64, 128"),
-        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int8, int6, int5, int4"),
+        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int8, int4+4, int6, int5, int4"),
         (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
         (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
         (("--weights", "auto"), "--weights auto takes what reads the fewest bytes within a bound: add --max-kl"),

@@ -24,6 +24,7 @@ WAYS = {
 }
 OTHER_WAYS = {
     "int8": ("qwen3", "--weights", "int8"),
+    "planes": ("llama", "--weights", "int4+4"),
     "paper": ("qwen3", "--recipe", "paper", "--search", "none"),
     "one rotation": ("qwen3", "--rotation", "model", "--score", "weights", "--compensation", "linear"),
     "teal": ("llama", "--method", "teal"),
