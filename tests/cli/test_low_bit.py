@@ -112,7 +112,7 @@ def test_a_divergence_includes_what_rounding_loses(cli, refused, checkpoint, tmp
     ("options", "message"),
     [
         (("--weights", "int4", "--weight-group", 48), "a weight group of 48: one of 32, 64, 128"),
-        (("--weight-group", 32), "--weight-group 32 is of weights of few bits: add --weights int8, int4+4, int6, int5, int4"),
+        (("--weight-group", 32), "is of weights of few bits: add --weights int8, int4+4, int6, int5, int4"),
         (("--quantizer", "rtn"), "--quantizer rtn is of weights of few bits"),
         (("--weights", "int8", "--method", "cats"), "method 'cats' skips rows of weights"),
         (("--weights", "auto"), "--weights auto takes what reads the fewest bytes within a bound: add --max-kl"),

@@ -71,8 +71,10 @@ class InWholeNumbers(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("weights", "conversion"),
-    [("int8", "whole"), ("int4", "half"), ("int8", "threshold"), ("int4", "plain"), ("int6", "threshold")]
-    + [("int4+4", "much"), ("int4+4", "nothing")],
+    [
+        *(("int8", "whole"), ("int4", "half"), ("int8", "threshold"), ("int4", "plain"), ("int6", "threshold")),
+        *(("int4+4", "much"), ("int4+4", "nothing")),
+    ],
 )
 def test_replayed_steps_have_the_bits_of_the_definition(make, token_ids, weights, conversion):
     model, ids = make("llama", weights, conversion, torch.bfloat16), token_ids(1, LENGTH)
