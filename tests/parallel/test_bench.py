@@ -83,7 +83,18 @@ def test_rows_of_a_shape(config, on_ranks, monkeypatch):
         assert half.bytes_per_token == (alone.bytes_per_token + scores) / 2
 
 
-@pytest.mark.parametrize("weights", WeightFormat)
+def test_ranks_share_no_planes(few_bits, on_ranks):
+    layout = Layout(adapters=AdapterFormat.INT8, quantization=random_quantization(WeightFormat.INT4_4, 32))
+
+    def run(ranks):
+        with pytest.raises(LarosaError, match=r"ranks do not share weights in planes: run int4\+4 on one device, or"):
+            list(sparse_models(few_bits, torch.float32, CPU, (0.5,), ranks=ranks, layout=layout))
+        return True
+
+    assert on_ranks(2, run) == [True, True]
+
+
+@pytest.mark.parametrize("weights", [weights for weights in WeightFormat if weights.planes == 1])
 @pytest.mark.parametrize("selection", Selection)
 @pytest.mark.one_of(2)
 def test_ranks_read_together_what_one_process_does(few_bits, on_ranks, weights, selection):
