@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - PyTorch's own name for it
 
 from larosa.formats import SCALE_DTYPE, ColumnFormat
+from larosa.models.selectors import copies
 
 #: Outputs whose weights are there at a time: a whole number of groups and of bytes of codes.
 _OUTPUTS = 2**14
@@ -52,7 +53,7 @@ class QuantizedLinear(nn.Module):
         """y = S(x) W^T + b; x [..., D], or what a selector before several linears made of it, [..., planes D]."""
         x = self.selector(x)
         if x.shape[-1] == self.in_features:
-            x = torch.cat([x] * self.format.planes, dim=-1)
+            x = copies(x, self.format.planes)
         biases: Iterable[torch.Tensor | None] = (
             repeat(None) if self.bias is None else self.bias.to(x.dtype).split(_OUTPUTS)
         )

@@ -55,6 +55,11 @@ class DenseTokens:
         return x[~self._mask[..., 0].to(x.device).expand(x.shape[:-1])]
 
 
+def copies(x: torch.Tensor, planes: int) -> torch.Tensor:
+    """One copy of x [..., D] for each plane of a weight, side by side: [..., planes D], x itself for one."""
+    return x if planes == 1 else torch.cat([x] * planes, dim=-1)
+
+
 class Selector(nn.Module):
     """Zeros some entries of each token's activation, but for the tokens that are left dense.
 
@@ -73,7 +78,7 @@ class Selector(nn.Module):
 
     def copies(self, x: torch.Tensor) -> torch.Tensor:
         """The copies of x [..., D], side by side."""
-        return x if self.planes == 1 else torch.cat([x] * self.planes, dim=-1)
+        return copies(x, self.planes)
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """Sparsify x [..., D] unconditionally."""
