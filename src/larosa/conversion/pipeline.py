@@ -197,9 +197,12 @@ def sparsify(
     stored = merge_bases(model, architecture, track(frames, "Merging bases", total=layers))
     _adopt(model, family_of(architecture), block, stored, scores)
     limits: Limits | None = None
+    planes = settings.quantization is not None and settings.quantization.weights.planes > 1
     if settings.search in SEARCHES:
         assert sequences is not None, "a search has calibration sequences"
-        limits = SEARCHES[settings.search](model, architecture, block, sequences, search_log)
+        # Planes have thresholds of their own: before there are any, those of no sparsity, which take no passes.
+        searched = block.model_copy(update={"sparsity": 0.0}) if planes else block
+        limits = SEARCHES[settings.search](model, architecture, searched, sequences, search_log)
     elif settings.selection is Selection.TOP_K:
         limits = partial(keep_counts, alphas=settings.alphas or PerSite(), sizes=sizes)
     if settings.compensation is Compensation.LINEAR:
@@ -210,9 +213,10 @@ def sparsify(
         limits = None
     if settings.quantization is not None:  # last: what it rounds are the weights that the model runs by
         quantize(model, architecture, settings.quantization, sequences, where)
-        if settings.quantization.weights.planes > 1:
+        if planes:
             limits = _of_planes(model, architecture, limits, sequences)
-            settle(model, architecture, LarosaConfig.parse(model.config.larosa), None, limits(block.sparsity))
+            stored_block = LarosaConfig.parse(model.config.larosa).model_copy(update={"sparsity": block.sparsity})
+            settle(model, architecture, stored_block, None, limits(block.sparsity))
     check_converted(model, sequences)
     return Sparsified(model, architecture, limits, sequences, where)
 
