@@ -45,10 +45,10 @@ class WeightFormat(StrEnum):
         return self.planes * self.columns.bits
 
 
-#: Those of few bits, the fewest first.
-FEW_BITS = sorted((form for form in WeightFormat if form is not WeightFormat.FULL), key=lambda form: form.bits)
+#: All but `full`, in the order in which messages list them.
+FEW_BITS = tuple(form for form in WeightFormat if form is not WeightFormat.FULL)
 
-_FEW_BITS = "of weights of few bits: add --weights " + ", ".join(form for form in WeightFormat if form != "full")
+_FEW_BITS = "of weights of few bits: add --weights " + ", ".join(FEW_BITS)
 
 
 class Quantizer(StrEnum):
@@ -143,7 +143,7 @@ class Quantization(BaseModel):
         """
         chosen: dict[WeightFormat, Quantization | None] = {
             weights: cls.complete(weights, head, group, None if weights.planes > 1 else quantizer)
-            for weights in sorted(FEW_BITS, key=lambda form: -form.planes)
+            for weights in sorted(FEW_BITS, key=lambda form: (-form.planes, form.bits))
             if planes or weights.planes == 1
         }
         of_head = None if head in (None, WeightFormat.FULL) else group
