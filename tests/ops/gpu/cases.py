@@ -66,5 +66,16 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), torch.full_like(x, math.nan), x).contiguous().view(torch.int32)
 
 
+def assert_replays_repeat(graph: Any, captured: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Replay a captured graph some times: each one has to give the expected bits anew."""
+    for _ in range(20):
+        graph.replay()
+        for result, first in zip(captured, expected, strict=True):
+            if result.is_floating_point():
+                assert torch.equal(bits(result), bits(first))
+            else:
+                assert torch.equal(result, first)
+
+
 def doubled(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.double()

@@ -16,7 +16,7 @@ from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import above_reference
 from tests.examples import examples
 
-from .cases import DTYPES, bits, doubled, entries, seeded
+from .cases import DTYPES, assert_replays_repeat, doubled, entries, seeded
 from .test_products import check
 from .test_selection import KINDS, same, scores
 from .test_top_k_linear import EPS, along
@@ -332,13 +332,7 @@ def test_replays_of_a_graph_follow_the_count(width):
         for result in captured:
             result.fill_(-1)
         expected = [result.clone() for result in run()]
-        for _ in range(20):
-            graph.replay()
-            for result, first in zip(captured, expected, strict=True):
-                if result.is_floating_point():
-                    assert torch.equal(bits(result), bits(first))
-                else:
-                    assert torch.equal(result, first)
+        assert_replays_repeat(graph, captured, expected)
         chosen = kept(above_reference(x.cpu(), 0.5, score.cpu()))
         assert expected[2].item() == chosen[0].shape[1]
         if chosen[0].isfinite().all():

@@ -19,7 +19,7 @@ from larosa.ops.norm import rms_norm_reference, silu_mul_reference
 from larosa.ops.select import above_reference
 from tests.examples import examples
 
-from .cases import DTYPES, Target, bits, doubled, entries, seeded
+from .cases import DTYPES, Target, assert_replays_repeat, doubled, entries, seeded
 from .test_above import THRESHOLDS, between, kept
 from .test_low_bit import FORMS, assert_near, drawn
 from .test_products import digits
@@ -293,10 +293,7 @@ def test_sizes_of_models_in_a_graph(width, outputs, swiglu):
         for result in captured:
             result.fill_(-1)
         expected = [result.clone() for result in run()]
-        for _ in range(20):
-            graph.replay()
-            for result, first in zip(captured, expected, strict=True):
-                assert torch.equal(bits(result), bits(first)) if result.is_floating_point() else result.equal(first)
+        assert_replays_repeat(graph, captured, expected)
         *chosen, count = above_reference(x, 0.5, score)
         assert torch.equal(expected[-1], count)
         same(expected[-3:-1], chosen)

@@ -6,7 +6,7 @@ import torch
 from larosa.ops import column_major
 from larosa.ops.cuda import kernels
 
-from .cases import bits, entries
+from .cases import assert_replays_repeat, entries
 
 ops = torch.ops.larosa
 
@@ -104,13 +104,7 @@ def test_replays_of_a_graph_give_the_bits_of_separate_calls(width):
         for result in captured:
             result.fill_(-1)
         expected = [result.clone() for result in run()]
-        for _ in range(20):
-            graph.replay()
-            for result, first in zip(captured, expected, strict=True):
-                same = (
-                    torch.equal(bits(result), bits(first)) if result.is_floating_point() else torch.equal(result, first)
-                )
-                assert same
+        assert_replays_repeat(graph, captured, expected)
 
 
 @pytest.mark.gpu
