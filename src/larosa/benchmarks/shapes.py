@@ -22,7 +22,9 @@ from transformers.initialization import no_init_weights
 from larosa.architectures import find_architecture
 from larosa.calibration import SortedMagnitudes
 from larosa.config import (
+    HEAD,
     Budget,
+    HeadThreshold,
     LarosaConfig,
     PerSite,
     Recipe,
@@ -42,6 +44,7 @@ from larosa.models import (
     Threshold,
     empty_model,
     family_of,
+    head_selector,
     selectors,
     set_adapter,
     set_keep_counts,
@@ -234,7 +237,10 @@ def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection
     sizes = SiteSizes.of(config)
     if layout.planes > 1:
         selection = Selection.THRESHOLD  # also where nothing is skipped
-    everything = _counts(sizes, 0.0) if selection is Selection.TOP_K else {"thresholds": no_thresholds(sizes)}
+    in_planes = layout.quantization is not None and layout.quantization.head.planes > 1
+    everything = _counts(sizes, 0.0)
+    if selection is Selection.THRESHOLD:
+        everything = {"thresholds": no_thresholds(sizes, head=in_planes)}
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -321,7 +327,7 @@ def _calibrate(model: Any, sparsity: float) -> Thresholds:
     """Set thresholds that this share of random tokens' entries is not above, with all that comes before sparse too."""
     architecture = find_architecture(model.config.model_type)
     chosen = selectors(model, architecture)
-    dropped: dict[str, list[float]] = {site: [] for site in chosen}
+    dropped: dict[str, list[float]] = {site: [] for site in (*chosen, HEAD)}
 
     def calibrate(site: str) -> Callable[[Any, Any], None]:
         def hook(selector: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -331,18 +337,26 @@ def _calibrate(model: Any, sparsity: float) -> Thresholds:
 
         return hook
 
+    of_head = head_selector(model, architecture)
+
     hooks = [
         selector.register_forward_pre_hook(calibrate(site)) for site, of_site in chosen.items() for selector in of_site
     ]
     try:
         tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
-        architecture.decoder(model)(tokens.to(model.device), use_cache=False)
+        hidden = architecture.decoder(model)(tokens.to(model.device), use_cache=False).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
+    head: HeadThreshold | None = None
+    if of_head is not None:
+        calibrate(HEAD)(of_head, (hidden,))
+        head = HeadThreshold(value=of_head.threshold, dropped=dropped[HEAD][0])
+    del dropped[HEAD]
     return Thresholds(
         values={site: [selector.threshold for selector in of_site] for site, of_site in chosen.items()},
         dropped=dropped,
+        head=head,
     )
 
 

@@ -22,7 +22,7 @@ from larosa.utils.memory import available_memory, release_memory
 def bytes_read(model: Any) -> int:
     """What a token reads of a model's weights, or of those of one rank's shard: a share of linears, and all beside.
 
-    That is adapters, scores and head; of the embedding it is a row.
+    That is adapters, scores and head, of which a share is read in planes; of the embedding it is a row.
     """
     architecture = find_architecture(model.config.model_type)
     report = inspect_config(model.config, parameters=False)
@@ -33,7 +33,8 @@ def bytes_read(model: Any) -> int:
     if report.larosa is not None:
         for of_site in selectors(model, architecture).values():
             whole += [weight for selector in of_site for weight in selector.parameters()]
-    return linears + sum(weight.nbytes for weight in whole)
+    skipped = report.head_bytes - report.head_bytes_sparse
+    return linears + sum(weight.nbytes for weight in whole) - skipped
 
 
 def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) -> int:

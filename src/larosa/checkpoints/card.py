@@ -91,7 +91,7 @@ def model_card(
             ("the same net of residual adapters", f"{sparsity.weights_net_of_adapters:.1%}"),
             ("weight bytes per token, dense", f"{inspection.bytes_dense_total:,}"),
             ("weight bytes per token, sparse", f"{inspection.bytes_sparse_total:,}"),
-            ("bytes of the head, which every token reads", f"{inspection.head_bytes:,}"),
+            ("bytes of the head per token", f"{inspection.head_bytes_sparse:,}"),
             ("bits of a weight, scales included", f"{inspection.weight_bits:.3g}"),
             ("bytes of all parameters", f"{inspection.parameter_bytes:,}"),
         ],

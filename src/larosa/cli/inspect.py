@@ -45,6 +45,8 @@ def _print(model: str, report: Inspection) -> None:
     totals.add_row("  of which adapters", f"{report.adapter_bytes:,}")
     totals.add_row("  of which score vectors", f"{report.score_bytes:,}")
     totals.add_row("bytes of the head, in neither", f"{report.head_bytes:,}")
+    if report.head_bytes_sparse != report.head_bytes:
+        totals.add_row("  of which a token reads", f"{report.head_bytes_sparse:,}")
     totals.add_row("bytes of all parameters", f"{report.parameter_bytes:,}")
     totals.add_row("bits of a weight, scales included", f"{report.weight_bits:.3g}")
     for name, flops in (

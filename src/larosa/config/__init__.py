@@ -2,6 +2,7 @@
 
 from larosa.config.block import (
     CalibrationRecord,
+    HeadThreshold,
     KeepCounts,
     LarosaConfig,
     PerSite,
@@ -16,6 +17,7 @@ from larosa.config.block import (
 )
 from larosa.config.choices import (
     GATE,
+    HEAD,
     SITES,
     Budget,
     Compensation,
@@ -32,11 +34,13 @@ from larosa.config.choices import (
 
 __all__ = [
     "GATE",
+    "HEAD",
     "SITES",
     "Budget",
     "CalibrationRecord",
     "Compensation",
     "Covariance",
+    "HeadThreshold",
     "KeepCounts",
     "LarosaConfig",
     "Method",

@@ -68,15 +68,23 @@ _Magnitude = Annotated[float, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class HeadThreshold(_Block):
+    """The same as `Thresholds` for the one input of the language-model head."""
+
+    value: _Magnitude = 0.0
+    dropped: _Share = 0.0
+
+
 class Thresholds(_Block):
     """Magnitudes up to which a site's entries are dropped: one list a site, one number a layer.
 
     `dropped` is the share of the calibration tokens' entries that each threshold drops. What it drops of
-    another token differs from token to token.
+    another token differs from token to token. `head` is null but for a head in planes.
     """
 
     values: dict[_Site, list[_Magnitude]]
     dropped: dict[_Site, list[_Share]]
+    head: HeadThreshold | None = None
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -191,7 +199,11 @@ class LarosaConfig(Settings):
             raise ValueError(f"method '{method}' needs exactly the sites {', '.join(method.sites)}")
         if info.field_name == "thresholds" and "score" in info.data:
             selection = Selection.TOP_K if value is None else Selection.THRESHOLD
-            check_planes(info.data.get("quantization"), selection, info.data["score"])
+            quantization: Quantization | None = info.data.get("quantization")
+            check_planes(quantization, selection, info.data["score"])
+            in_planes = quantization is not None and quantization.head.planes > 1
+            if isinstance(value, Thresholds) and (value.head is not None) != in_planes:
+                raise ValueError("a head in planes needs 'head'" if in_planes else "'head' is of a head in planes")
         return value
 
     @field_validator("adapters")

@@ -11,6 +11,9 @@ SITES = ("h1", "h2", "h3", "h4")
 #: The site of CATS: the activated gate of the MLP, whose zeros skip rows of up and columns of down.
 GATE = "gate"
 
+#: The input of the language-model head, which is sparse where the head is stored in planes.
+HEAD = "head"
+
 
 class Method(StrEnum):
     """How activations are sparsified: the paper's method and what it is compared with (its section 5)."""

@@ -16,7 +16,7 @@ from larosa.calibration import decoder_outputs
 from larosa.config import KeepCounts, LarosaConfig, PerSite, Selection, Thresholds
 from larosa.config import Search as SearchKind
 from larosa.evaluation.perplexity import RecordedLogits, evaluate_windows
-from larosa.models import set_keep_counts, set_thresholds
+from larosa.models import head_selector, set_keep_counts, set_thresholds
 from larosa.sparsity import SiteSizes, keep_counts, prices, sensitivity
 from larosa.sparsity.search import SearchLog, grid_search
 from larosa.utils.progress import track
@@ -95,8 +95,10 @@ def _runs(model: Any, architecture: Architecture, sequences: torch.Tensor) -> Ca
     few = sequences[: math.ceil(sensitivity.RANKED_TOKENS / sequences.shape[1])]
 
     def run() -> None:
-        for _ in track(decoder_outputs(model, architecture, few), "Costs of entries", total=len(few)):
-            pass
+        of_head = head_selector(model, architecture)
+        for hidden in track(decoder_outputs(model, architecture, few), "Costs of entries", total=len(few)):
+            if of_head is not None:
+                of_head(hidden)  # as the head would; nobody wants its logits
 
     return run
 

@@ -99,4 +99,4 @@ def _bytes_per_token(converted: Sparsified, percent: int) -> int:
     """What a token reads at a sparsity, which is set."""
     converted.set_sparsity(percent / 100)
     found = inspect_config(converted.model.config, parameters=False)
-    return found.bytes_sparse_total + found.head_bytes
+    return found.bytes_sparse_total + found.head_bytes_sparse

@@ -11,8 +11,8 @@ import torch
 
 from larosa.architectures import Architecture, cache_argument, find_architecture
 from larosa.config import LarosaConfig, Method
+from larosa.decoding.head import read_head
 from larosa.decoding.layers import norm, read_layers
-from larosa.decoding.linears import Linears, read_linears
 from larosa.decoding.rope import rotary_tables
 from larosa.errors import LarosaError
 from larosa.formats import ColumnFormat
@@ -54,7 +54,7 @@ class DecoderWeights:
         self.device, self.dtype = self.embedding.device, self.embedding.dtype
         self.layers = read_layers(model, architecture)
         self.final_norm = norm(architecture.final_norm(model))
-        self._head = read_linears([architecture.head(model)], by_columns=False)
+        self._head = read_head(model, architecture)
         self._model, self._architecture = model, architecture
         self._decoder = architecture.decoder(model)
         self._prompts_whole = False
@@ -64,6 +64,7 @@ class DecoderWeights:
         """The same weights with nothing skipped, in prompts neither."""
         other = copy.copy(self)
         other.layers = [layer.whole() for layer in self.layers]
+        other._head = self._head.whole()
         other._prompts_whole = True
         return other
 
@@ -84,8 +85,7 @@ class DecoderWeights:
         other = copy.copy(self)
         layers = track(self.layers, "Rounding layers")
         other.layers = [layer.rounded(linears, f"layer {index}") for index, layer in enumerate(layers)]
-        if isinstance(self._head, Linears):
-            other._head = self._head.rounded(head, "the language-model head")
+        other._head = self._head.rounded(head)
         return other
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +113,7 @@ class DecoderWeights:
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """[N, vocabulary] float32 for [N, D] float32 behind the final norm."""
         # Not the model's head, which PyTorch would copy to multiply it with one row out of many.
-        own = self._head.every(normed)
+        own = self._head(normed)
         return own if self.shard is None else self.shard.logits(own)
 
     @contextmanager

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 
 from larosa.architectures import find_architecture
-from larosa.config import GATE, SITES, LarosaConfig
-from larosa.models import DenseTokens, Selector, selectors
+from larosa.config import GATE, HEAD, SITES, LarosaConfig
+from larosa.models import DenseTokens, Selector, head_selector, selectors
 from larosa.parallel import Shard, shard_of, whole_config
 from larosa.parallel.shard import SHARDED
 from larosa.sparsity import SiteSizes
@@ -41,7 +41,7 @@ class ZeroCounter:
     """Watches a converted model while it is open; for a dense model it counts nothing.
 
     Zeros are counted at every site: behind the selector where the method has one, of the tokens that are not left
-    dense, else as the linears find them.
+    dense, else as the linears find them. At the head they are where it has a selector.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,6 +65,10 @@ class ZeroCounter:
                     self._handles.append(_behind(found[site][index], counts))
                 else:
                     self._handles.append(architecture.tap(layer, site, _Count(counts)))
+        of_head = head_selector(model, architecture)
+        if of_head is not None:
+            self._zeros[HEAD] = [[]]
+            self._handles.append(_behind(of_head, self._zeros[HEAD][0]))
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +80,9 @@ class ZeroCounter:
     def zeros(self) -> dict[str, torch.Tensor]:
         """Zeros so far, [layers, tokens] int64 for each site, tokens in the order they came; empty for a dense model.
 
-        Beside h1 to h4 there is `gate` where the method sparsifies it. Of several ranks, those of all. With weights in
-        planes an entry counts once for each that it does not read.
+        Beside h1 to h4 there is `gate` where the method sparsifies it, and `head`, which is no layer's, where it is in
+        planes. Of several ranks, those of all. With weights in planes an entry counts once for each that it does not
+        read.
         """
         # On the CPU, where the layers of a split model meet.
         zeros = {

@@ -79,8 +79,9 @@ class Quantization(BaseModel):
     def _check_head(cls, value: WeightFormat, info: ValidationInfo) -> WeightFormat:
         if value is WeightFormat.FULL and info.data.get("weights") is WeightFormat.FULL:
             raise ValueError("nothing is stored by few bits: leave 'quantization' out")
-        if value.planes > 1:
-            raise ValueError(f"a head is read whole, '{value}' is of what is read in part: 'int8' takes as much")
+        weights = info.data.get("weights")
+        if value.planes > 1 and weights is not None and weights.planes == 1:
+            raise ValueError(f"'{value}' goes with weights '{value}'")
         return value
 
     @field_validator("quantizer")
@@ -114,9 +115,10 @@ class Quantization(BaseModel):
         """
         weights = weights or WeightFormat.FULL
         full = weights is WeightFormat.FULL
-        head = head or (WeightFormat.FULL if full else WeightFormat.INT8)
-        if head.planes > 1:
-            raise LarosaError(f"--head {head}: a head is read whole, and int8 takes as much")
+        if head is None:
+            head = weights if full or weights.planes > 1 else WeightFormat.INT8
+        if head.planes > weights.planes:
+            raise LarosaError(f"--head {head} goes with --weights {head}: thresholds say what is read of both")
         if weights.planes > 1 and quantizer is Quantizer.GPTQ:
             raise LarosaError(f"--weights {weights} are rounded plane by plane: --quantizer rtn, or leave it out")
         if full and quantizer is not None:
@@ -144,8 +146,10 @@ class Quantization(BaseModel):
         chosen: dict[WeightFormat, Quantization | None] = {
             weights: cls.complete(weights, head, group, None if weights.planes > 1 else quantizer)
             for weights in sorted(FEW_BITS, key=lambda form: (-form.planes, form.bits))
-            if planes or weights.planes == 1
+            if (planes or weights.planes == 1) and (head is None or head.planes <= weights.planes)
         }
+        if head is not None and head.planes > 1:
+            return chosen
         of_head = None if head in (None, WeightFormat.FULL) else group
         return {**chosen, WeightFormat.FULL: cls.complete(WeightFormat.FULL, head, of_head, None)}
 

@@ -2,13 +2,13 @@
 
 from larosa.models.empty import empty_model, model_without_memory, take_memory
 from larosa.models.families import Family, family_of, note_tie, register_families
+from larosa.models.head import head_selector, quantize_head
 from larosa.models.modules import (
     Int8Adapter,
     SparseActivation,
     SparseLinear,
     adapter_storage,
     column_norms,
-    quantize_head,
     quantize_layer,
     selectors,
     set_adapter,
@@ -36,6 +36,7 @@ __all__ = [
     "column_norms",
     "empty_model",
     "family_of",
+    "head_selector",
     "model_without_memory",
     "note_tie",
     "quantize_head",

@@ -16,6 +16,7 @@ from larosa.config import GATE, SITES, KeepCounts, LarosaConfig, Prefill, Rotati
 from larosa.errors import LarosaError
 from larosa.formats import Adapter, AdapterFormat, ColumnFormat
 from larosa.formats.adapters import INT8_ADAPTERS, AdapterStorage
+from larosa.models.head import head_selector, quantize_head
 from larosa.models.quantized import QuantizedLinear, quantized_like
 from larosa.models.selectors import DenseTokens, Selector, Threshold, TopK, make_selector
 from larosa.ops.adapter import adapt_reference
@@ -165,18 +166,14 @@ def sparsify_layers(model: nn.Module, architecture: Architecture, config: Larosa
         if config.linear_format is not None:
             quantize_layer(layer, architecture, config.linear_format)
     if config.head_format is not None:
-        quantize_head(model, architecture, config.head_format)
+        of_head = None if config.thresholds is None else config.thresholds.head
+        quantize_head(model, architecture, config.head_format, 0.0 if of_head is None else of_head.value)
 
 
 def quantize_layer(layer: nn.Module, architecture: Architecture, form: ColumnFormat) -> None:
     """Put linears of few bits in the place of a sparsified layer's, their codes and scales uninitialised."""
     for site in SITES:
         architecture.replace_linears(layer, site, partial(quantized_like, form))
-
-
-def quantize_head(model: Any, architecture: Architecture, form: ColumnFormat) -> None:
-    """The same for the language-model head, which a base model does not have."""
-    architecture.replace_head(model, partial(quantized_like, form))
 
 
 def _check_count(k: int, width: int, site: str, layer: int) -> None:
@@ -328,3 +325,8 @@ def set_thresholds(
         for selector, threshold in zip(site_selectors, thresholds[site], strict=True):
             assert isinstance(selector, Threshold), "the model compares"
             selector.threshold = threshold
+    of_head = head_selector(model, architecture)
+    if of_head is not None:
+        assert isinstance(thresholds, Thresholds), "a head in planes has one of its own"
+        assert thresholds.head is not None, "as above"
+        of_head.threshold = thresholds.head.value

@@ -8,15 +8,27 @@ import torch
 from torch import nn
 
 from larosa.architectures import Architecture
-from larosa.calibration import attached, visit_layers
+from larosa.calibration import attached, head_scores, visit_layers
 from larosa.calibration.observers import SecondMoment
-from larosa.config import SITES, LarosaConfig
+from larosa.config import SITES, HeadThreshold, LarosaConfig
 from larosa.formats import ColumnFormat, Quantization, Quantizer
-from larosa.models import Threshold, column_norms, note_tie, quantize_head, quantize_layer, selectors, set_planes
+from larosa.models import (
+    Threshold,
+    column_norms,
+    head_selector,
+    note_tie,
+    quantize_head,
+    quantize_layer,
+    selectors,
+    set_planes,
+)
 from larosa.quantizers.gptq import gptq
 from larosa.quantizers.scales import check_scales, grouped, round_to_nearest
 from larosa.utils.layer_files import in_memory
 from larosa.utils.progress import track
+
+#: Weights made of their codes at a time.
+_PIECE = 2**24
 
 #: Codes and scales of each linear that reads a site, by site.
 _Rounded = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
@@ -34,23 +46,43 @@ def quantize(
 
     Args:
         model: sparsified; its counts or thresholds do not matter.
-        sequences: [number, length] calibration token ids for GPTQ, which sees the whole input of each site in the model
-            with the layers before rounded already; else not looked at.
+        sequences: [number, length] calibration token ids: for GPTQ, which sees the whole input of each site in the
+            model with the layers before rounded already, and for the scores of a head in planes; else not looked at.
         device: where layers are rounded, one at a time.
 
     Raises:
         LarosaError: a weight or an activation is NaN or Inf; the message names layer and site.
     """
     linears, head = quantization.linear_format, quantization.head_format
+    scores: torch.Tensor | None = None
+    if head is not None and head.planes > 1:
+        assert sequences is not None, "planes go with scores, which have calibration sequences"
+        scores = head_scores(model, architecture, sequences, device)  # before weights have to be made of codes
     if linears is not None:
         quantize_linears(model, architecture, linears, quantization.quantizer, sequences, device)
-    if head is not None:
-        rounded_head = round_to_nearest(architecture.head(model).weight, head, "the language-model head")
-        quantize_head(model, architecture, head)
-        note_tie(model, architecture)  # the embedding stays what it is
-        _fill(architecture.head(model), *rounded_head)
     block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
+    if head is not None:
+        _quantize_head(model, architecture, head, scores)
+        if scores is not None:
+            assert block.thresholds is not None, "planes go with thresholds"
+            keeps_all = block.thresholds.model_copy(update={"head": HeadThreshold()})
+            block = block.model_copy(update={"thresholds": keeps_all})
     model.config.larosa = block.model_dump(mode="json")
+
+
+def _quantize_head(model: Any, architecture: Architecture, form: ColumnFormat, scores: torch.Tensor | None) -> None:
+    """Round the head to nearest; `scores` of its input are of a head in planes."""
+    weight = architecture.head(model).weight
+    rounded = round_to_nearest(weight, form, "the language-model head")
+    quantize_head(model, architecture, form)
+    note_tie(model, architecture)  # the embedding stays what it is
+    _fill(architecture.head(model), *rounded)
+    selector = head_selector(model, architecture)
+    if selector is not None:
+        assert selector.score is not None, "planes go with scores"
+        assert scores is not None, "as above"
+        further = _further_scores(scores, [weight], form, [rounded])
+        selector.score.copy_(torch.cat([scores, further]))
 
 
 @torch.no_grad()
@@ -79,28 +111,34 @@ def quantize_linears(
             }
             if form.planes > 1:
                 for site in SITES:
-                    selector, linears = found[site][index], architecture.linears(layer, site)
+                    selector = found[site][index]
                     assert isinstance(selector, Threshold), "planes go with thresholds"
-                    set_planes(selector, _further_scores(selector, linears, form, rounded[site]))
+                    assert selector.score is not None, "on scores"
+                    weights = [linear.weight for linear in architecture.linears(layer, site)]
+                    set_planes(selector, _further_scores(selector.score, weights, form, rounded[site]))
             _store(layer, architecture, form, rounded)
 
 
 def _further_scores(
-    selector: Threshold, linears: list[nn.Linear], form: ColumnFormat, rounded: list[tuple[torch.Tensor, torch.Tensor]]
+    score: torch.Tensor,
+    weights: list[torch.Tensor],
+    form: ColumnFormat,
+    rounded: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
     """Scores of a site's planes after the first, [(planes - 1) D]: what dropping one costs beside what an entry does.
 
     What a plane leaves has no direction of its own: it counts by its length alone, as a weight of that length does in
     the mean over the site.
     """
-    assert selector.score is not None, "planes go with scores"
-    weights = column_norms([linear.weight for linear in linears]).square().sum()
-    unit = (selector.score.double().square().sum() / weights).sqrt() if weights > 0 else weights
-    squares = torch.zeros((form.planes - 1) * len(selector.score), dtype=torch.float64, device=weights.device)
-    for linear, (codes, scales) in zip(linears, rounded, strict=True):
-        after = len(selector.score)
-        columns = form.dequantize(codes[after:], scales[after:], len(linear.weight), torch.float32)
-        squares += columns.double().square().sum(1)
+    energy = column_norms(weights).square().sum()
+    unit = (score.double().square().sum() / energy).sqrt() if energy > 0 else energy
+    squares = torch.zeros((form.planes - 1) * len(score), dtype=torch.float64, device=energy.device)
+    for weight, (codes, scales) in zip(weights, rounded, strict=True):
+        step = max(_PIECE // len(weight), 1)
+        for at in range(0, len(squares), step):
+            columns = slice(len(score) + at, len(score) + at + step)
+            left = form.dequantize(codes[columns], scales[columns], len(weight), torch.float32)
+            squares[at : at + step] += left.double().square().sum(1)
     return unit * squares.sqrt()
 
 

@@ -18,7 +18,7 @@ from larosa.architectures.context import context_length
 from larosa.calibration import LayerMoments, layer_second_moments
 from larosa.calibration.sources import SELF, calibration_sequences
 from larosa.checkpoints.io import find_device, load, load_config
-from larosa.config import SITES, Budget, Method, PerSite, Rotation
+from larosa.config import HEAD, SITES, Budget, Method, PerSite, Rotation
 from larosa.conversion import Sparsified, sparsify
 from larosa.conversion.options import RECIPES, ConversionOptions
 from larosa.data.text import TextSplit, read_text
@@ -369,6 +369,7 @@ class Context:
         if unstored is not None:
             linears = self.sizes.linear_bytes(unstored, element_size(config))
         skipped = found.actual_sparsity.mean if found.actual_sparsity else 0.0
+        of_head = found.zeros[HEAD].mean if found.zeros and HEAD in found.zeros else 0.0
         read = (1 - skipped) * linears + costs.adapter_bytes + costs.score_bytes
         return {
             "perplexity": found.perplexity,
@@ -379,7 +380,7 @@ class Context:
             "skipped": found.actual_sparsity and asdict(found.actual_sparsity),
             "weight_bits": 8 * linears / self.sizes.linear_weights,
             "decoder_bytes": read,
-            "head_bytes": costs.head_bytes,
+            "head_bytes": costs.head_bytes * (1 - of_head),
             "file_bytes": costs.parameter_bytes and costs.parameter_bytes + linears - costs.bytes_dense_total,
             "bytes": read / self.sizes.linear_bytes(None, element_size(self.config)),
             "sites": {site: asdict(spread) for site, spread in (found.zeros or {}).items()},

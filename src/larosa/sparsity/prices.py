@@ -3,6 +3,9 @@
 An entry is worth its square times its score's square and its site's coherence: that is what dropping it costs by
 estimate (see `sensitivity.fisher_costs`). It is kept where that is more than a price times the weights it reads. So a
 token keeps more where more of its entries matter, and another less: counts that are the same for all tokens cannot.
+
+A head in planes has a threshold of the same price. A sparsity is of the decoder's weights alone: what the head skips
+beside it follows.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ from typing import Any
 import torch
 
 from larosa.architectures import Architecture
-from larosa.config import SITES, Thresholds
-from larosa.models import set_thresholds, thresholds_of
-from larosa.sparsity.sensitivity import LEAST_KEPT, Coherence, Place, observed
+from larosa.config import HEAD, SITES, HeadThreshold, Thresholds
+from larosa.models import head_selector, set_thresholds, thresholds_of
+from larosa.sparsity.sensitivity import LEAST_KEPT, Coherence, Place, head_place, observed
 from larosa.sparsity.sites import SiteSizes
 
 #: Passes with thresholds set: what is dropped before a site changes what arrives there, and so how much of it is.
@@ -27,10 +30,10 @@ _SHIFT = 16
 _BINS = 1 << (31 - _SHIFT)
 
 
-def no_thresholds(sizes: SiteSizes) -> Thresholds:
-    """Thresholds that drop nothing."""
+def no_thresholds(sizes: SiteSizes, head: bool = False) -> Thresholds:
+    """Thresholds that drop nothing; one of the head too where it is in planes."""
     zeros = {site: [0.0] * sizes.layers for site in SITES}
-    return Thresholds(values=zeros, dropped=zeros)
+    return Thresholds(values=zeros, dropped=zeros, head=HeadThreshold() if head else None)
 
 
 class PricedThresholds:
@@ -52,10 +55,14 @@ class PricedThresholds:
     ) -> None:
         self._model, self._architecture, self._run = model, architecture, run
         self._sizes = SiteSizes.of(model.config)
-        set_thresholds(model, architecture, no_thresholds(self._sizes))
+        self._has_head = head_selector(model, architecture) is not None
+        self._none = no_thresholds(self._sizes, self._has_head)
+        set_thresholds(model, architecture, self._none)
         if before is not None:
             (self._dense,) = observed(model, architecture, run, Histogram)
-            self._scale: dict[Place, float] = before._scale
+            self._scale: dict[Place, float] = dict(before._scale)
+            if self._has_head:  # whose scores have its coherence in them
+                self._scale[head_place(self._sizes.layers)] = math.sqrt(self._sizes.outputs[HEAD])
             return
         self._dense, coherences = observed(model, architecture, run, Histogram, Coherence)
         # A threshold is on the root of an entry's worth, the same for all weights: this times the root of the price.
@@ -67,7 +74,7 @@ class PricedThresholds:
     def __call__(self, sparsity: float) -> Thresholds:
         """Thresholds that skip `sparsity` of all weights on average over the calibration tokens."""
         if sparsity == 0:
-            return no_thresholds(self._sizes)
+            return self._none
         found = self._skipping(sparsity, self._dense)
         for _ in range(_ROUNDS):
             set_thresholds(self._model, self._architecture, found)
@@ -86,7 +93,9 @@ class PricedThresholds:
 
         def skipped(root: float) -> float:
             return sum(
-                seen[place].below(threshold) * self._sizes.weights(place[1]) for place, threshold in at(root).items()
+                seen[place].below(threshold) * self._sizes.weights(place[1])
+                for place, threshold in at(root).items()
+                if place[1] != HEAD
             )
 
         low, high = 0.0, max(most[place] / scale for place, scale in self._scale.items())
@@ -94,9 +103,14 @@ class PricedThresholds:
             middle = (low + high) / 2
             low, high = (middle, high) if skipped(middle) < budget else (low, middle)
         found, layers = at(high), range(self._sizes.layers)
+        of_head: HeadThreshold | None = None
+        if self._has_head:
+            place = head_place(self._sizes.layers)
+            of_head = HeadThreshold(value=found[place], dropped=seen[place].below(found[place]))
         return Thresholds(
             values={site: [found[layer, site] for layer in layers] for site in SITES},
             dropped={site: [seen[layer, site].below(found[layer, site]) for layer in layers] for site in SITES},
+            head=of_head,
         )
 
 

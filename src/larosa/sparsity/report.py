@@ -58,9 +58,10 @@ class Inspection:
     `flops_*` follow the paper's Table 19: two per weight of the decoder linears, the head and the
     adapters, plus attention over a context of 2048, averaged over those 2048 tokens. `flops_converted`
     counts every weight as that table does, `flops_sparse` leaves the skipped ones out.
-    `bytes_sparse_total` includes adapters and the sites' score vectors; embedding and head are in neither
-    total. `parameter_bytes` is what all parameters take in files and in memory (None for a shape alone, or where it was
-    not asked for), `weight_bits` what a weight of the decoder linears does, scales included.
+    `bytes_sparse_total` includes adapters and all score vectors; embedding and head are in neither
+    total. `head_bytes` are those of the whole head, `head_bytes_sparse` what a token reads of it. `parameter_bytes` is
+    what all parameters take in files and in memory (None for a shape alone, or where it was not asked for),
+    `weight_bits` what a weight of the decoder linears does, scales included.
     """
 
     model_type: str
@@ -72,6 +73,7 @@ class Inspection:
     adapter_bytes: int
     score_bytes: int
     head_bytes: int
+    head_bytes_sparse: int
     parameter_bytes: int | None
     weight_bits: float
     flops_dense: int
@@ -166,6 +168,11 @@ def inspect_config(config: Any, *, parameters: bool = True) -> Inspection:
         stored = block.rotation, block.layers_per_rotation, block.adapters
         adapters, adapter_bytes = sizes.adapter_weights(*stored), sizes.adapter_bytes(*stored, item)
     scores = block.planes * sizes.score_entries if block is not None and block.score.has_vectors else 0
+    of_head = None if block is None or block.thresholds is None else block.thresholds.head
+    head_dropped = 0.0
+    if block is not None and block.head_format is not None and of_head is not None:
+        scores += block.head_format.planes * sizes.hidden
+        head_dropped = of_head.dropped
     bytes_dense, bytes_sparse = (sum(getattr(row, name) for row in sites) for name in ("bytes_dense", "bytes_sparse"))
     head = sizes.vocabulary * sizes.hidden
     head_column = column_bytes([sizes.vocabulary], None if block is None else block.head_format, item)
@@ -182,9 +189,10 @@ def inspect_config(config: Any, *, parameters: bool = True) -> Inspection:
         adapter_bytes=adapter_bytes,
         score_bytes=scores * item,
         head_bytes=sizes.hidden * head_column,
+        head_bytes_sparse=round((1 - head_dropped) * sizes.hidden * head_column),
         parameter_bytes=_parameter_bytes(config, item) if parameters else None,
         weight_bits=8 * bytes_dense / sizes.linear_weights,
         flops_dense=dense,
         flops_converted=dense + 2 * adapters,
-        flops_sparse=dense + 2 * (adapters - skipped),
+        flops_sparse=dense + 2 * (adapters - skipped - round(head_dropped * head)),
     )

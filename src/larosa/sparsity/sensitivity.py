@@ -16,8 +16,8 @@ import torch
 
 from larosa.architectures import Architecture
 from larosa.calibration import attached
-from larosa.config import SITES, KeepCounts, PerSite
-from larosa.models import column_norms, selectors
+from larosa.config import HEAD, SITES, KeepCounts, PerSite
+from larosa.models import column_norms, head_selector, selectors
 from larosa.ops import keep_top_k
 from larosa.sparsity.budget import keep_counts
 from larosa.sparsity.search import SearchLog
@@ -42,6 +42,11 @@ _PIECE = 2**26
 
 #: A layer and a site.
 Place = tuple[int, str]
+
+
+def head_place(layers: int) -> Place:
+    """That of the head's input, behind so many layers."""
+    return layers, HEAD
 
 
 def allocate(
@@ -130,12 +135,19 @@ def observed(
     """Run a model with observers before every selector: for each kind, made of a selector and its linears, those."""
     observers: list[dict[Place, Any]] = [{} for _ in kinds]
     handles = []
-    for site, found in selectors(model, architecture).items():
-        for index, (layer, selector) in enumerate(zip(architecture.layers(model), found, strict=True)):
-            linears = architecture.linears(layer, site)
-            for kind, of_kind in zip(kinds, observers, strict=True):
-                of_kind[index, site] = kind(selector, linears)
-                handles.append(selector.register_forward_pre_hook(of_kind[index, site]))
+    layers = architecture.layers(model)
+    places: list[tuple[Place, Any, list[Any]]] = [
+        ((index, site), selector, architecture.linears(layer, site))
+        for site, found in selectors(model, architecture).items()
+        for index, (layer, selector) in enumerate(zip(layers, found, strict=True))
+    ]
+    of_head = head_selector(model, architecture)
+    if of_head is not None:
+        places.append((head_place(len(layers)), of_head, [architecture.head(model)]))
+    for place, selector, linears in places:
+        for kind, of_kind in zip(kinds, observers, strict=True):
+            of_kind[place] = kind(selector, linears)
+            handles.append(selector.register_forward_pre_hook(of_kind[place]))
     with attached(*handles), torch.inference_mode():
         run()
     return [dict(sorted(of_kind.items())) for of_kind in observers]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from larosa.config import GATE, SITES, Method, Rotation
+from larosa.config import GATE, HEAD, SITES, Method, Rotation
 from larosa.formats import AdapterFormat, ColumnFormat
 
 
 @dataclass(frozen=True)
 class SiteSizes:
-    """Sizes of a decoder model, in elements; every layer has the same.
+    """Sizes of a decoder model, in elements; every layer has the same, and `HEAD` is of the model.
 
     `width` is the number of activations at a site, `matrices` the weights that a zero there skips of each matrix: of
     those that read the site a column or, at the gate, a row of up and a column of down. `outputs` are their sums.
@@ -38,13 +38,14 @@ class SiteSizes:
             hidden=hidden,
             vocabulary=config.vocab_size,
             attention_width=queries,
-            width={"h1": hidden, "h2": queries, "h3": hidden, "h4": intermediate, GATE: intermediate},
+            width={"h1": hidden, "h2": queries, "h3": hidden, "h4": intermediate, GATE: intermediate, HEAD: hidden},
             matrices={
                 "h1": (queries, keys, keys),
                 "h2": (hidden,),
                 "h3": (intermediate, intermediate),
                 "h4": (hidden,),
                 GATE: (hidden, hidden),
+                HEAD: (config.vocab_size,),
             },
         )
 
@@ -54,7 +55,7 @@ class SiteSizes:
         return {site: sum(parts) for site, parts in self.matrices.items()}
 
     def weights(self, site: str) -> int:
-        """Weight elements that one layer's site reads when nothing is skipped."""
+        """Weight elements that one layer's site, or the head, reads when nothing is skipped."""
         return self.width[site] * self.outputs[site]
 
     def linear_bytes(self, form: ColumnFormat | None, element_size: int) -> int:
