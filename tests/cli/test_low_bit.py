@@ -70,13 +70,18 @@ def test_two_planes_of_4_bits(cli, refused, checkpoint, tmp_path):
     options = ("--weights", "int4+4", "--sparsity", 0.6)
     outcome = cli("convert", checkpoint, out, *QUICK, *options, "--json", tmp_path / "c.json")
     assert outcome.code == 0, outcome.err
-    stored = {"weights": "int4+4", "head": "int8", "group": 64, "quantizer": "rtn"}
+    stored = {"weights": "int4+4", "head": "int4+4", "group": 64, "quantizer": "rtn"}
     assert read(out / "config.json")["larosa"]["quantization"] == stored
     # Of both planes together so much is skipped, on the calibration's tokens.
     assert read(tmp_path / "c.json")["sparsity"]["weights"] == pytest.approx(0.6, abs=0.01)
     outcome = cli("eval", out, "--reference", checkpoint, "--sequence-length", 64, "--json", tmp_path / "e.json")
     assert outcome.code == 0, outcome.err
     assert 0 < read(tmp_path / "e.json")["kl_divergence"] < 0.2
+    assert 0 < read(tmp_path / "e.json")["zeros"]["head"]["mean"] < 1
+    outcome = cli("inspect", out, "--json", tmp_path / "i.json")
+    report = read(tmp_path / "i.json")
+    assert 0 < report["head_bytes_sparse"] < report["head_bytes"]
+    assert f"{report['head_bytes_sparse']:,}" in outcome.out
     texts = []
     for engine in ("transformers", "larosa"):
         outcome = cli("generate", out, "--prompt", "w5 w6", "--max-new-tokens", 3, "--engine", engine)
@@ -141,5 +146,5 @@ def test_bits_and_sparsity_are_chosen_together(cli, checkpoint, tmp_path):
     assert report["sparse"]["kl_divergence"] == best["kl_divergence"]
     assert cli("inspect", out, "--json", tmp_path / "i.json").code == 0
     found = read(tmp_path / "i.json")
-    assert found["bytes_sparse_total"] + found["head_bytes"] == best["bytes_per_token"]
+    assert found["bytes_sparse_total"] + found["head_bytes_sparse"] == best["bytes_per_token"]
     assert f"{best['sparsity']:.0%}" in outcome.out

@@ -34,7 +34,7 @@ def formats(make_model):
 def read(converted, percent):
     converted.set_sparsity(percent / 100)
     found = inspect_config(converted.model.config, parameters=False)
-    return found.bytes_sparse_total + found.head_bytes
+    return found.bytes_sparse_total + found.head_bytes_sparse
 
 
 def test_formats_differ_in_their_weights_alone(formats):

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from larosa.architectures import find_architecture
 from larosa.benchmarks.shapes import Layout, random_quantization, random_sparse_model, set_sparsity
 from larosa.config import Rotation
 from larosa.decoding import Engine
 from larosa.formats import WeightFormat
-from larosa.models import QuantizedLinear
+from larosa.models import QuantizedLinear, head_selector, set_thresholds
 from larosa.ops.low_bit import low_bit_linear_in_integers
+from larosa.sparsity import SiteSizes
+from larosa.sparsity.prices import no_thresholds
 
 LENGTH, PROMPT = 24, 7
 CONVERSIONS = {
@@ -89,12 +92,29 @@ def test_replayed_steps_have_the_bits_of_the_definition(make, token_ids, weights
         assert torch.equal(replayed.step(*token), expected)
 
 
+def test_whole_weights_have_a_whole_head(make, token_ids, step_logits):
+    """With a head that skips much and a decoder that skips nothing, against the forward without thresholds."""
+    model, ids = make("llama", "int4+4", "much"), token_ids(1, LENGTH)
+    architecture = find_architecture("llama")
+    nothing = no_thresholds(SiteSizes.of(model.config), head=True)
+    set_thresholds(model, architecture, nothing)
+    expected = model(ids, use_cache=False).logits[0, PROMPT - 1 :]
+    head_selector(model, architecture).threshold = 0.1
+    engine = Engine(model, LENGTH)
+    errors = []
+    for weights in (engine.weights, engine.weights.whole()):
+        found = step_logits(engine.beside(weights), ids, PROMPT)
+        errors.append((found - expected).norm(dim=-1) / expected.norm(dim=-1))
+    assert float(errors[0].min()) > 0.1
+    assert float(errors[1].max()) < 0.03  # activations have 8 bits
+
+
 def test_codes_are_neither_kept_twice_nor_widened(make):
     model = make("qwen2", "int4", "half")
     engine = Engine(model, 16)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     sites = [site for layer in engine.weights.layers for site in (layer.h1, layer.h2, layer.h3, layer.h4)]
-    linears = [site.linears for site in sites] + [engine.weights._head]
+    linears = [site.linears for site in sites] + [engine.weights._head.linears]
     read = [x for linear in linears for x in (*linear.codes, *linear.scales)]
     assert len(read) == 2 * (3 * 7 + 1)
     assert {x.data_ptr() for x in read} <= own

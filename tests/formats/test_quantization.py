@@ -23,16 +23,31 @@ def test_every_format_can_be_asked_for():
 def test_planes():
     priced = {"score": "fisher", "search": "fisher", "keep": None}
     priced["thresholds"] = {part: {site: [0.1] for site in SITES} for part in ("values", "dropped")}
-    planes = {"weights": "int4+4", "head": "int8", "group": 64, "quantizer": "rtn"}
-    config = LarosaConfig.parse(BLOCK | priced | {"quantization": planes})
+    planes = {"weights": "int4+4", "head": "int4+4", "group": 64, "quantizer": "rtn"}
+    of_head = priced | {"thresholds": priced["thresholds"] | {"head": {"value": 0.2, "dropped": 0.3}}}
+    config = LarosaConfig.parse(BLOCK | of_head | {"quantization": planes})
     assert LarosaConfig.parse(config.model_dump(mode="json")) == config
-    assert (config.linear_format, config.head_format, config.planes) == (Int4(64, planes=2), Int8(64), 2)
+    assert (config.linear_format, config.head_format, config.planes) == (Int4(64, planes=2), Int4(64, planes=2), 2)
     assert complete("int4+4", None, None, None) == Quantization(**planes)
+    whole = planes | {"head": "int8"}
+    config = LarosaConfig.parse(BLOCK | priced | {"quantization": whole})
+    assert (config.linear_format, config.head_format, config.planes) == (Int4(64, planes=2), Int8(64), 2)
+    assert complete("int4+4", "int8", None, None) == Quantization(**whole)
+    for thresholds, quantization, message in (
+        (of_head, whole, "'head' is of a head in planes"),
+        (of_head, None, "'head' is of a head in planes"),
+        (priced, planes, "a head in planes needs 'head'"),
+    ):
+        with pytest.raises(LarosaError, match=f"config.json, key 'larosa.thresholds': .*{message}"):
+            LarosaConfig.parse(BLOCK | thresholds | {"quantization": quantization})
     # 4 bits and 16 of a scale for 64 weights, twice; of D = 3 inputs two columns each.
     assert config.linear_format.column_bytes(128) == 2 * (64 + 2 * 2)
     assert [tuple(t.shape) for t in config.linear_format.empty(128, 3)] == [(6, 64), (6, 2)]
     choices = list(Quantization.choices(None, None, "gptq", planes=True))
     assert choices == ["int4+4", "int4", "int5", "int6", "int8", "full"]
+    in_planes = Quantization.choices(WeightFormat.INT4_4, None, None, planes=True)
+    assert in_planes == {"int4+4": Quantization(**planes)}
+    planes = whole
     for changes in ({"score": "magnitude"}, {"thresholds": None, "keep": BLOCK["keep"]}):
         with pytest.raises(LarosaError, match=r"weights 'int4\+4': thresholds on scores say what is read of them"):
             LarosaConfig.parse(BLOCK | priced | {"quantization": planes} | changes)
@@ -61,7 +76,7 @@ def test_goes_through_json_unchanged():
         ({"weights": "full", "head": "full", "quantizer": None}, "quantization.head'.*leave 'quantization' out"),
         ({"zero_points": True}, "quantization.zero_points'"),
         ({"weights": "int4+4"}, r"quantization.quantizer'.*weights 'int4\+4' are rounded plane by plane, by 'rtn'"),
-        ({"head": "int4+4"}, "quantization.head'.*a head is read whole"),
+        ({"head": "int4+4"}, r"quantization.head'.*'int4\+4' goes with weights 'int4\+4'"),
     ],
 )
 def test_faults(changes, message):
@@ -116,7 +131,8 @@ def test_options():
         ),
         (("full", None, 64, None), "--weight-group 64 is of weights of few bits"),
         (("int4+4", None, None, "gptq"), r"--weights int4\+4 are rounded plane by plane: --quantizer rtn"),
-        (("int4", "int4+4", None, None), r"--head int4\+4: a head is read whole, and int8 takes as much"),
+        (("int4", "int4+4", None, None), r"--head int4\+4 goes with --weights int4\+4"),
+        ((None, "int4+4", None, None), r"--head int4\+4 goes with --weights int4\+4"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

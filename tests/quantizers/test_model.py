@@ -20,7 +20,7 @@ from larosa.config import SITES, LarosaConfig
 from larosa.conversion.checkpoint import Conversion
 from larosa.evaluation.zeros import ZeroCounter
 from larosa.formats import SCALE_DTYPE, ColumnFormat, Quantization
-from larosa.models import QuantizedLinear, selectors
+from larosa.models import QuantizedLinear, head_selector, selectors
 from larosa.quantizers import gptq, quantize, round_to_nearest
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -152,6 +152,67 @@ def test_scores_of_the_second_plane_are_lengths_in_the_unit_of_the_first(planes)
             left = torch.cat([halves(linear)[1] for linear in quantized])
             unit = first.norm() / weights.norm()
             torch.testing.assert_close(second, left.norm(dim=0) * unit, rtol=1e-6, atol=0)
+
+
+@pytest.fixture
+def head_in_planes(make_model, quick_convert):
+    """A model whose linears and head are in two planes of 4 bits, and the same in full."""
+    options = {"sparsity": 0.6, "selection": "threshold", "search": "fisher", "dense_first_token": True}
+    forms = (PLANES | {"head": "int4+4"}, {})
+    return tuple(quick_convert(make_model("llama", torch.float64), **options, **few) for few in forms)
+
+
+def test_a_head_in_planes_is_what_rounding_leaves_and_reads_what_scores_say(head_in_planes, token_ids):
+    model, plain = head_in_planes
+    weight, head, selector = plain.lm_head.weight, model.lm_head, head_selector(model, find_architecture("llama"))
+    form = replace(head.format, planes=1)
+    first, second = halves(head)
+    for found, wanted in ((first, weight), (second, weight - first)):
+        codes, scales = round_to_nearest(wanted, form, "")
+        assert torch.equal(found.T, form.dequantize(codes, scales, len(wanted), torch.float64))
+    of_first, of_second = selector.score.chunk(2)
+    unit = of_first.norm() / weight.norm()
+    torch.testing.assert_close(of_second, second.norm(dim=0) * unit, rtol=1e-6, atol=0)
+    seen = []
+    head.register_forward_pre_hook(lambda _m, x: seen.append(x[0]))
+    with ZeroCounter(model) as zeros:
+        logits = model(token_ids(2, 9)).logits
+    (x,) = seen
+    masks = [x.abs() * score > selector.threshold for score in (of_first, of_second)]
+    # The first token too, which is dense at every other site: no token reads what a head reads of another.
+    assert not masks[1][:, 0].all()
+    expected = sum((x * mask) @ plane.T for mask, plane in zip(masks, (first, second), strict=True))
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    dropped = 1 - torch.cat(masks, dim=-1).double().mean()
+    assert 0.1 < float(dropped) < 0.9
+    assert zeros.fractions()["head"].mean == pytest.approx(float(dropped))
+    assert model.config.larosa["thresholds"]["head"] == {
+        "value": selector.threshold,
+        "dropped": pytest.approx(float(dropped), abs=0.1),  # on other text
+    }
+
+
+def test_a_head_in_planes_counts_bytes_as_it_is_stored(head_in_planes):
+    model, _ = head_in_planes
+    report, head = larosa.inspect(model), model.lm_head
+    dropped = model.config.larosa["thresholds"]["head"]["dropped"]
+    assert report.head_bytes == head.codes.nbytes + head.scales.nbytes
+    assert report.head_bytes_sparse == round((1 - dropped) * report.head_bytes)
+    assert report.score_bytes == 8 * 2 * (sum(each.in_features for each in site_heads(model)) + head.in_features)
+
+
+def test_a_head_in_planes_is_saved_with_scores_and_threshold(head_in_planes, token_ids, tmp_path):
+    (model, _), ids = head_in_planes, token_ids(2, 9)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, expected)
+    assert AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state.shape == (2, 9, 32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["larosa"]["thresholds"]["head"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LarosaError, match=r"key 'larosa.thresholds': .*a head in planes needs 'head'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_planes_count_bytes_as_they_are_stored(planes):

@@ -13,7 +13,7 @@ from larosa.architectures import find_architecture
 from larosa.config import SITES
 from larosa.conversion import ConversionOptions, sparsify
 from larosa.evaluation.zeros import ZeroCounter
-from larosa.models import Threshold, selectors, set_thresholds
+from larosa.models import Threshold, head_selector, selectors, set_thresholds
 from larosa.models.selectors import DenseTokens
 from larosa.sparsity import SiteSizes
 from larosa.sparsity.prices import Histogram, no_thresholds
@@ -92,6 +92,28 @@ def test_all_sites_pay_one_price(sparsified, token_ids):
         prices.append(thresholds[site][layer] ** 2 * float(coherence) / sizes.outputs[site])
     assert len(prices) == 3 * len(SITES)
     assert max(prices) == pytest.approx(min(prices), rel=1e-3)
+
+
+def test_a_head_in_planes_pays_the_price_of_the_decoder(sparsified):
+    """Its scores have the coherence in them; and a sparsity is of the decoder alone."""
+    before = sparsified("llama", 0.4)
+    converted = before.stored(ConversionOptions(weights="int4+4", weight_group=32).complete().quantization)
+    sizes, heads = SiteSizes.of(converted.model.config), []
+    for sparsity in (0.5, 0.7):
+        converted.set_sparsity(sparsity)
+        assert larosa.inspect(converted.model).sparsity.weights == pytest.approx(sparsity, abs=1e-3)
+        thresholds = converted.model.config.larosa["thresholds"]
+        heads.append(thresholds["head"]["dropped"])
+        root = thresholds["head"]["value"] / sizes.outputs["head"] ** 0.5
+        for site in SITES:
+            for layer, value in enumerate(thresholds["values"][site]):
+                scale = converted.limits._scale[layer, site]
+                assert value == pytest.approx(root * scale, rel=1e-6)
+        assert head_selector(converted.model, find_architecture("llama")).threshold == thresholds["head"]["value"]
+    assert 0 < heads[0] < heads[1] < 1
+    converted.set_sparsity(0)
+    assert converted.model.config.larosa["thresholds"]["head"] == {"value": 0, "dropped": 0}
+    assert head_selector(converted.model, find_architecture("llama")).threshold == 0
 
 
 @pytest.mark.usefixtures("exact_norms")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +59,8 @@ def quantize(
     scores: torch.Tensor | None = None
     if head is not None and head.planes > 1:
         assert sequences is not None, "planes go with scores, which have calibration sequences"
-        scores = head_scores(model, architecture, sequences, device)  # before weights have to be made of codes
+        with _dense(model, architecture, sequences):  # before weights have to be made of codes
+            scores = head_scores(model, architecture, sequences, device)
     if linears is not None:
         quantize_linears(model, architecture, linears, quantization.quantizer, sequences, device)
     block = LarosaConfig.parse(model.config.larosa).model_copy(update={"quantization": quantization})
@@ -150,22 +153,32 @@ def _fit(
     What a sparsity drops is the smallest part of an input: it hardly changes the second moment, and without it the same
     codes serve every sparsity.
     """
+    layers = architecture.layers(model)
+    with _dense(model, architecture, sequences):
+        visits = visit_layers(model, architecture, sequences, device)
+        for visit in track(visits, "Quantizing layers", total=len(layers)):
+            moments = {site: SecondMoment(_name(visit.index, site)) for site in SITES}
+            with attached(*(architecture.tap(visit.layer, site, moment.see) for site, moment in moments.items())):
+                for hidden in visit.inputs:
+                    visit.run(hidden)
+            rounded = {
+                site: _fitted(architecture.linears(visit.layer, site), moment.finish(), form, visit.index)
+                for site, moment in moments.items()
+            }
+            _store(visit.layer, architecture, form, rounded)
+
+
+@contextmanager
+def _dense(model: Any, architecture: Architecture, sequences: torch.Tensor) -> Iterator[None]:
+    """Leave all tokens of the sequences dense meanwhile."""
     layers: Any = architecture.layers(model)
     for layer in layers:
         layer.dense.before = sequences.shape[1]
-    visits = visit_layers(model, architecture, sequences, device)
-    for visit in track(visits, "Quantizing layers", total=len(layers)):
-        moments = {site: SecondMoment(_name(visit.index, site)) for site in SITES}
-        with attached(*(architecture.tap(visit.layer, site, moment.see) for site, moment in moments.items())):
-            for hidden in visit.inputs:
-                visit.run(hidden)
-        rounded = {
-            site: _fitted(architecture.linears(visit.layer, site), moment.finish(), form, visit.index)
-            for site, moment in moments.items()
-        }
-        _store(visit.layer, architecture, form, rounded)
-    for layer in layers:
-        layer.dense.before = 0
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dense.before = 0
 
 
 def _name(layer: int, site: str) -> str:

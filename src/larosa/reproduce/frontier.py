@@ -36,8 +36,9 @@ class ThreeBits(Int8):
 
 
 def _stored(weights: WeightFormat) -> Variant:
-    quantizer = Quantizer.GPTQ if weights.planes == 1 else Quantizer.RTN
-    return replace(BEST, label=weights, weights=weights, quantizer=quantizer, head=WeightFormat.INT8)
+    if weights.planes > 1:
+        return replace(BEST, label=weights, weights=weights, quantizer=Quantizer.RTN, head=weights)
+    return replace(BEST, label=weights, weights=weights, quantizer=Quantizer.GPTQ, head=WeightFormat.INT8)
 
 
 VARIANTS = (
@@ -105,12 +106,12 @@ def run(context: Context) -> Results:
         Table("within", "What reads least within a divergence", *_within(ours, theirs)),
     ]
     notes = [
-        "A token reads weights, scales, adapters and score vectors of the decoder, less the columns that the evaluated "
-        "tokens did skip, and the whole head; not keys, values and norms. A file has the embedding too, "
+        "A token reads weights, scales, adapters and score vectors of the decoder and the head, less the columns that "
+        "the evaluated tokens did skip; not keys, values and norms. A file has the embedding too, "
         "which llama.cpp keeps as one with a tied head, by few bits.",
-        "full is the checkpoint's own number format; few bits are fitted by GPTQ with the head in 8, int4+4 is rounded "
-        "plane by plane, and its sparsity is of both. No checkpoint has "
-        "3 bits: those rows are of weights rounded so, their bytes what they would take. "
+        "full is the checkpoint's own number format; few bits are fitted by GPTQ with the head in 8, which is read "
+        "whole; int4+4 is rounded plane by plane, the head too, and its sparsity is of the decoder's planes. No "
+        "checkpoint has 3 bits: those rows are of weights rounded so, their bytes what they would take. "
         "All are by recipe best, converted once; ± is a standard error over tokens taken as independent.",
     ]
     if theirs:
