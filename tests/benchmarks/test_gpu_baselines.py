@@ -81,12 +81,14 @@ def test_attention_is_chosen_where_queries_share_keys():
     DEVICE == CPU and not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="PyTorch's compiler wants Python's headers",
 )
-@pytest.mark.parametrize("attention", [attend_at_once, attend_by_products])
+@pytest.mark.parametrize(
+    ("attention", "opaque"), [(attend_at_once, False), (attend_by_products, False), (attend_by_products, True)]
+)
 @torch.no_grad()
-@pytest.mark.one_of(2)
-def test_the_compiled_step_is_the_decoder(attention, capsys):
+@pytest.mark.one_of(3)
+def test_the_compiled_step_is_the_decoder(attention, opaque, capsys):
     decoder = CompiledDecoder(config(), LENGTH, torch.float32, DEVICE)
-    step = compiled_step(decoder, attention)
+    step = compiled_step(decoder, attention, opaque)
     token = torch.tensor([3], device=DEVICE)
     with compilation():
         for position in range(LENGTH):
@@ -166,5 +168,5 @@ def test_the_decoder_compiles_with_int4_products(products):
     logits = decoder(token, at)
     assert logits.shape == (1, 96)
     with compilation():
-        chosen = compiled_step(decoder)(token, at)
+        chosen = compiled_step(decoder, opaque=True)(token, at)
     assert float(logits[0, chosen[0]]) >= float(logits.max()) - 0.05  # rounded otherwise in bfloat16

@@ -23,6 +23,7 @@ from larosa.cli.bench_gpu import show_decode
 from larosa.config import Selection
 from larosa.decoding import Engine
 from larosa.formats import CacheFormat, WeightFormat
+from larosa.ops.backend import chosen_kernels
 
 CPU = torch.device("cpu")
 SECONDS = {
@@ -222,6 +223,10 @@ def test_rows_of_a_shape_by_thresholds(monkeypatch, family_config):
 def test_products_alone(weights):
     device = torch.device("cuda")
     options = {"sparsities": (0.0, 0.5), "rounds": 2, "bytes_of_copies": 1 << 20}
+    if weights in (WeightFormat.INT6, WeightFormat.INT5) and chosen_kernels() == "cuda":
+        with pytest.raises(LarosaError, match=f"not of {weights}: set LAROSA_CUDA_KERNELS=triton"):
+            measure_gpu_kernels("larosa-tiny", device=device, weights=weights, **options)
+        return
     rows = measure_gpu_kernels("larosa-tiny", device=device, weights=weights, **options).rows
     assert {row.dtype for row in rows} == {"float16" if weights is WeightFormat.FULL else weights}
     assert all(row.bandwidth_fraction > 0 for row in rows)

@@ -28,6 +28,14 @@ from larosa.sparsity import SiteSizes
 #: graphs copy everything else at each step.
 Products = Callable[[list[torch.Tensor], int, str], nn.Module]
 
+#: How PyTorch tunes what is beside others' kernels: all that `max-autotune` does but choose among several ways of each
+#: loop over elements, which took longer and was no faster (docs/lab/cuda.md).
+_BESIDE_OTHERS = {
+    "triton.cudagraphs": True,
+    "max_autotune_gemm": True,
+    "coordinate_descent_tuning": True,
+}
+
 #: Decoders that may be compiled side by side, two for each sparsity; by itself PyTorch gives up after eight.
 _MOST_DECODERS = 64
 
@@ -212,9 +220,11 @@ def decoder_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
 
 
 def compiled_step(
-    decoder: CompiledDecoder, attention: Attention = attend_at_once
+    decoder: CompiledDecoder, attention: Attention = attend_at_once, opaque: bool = False
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A step from token to next token [1], greedily, compiled with CUDA graphs and tuned kernels.
+
+    `opaque` says that the products are operators which PyTorch's compiler neither chooses nor sees into.
 
     Every decoder is compiled for its own thresholds and attention: PyTorch would make arguments of those that differ
     from the decoder before, and leaves CUDA graphs out where an argument is on the CPU.
@@ -223,8 +233,9 @@ def compiled_step(
     def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return decoder(token, position, attention).argmax(dim=-1)
 
+    how: dict[str, Any] = {"options": _BESIDE_OTHERS} if opaque else {"mode": "max-autotune"}
     compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.compile(
-        step, mode="max-autotune", fullgraph=True, dynamic=False
+        step, fullgraph=True, dynamic=False, **how
     )
     return compiled
 

@@ -14,7 +14,7 @@ from larosa.benchmarks.gpu_timing import gpu_machine, gpu_read_bandwidth, time_c
 from larosa.benchmarks.results import Benchmark
 from larosa.benchmarks.shapes import random_adapter, shape_config
 from larosa.benchmarks.timing import Call, Timing
-from larosa.formats import AdapterFormat, ColumnFormat, Int4, Int8, WeightFormat
+from larosa.formats import AdapterFormat, ColumnFormat, WeightFormat
 from larosa.ops import column_major
 from larosa.ops.low_bit import LowBitWeights
 
@@ -83,9 +83,10 @@ def measure_gpu_kernels(
         rows: list[GpuKernelRow] = []
         if weights in (None, WeightFormat.FULL):
             rows += [row for name, sizes in matrices.items() for row in bench.products(name, *sizes, sparsities)]
-        few = (Int8, Int4) if weights is None else () if weights is WeightFormat.FULL else (weights.columns,)
+        few = (WeightFormat.INT8, WeightFormat.INT4) if weights is None else (weights,)
         for form in few:
-            rows += bench.low_bit_products(form(form.usual_group), low_bit_matrices(config), sparsities)
+            if form is not WeightFormat.FULL:
+                rows += bench.low_bit_products(form, low_bit_matrices(config), sparsities)
         if weights is None:
             rows += bench.selections(config.hidden_size, config.intermediate_size)
             rows += [bench.attention(Heads.of(config), position) for position in positions]
@@ -169,25 +170,31 @@ class _Bench:
                 yield self._row(kernel, label, sparsity, times[f"{kernel} {sparsity}"], read, dense)
 
     def low_bit_products(
-        self, form: ColumnFormat, matrices: dict[str, tuple[tuple[int, ...], int]], sparsities: tuple[float, ...]
+        self, stored: WeightFormat, matrices: dict[str, tuple[tuple[int, ...], int]], sparsities: tuple[float, ...]
     ) -> Iterator[GpuKernelRow]:
-        """Products by few bits, with all columns at 0 and with listed ones."""
+        """Products by few bits, with all columns at 0 and with listed ones of any plane; no head has planes."""
+        form = stored.columns(stored.usual_group, stored.planes)
         for name, (outputs, depth) in matrices.items():
-            column = sum(form.column_bytes(size) for size in outputs)
-            copies = max(2, -(-self.bytes_of_copies // (column * depth)))
+            if name == "head" and form.planes > 1:
+                continue
+            columns = form.planes * depth
+            column = sum(form.column_bytes(size) for size in outputs) // form.planes
+            copies = max(2, -(-self.bytes_of_copies // (column * columns)))
             weights = [random_codes(form, outputs, depth, self.device) for _ in range(copies)]
             biases = [None] * len(outputs)
 
             def call(sparsity: float, depth: int = depth, weights: Any = weights, biases: Any = biases) -> Call:
-                values, indices = self._selected(depth, sparsity)
-                listed = indices if sparsity else None
+                if sparsity:
+                    values, listed = self._selected(form.planes * depth, sparsity)
+                else:
+                    values, listed = self._random(1, depth), None
                 return lambda copy: _ops.low_bit_linear(values, listed, *weights[copy], biases)
 
             times = time_captured({str(sparsity): call(sparsity) for sparsity in sparsities}, copies, self.rounds)
             label = f"{name} {'+'.join(map(str, outputs))}x{depth}"
             for sparsity in sparsities:
-                read = column * _kept(depth, sparsity)
-                yield self._row("low_bit_linear", label, sparsity, times[str(sparsity)], read, None, form.name)
+                read = column * _kept(columns, sparsity)
+                yield self._row("low_bit_linear", label, sparsity, times[str(sparsity)], read, None, stored)
 
     def selections(self, hidden: int, intermediate: int) -> Iterator[GpuKernelRow]:
         """At half of the entries, with scores; one after the other, as dependent launches."""
