@@ -60,7 +60,7 @@ def margin() -> Callable[..., float]:
 
 
 def _margin(selector: Selector, x: torch.Tensor) -> float:
-    magnitude = x.double().abs()
+    magnitude = selector.copies(x).double().abs()
     if isinstance(selector, Threshold):
         magnitude = magnitude if selector.score is None else magnitude * selector.score
         return float(((magnitude - selector.threshold).abs() / magnitude.clamp_min(1e-30)).min())

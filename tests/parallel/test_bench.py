@@ -83,22 +83,11 @@ def test_rows_of_a_shape(config, on_ranks, monkeypatch):
         assert half.bytes_per_token == (alone.bytes_per_token + scores) / 2
 
 
-def test_ranks_share_no_planes(few_bits, on_ranks):
-    layout = Layout(adapters=AdapterFormat.INT8, quantization=random_quantization(WeightFormat.INT4_4, 32))
-
-    def run(ranks):
-        with pytest.raises(LarosaError, match=r"ranks do not share weights in planes: run int4\+4 on one device, or"):
-            list(sparse_models(few_bits, torch.float32, CPU, (0.5,), ranks=ranks, layout=layout))
-        return True
-
-    assert on_ranks(2, run) == [True, True]
-
-
-@pytest.mark.parametrize("weights", [weights for weights in WeightFormat if weights.planes == 1])
+@pytest.mark.parametrize("weights", WeightFormat)
 @pytest.mark.parametrize("selection", Selection)
 @pytest.mark.one_of(2)
 def test_ranks_read_together_what_one_process_does(few_bits, on_ranks, weights, selection):
-    """But for what each has whole: scores of h1 and h3, scales of adapters."""
+    """But for what each has whole: scores of h1, h3 and a head in planes, scales of adapters."""
     group = None if weights is WeightFormat.FULL else 32
     layout = Layout(adapters=AdapterFormat.INT8, quantization=random_quantization(weights, group))
     options = {"layout": layout, "selection": selection}
@@ -116,7 +105,8 @@ def test_ranks_read_together_what_one_process_does(few_bits, on_ranks, weights, 
     parts = on_ranks(2, run, Over.OWN)
     whole = [bytes_read(model) for _, model in sparse_models(few_bits, torch.float32, CPU, (0.0, 0.5), **options)]
     layers, hidden = few_bits.num_hidden_layers, few_bits.hidden_size
-    twice = 4 * (2 * layers * hidden + (layers - 1) * hidden)
+    scores = weights.planes * (2 * layers + (weights.planes > 1)) * hidden
+    twice = 4 * (scores + (layers - 1) * hidden)
     totals = [sum(of_rank) - twice for of_rank in zip(*parts, strict=True)]
     # What a site keeps is known on average where it has a threshold, and in halves where it has a count.
     assert totals == pytest.approx(whole, rel=1e-3)

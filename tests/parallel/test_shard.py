@@ -28,6 +28,7 @@ CONVERSIONS = {
     "4 bits, layer, 8 bits": {"weights": "int4", "weight_group": 32, "rotation": "layer", "adapters": "int8"},
     "8 bits, thresholds": {"weights": "int8", "weight_group": 32, "selection": "threshold"},
     "6 bits": {"weights": "int6", "weight_group": 32},
+    "4 + 4 bits": {"weights": "int4+4", "weight_group": 32, "selection": "threshold"},
 }
 
 
@@ -88,7 +89,7 @@ def test_four_ranks_and_what_they_cannot_share_evenly(saved, on_ranks, load_here
     check(model, folder, clear_ids(model, LENGTH), on_ranks, load_here, step_logits, size=4)
 
 
-@pytest.mark.parametrize("conversion", ["4 bits", "6 bits"])
+@pytest.mark.parametrize("conversion", ["4 bits", "6 bits", "4 + 4 bits"])
 def test_few_bits(saved, on_ranks, load_here, clear_ids, step_logits, conversion):  # noqa: F811
     """By the forward, which dequantises: the engine rounds activations in other blocks than one process does."""
     model, folder = saved("llama", conversion, head_dim=32, intermediate_size=128)

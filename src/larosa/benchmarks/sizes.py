@@ -27,14 +27,18 @@ def bytes_read(model: Any) -> int:
     architecture = find_architecture(model.config.model_type)
     report = inspect_config(model.config, parameters=False)
     linears = report.bytes_sparse_total - report.adapter_bytes - report.score_bytes
-    whole = list(architecture.head(model).parameters())
+    head = architecture.head(model)
+    whole = list(head.parameters())
     for layer in architecture.layers(model):
         whole += [weight for adapter in adapters_of(layer).values() for weight in adapter.parameters()]
     if report.larosa is not None:
         for of_site in selectors(model, architecture).values():
             whole += [weight for selector in of_site for weight in selector.parameters()]
-    skipped = report.head_bytes - report.head_bytes_sparse
-    return linears + sum(weight.nbytes for weight in whole) - skipped
+    skipped = 0.0
+    if report.head_bytes_sparse < report.head_bytes:  # a rank has a part of it
+        own = sum(weight.nbytes for weight in head.parameters(recurse=False))
+        skipped = own * (1 - report.head_bytes_sparse / report.head_bytes)
+    return linears + sum(weight.nbytes for weight in whole) - round(skipped)
 
 
 def weight_bytes(config: Any, dtype: torch.dtype, layout: Layout | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,11 +32,7 @@ from larosa.parallel.shard import (
     tie_head,
 )
 
-#: What a rank has of a stored weight: pieces, side by side along the last dimension; zeros where there are none.
-Pieces = list[tuple[slice, ...]]
-
 _HEAD = "lm_head.weight"
-_WHOLE: Pieces = [()]
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -117,6 +113,16 @@ def _differences(folder: Path, config: Any) -> dict[str, Any]:
     }
 
 
+class Pieces(NamedTuple):
+    """What a rank has of a stored weight: pieces, side by side along a dimension; zeros where there are none."""
+
+    at: list[tuple[slice, ...]]
+    dim: int = -1
+
+
+_WHOLE = Pieces([()])
+
+
 @torch.no_grad()
 def _fill(model: Any, folder: Path) -> None:
     """Read a shard's weights."""
@@ -133,9 +139,9 @@ def _fill(model: Any, folder: Path) -> None:
                 parts = pieces.get(key, _WHOLE)
                 if parts == _WHOLE:
                     weight.copy_(file.get_tensor(key))
-                elif parts:
+                elif parts.at:
                     whole = file.get_slice(key)
-                    weight.copy_(torch.cat([whole[part] for part in parts], dim=-1))
+                    weight.copy_(torch.cat([whole[part] for part in parts.at], dim=parts.dim))
                 else:
                     weight.zero_()
     if tied is not None:
@@ -152,34 +158,42 @@ def shard_pieces(model: Any, architecture: Architecture, shard: Shard) -> dict[s
                 name = names[id(linear)]
                 if site in SHARDED:
                     total = shard.whole.intermediate_size if site == "h4" else linear.in_features * ranks.size
-                    inputs = ranks.part(total)
+                    inputs = _of_each_plane(ranks.part(total), total, linear)
                     found |= _columns(name, linear, inputs)
                     if linear.bias is not None and not ranks.first:
-                        found[f"{name}.bias"] = []
+                        found[f"{name}.bias"] = Pieces([])
                     if not isinstance(getattr(linear, "selector", None), TopKOfAll):
-                        found[f"{name}.selector.score"] = [(inputs,)]
+                        found[f"{name}.selector.score"] = Pieces([(part,) for part in inputs])
                 else:
                     total = shard.whole.intermediate_size if site == "h3" else linear.out_features * ranks.size
                     found |= _rows(name, linear, ranks.part(total))
         for adapter in adapters_of(layer).values():
-            found[f"{names[id(adapter)]}.weight"] = list(adapter_parts(adapter, ranks))
+            found[f"{names[id(adapter)]}.weight"] = Pieces(list(adapter_parts(adapter, ranks)))
     head = architecture.head(model)
     return found | _rows(names[id(head)], head, shard.vocabulary)
 
 
-def _columns(name: str, linear: Any, inputs: slice) -> dict[str, Pieces]:
+def _of_each_plane(inputs: slice, total: int, linear: Any) -> list[slice]:
+    """Where a rank's inputs out of so many stand in each plane of a linear."""
+    planes = linear.format.planes if isinstance(linear, QuantizedLinear) else 1
+    return [slice(plane * total + inputs.start, plane * total + inputs.stop) for plane in range(planes)]
+
+
+def _columns(name: str, linear: Any, inputs: list[slice]) -> dict[str, Pieces]:
     """Of a linear that reads so much of a site."""
     if isinstance(linear, QuantizedLinear):
-        return {f"{name}.codes": [(inputs, slice(None))], f"{name}.scales": [(inputs, slice(None))]}
-    return {f"{name}.weight": [(slice(None), inputs)]}
+        by_rows = Pieces([(part, slice(None)) for part in inputs], dim=0)
+        return {f"{name}.codes": by_rows, f"{name}.scales": by_rows}
+    return {f"{name}.weight": Pieces([(slice(None), part) for part in inputs])}
 
 
 def _rows(name: str, linear: Any, outputs: slice) -> dict[str, Pieces]:
     """Of a linear that gives so much of what it gives whole."""
-    found: dict[str, Pieces] = {f"{name}.bias": [(outputs,)]}
+    found = {f"{name}.bias": Pieces([(outputs,)])}
     if not isinstance(linear, QuantizedLinear):
-        return found | {f"{name}.weight": [(outputs, slice(None))]}
+        return found | {f"{name}.weight": Pieces([(outputs, slice(None))])}
     form = linear.format
     codes = slice(form.codes_width(outputs.start), form.codes_width(outputs.stop))
     scales = slice(outputs.start // form.group, form.groups(outputs.stop))
-    return found | {f"{name}.codes": [(slice(None), codes)], f"{name}.scales": [(slice(None), scales)]}
+    parts = {f"{name}.{part}": Pieces([(slice(None), own)]) for part, own in (("codes", codes), ("scales", scales))}
+    return found | parts

@@ -1,8 +1,8 @@
 """One rank's shard of a model: a model of fewer heads and a narrower MLP, which sums with the others what it adds.
 
 A rank has a part of the key heads with their queries, of the MLP's columns, of the head's vocabulary and of each
-adapter's inputs; norms, embedding and scores of h1 and h3 are every rank's. What attention and MLP add to the residual
-stream is summed over the ranks, so that the stream is the same on all of them, to the bit.
+adapter's inputs; norms, embedding and scores of h1, h3 and a head in planes are every rank's. What attention and MLP
+add to the residual stream is summed over the ranks, so that the stream is the same on all of them, to the bit.
 """
 
 from __future__ import annotations
@@ -162,8 +162,6 @@ def _own_config(shard: Shard) -> Any:
     if config.intermediate_size < 1:
         raise LarosaError(f"{ranks.size} ranks cannot share {shard.whole.intermediate_size} columns of an MLP")
     if getattr(config, "larosa", None) is not None:
-        if LarosaConfig.parse(config.larosa).planes > 1:
-            raise LarosaError("ranks do not share weights in planes: run int4+4 on one device, or convert to int4")
         config.larosa = shard.own_block(config.larosa)
     return config
 
@@ -189,7 +187,8 @@ def _cut_head(model: Any, architecture: Architecture, shard: Shard) -> None:
 
     def cut(head: Any) -> nn.Module:
         if isinstance(head, QuantizedLinear):
-            return QuantizedLinear(head.format, head.in_features, rows.stop - rows.start, device=head.codes.device)
+            sizes = head.in_features, rows.stop - rows.start
+            return QuantizedLinear(head.format, *sizes, selector=head.selector, device=head.codes.device)
         return nn.Linear(head.in_features, rows.stop - rows.start, False, head.weight.device, head.weight.dtype)
 
     architecture.replace_head(model, cut)
