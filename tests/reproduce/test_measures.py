@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from larosa.config import SITES, Rotation
-from larosa.reproduce import paper
+from larosa.reproduce import figures, paper
 from larosa.reproduce.calibration_sets import cosine, shared_directions
 from larosa.reproduce.figure5 import SHARES, relative_error
 from larosa.reproduce.gaussianity import excess_kurtosis, kolmogorov_smirnov
@@ -151,3 +151,10 @@ def test_mmlu_has_fewer_items_of_each_of_its_many_subjects(settings):
     assert found["mmlu"] == 1
     assert limits(settings(limit=21))["mmlu"] == 2
     assert SHARES[4] == 0.5
+
+
+def test_every_curve_has_a_colour_or_none_is_drawn():
+    styles = [(colour, marker) for _, colour, marker in figures.styled(range(8))]
+    assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == 8
+    with pytest.raises(AssertionError, match="would be left out"):
+        figures.styled(range(9))

@@ -85,7 +85,7 @@ def at_bytes(curve: Sequence[tuple[float, float]], share: float) -> float | None
 
 def _draw(curves: Curves) -> Picture:
     figure, axes = figures.subplots(size=(7.5, 4.6))
-    for (label, points), colour, marker in zip(curves.items(), figures.COLOURS, figures.MARKERS, strict=False):
+    for (label, points), colour, marker in figures.styled(curves.items()):
         axes.plot([100 * x for x, _ in points], [y for _, y in points], marker=marker, color=colour, label=label)
     for name, divergence in (("Q6_K", Q6_K), ("Q4_K_M", Q4_K_M)):
         axes.axhline(divergence, color="black", linewidth=0.8, linestyle=":")

@@ -161,9 +161,9 @@ def _sequence_table(sequences: dict[str, dict[str, Any]]) -> Table:
 def _draw_layers(calibrated: dict[str, list[list[float]]]) -> Picture:
     figure, axes = figures.subplots(1, 2, size=(9, 3.6))
     for place, (site, block) in zip(axes, (("h1", "attention"), ("h3", "MLP")), strict=True):
-        for index, sparsity in enumerate(SPARSITIES):
+        for (index, sparsity), colour, marker in figures.styled(enumerate(SPARSITIES)):
             values = [layer[index] for layer in calibrated[site]]
-            style = {"color": figures.COLOURS[index], "marker": figures.MARKERS[index], "markersize": 4}
+            style = {"color": colour, "marker": marker, "markersize": 4}
             place.plot(range(1, len(values) + 1), values, label=f"{sparsity:.0%}", **style)
         place.set(title=f"Input of {block} ({site})", xlabel="layer", ylim=(0, None))
         place.xaxis.get_major_locator().set_params(integer=True)
@@ -175,7 +175,7 @@ def _draw_layers(calibrated: dict[str, list[list[float]]]) -> Picture:
 
 def _draw_tokens(layer: int, calibrated: list[float], needed: dict[str, list[float]]) -> Picture:
     figure, axes = figures.subplots(size=(9, 3.8))
-    for sparsity, colour, marker in zip(_SHOWN, figures.COLOURS, figures.MARKERS, strict=False):
+    for sparsity, colour, marker in figures.styled(_SHOWN):
         values = needed[str(sparsity)]
         axes.scatter(
             *(range(len(values)), values),
@@ -198,9 +198,9 @@ def _draw_sequences(sequences: dict[str, dict[str, Any]]) -> Picture:
     for place, (label, found) in zip(axes, sequences.items(), strict=True):
         rows = [(mean, source) for source, means in found["sequences"].items() for mean in means]
         rows.sort()
-        for index, source in enumerate(found["sequences"]):
+        for source, colour, marker in figures.styled(found["sequences"]):
             points = [(rank + 1, 100 * mean) for rank, (mean, origin) in enumerate(rows) if origin == source]
-            style = {"color": figures.COLOURS[index % 6], "marker": figures.MARKERS[index % 6], "s": 22}
+            style = {"color": colour, "marker": marker, "s": 22}
             place.scatter(*zip(*points, strict=True), label=source, **style)
         place.axhline(100 * MAIN_SPARSITY, color="black", linestyle="--", linewidth=1)
         place.set(title=label, xlabel="sequence, by its sparsity")

@@ -41,7 +41,7 @@ def _draw(found: dict[int, dict[str, Any]]) -> Picture:
             if row["row"] != base:
                 curves.setdefault(label(row), []).append(row["speedup"])
     figure, axes = figures.subplots(size=(7, 4.2))
-    for (name, values), colour, marker in zip(curves.items(), figures.COLOURS, figures.MARKERS, strict=False):
+    for (name, values), colour, marker in figures.styled(curves.items()):
         axes.plot(list(found), values, marker=marker, color=colour, label=name)
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)

@@ -103,7 +103,7 @@ def _draw(context: Context, found: dict[str, Errors]) -> Picture:
         width = context.sizes.width[site]
         theory = [theoretical_relative_error(keeps_of(width, share), width) for share in SHARES]
         place.plot(percent, theory, color="black", linestyle="--", label="Theorem A.1")
-        for (name, errors), colour, marker in zip(found.items(), figures.COLOURS, figures.MARKERS, strict=False):
+        for (name, errors), colour, marker in figures.styled(found.items()):
             if site in ("h2", "h4") and name not in ("TEAL", "TopK"):
                 continue
             curves = errors[site]

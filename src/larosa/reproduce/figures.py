@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
-#: Okabe and Ito's palette, without its yellow and its black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osX^Dv"
+#: Okabe and Ito's palette, without its yellow and its black, and two more.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#6A3D9A")
+_MARKERS = "osX^DvPp"
+
+_T = TypeVar("_T")
 
 _STYLE = {
     "font.size": 10,
@@ -17,6 +20,13 @@ _STYLE = {
     "axes.spines.right": False,
     "grid.alpha": 0.25,
 }
+
+
+def styled(curves: Iterable[_T]) -> Iterator[tuple[_T, str, str]]:
+    """Each of some curves with a colour and a marker of its own."""
+    every = list(curves)
+    assert len(every) <= len(_COLOURS), "a curve that has no colour would be left out"
+    return zip(every, _COLOURS, _MARKERS, strict=False)
 
 
 def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:

@@ -162,7 +162,7 @@ def _within(ours: list[Point], theirs: list[Point]) -> tuple[list[Column], list[
 def _draw(ours: list[Point], theirs: list[Point]) -> Picture:
     figure, axes = figures.subplots(size=(9.0, 4.6))
     labels = list(dict.fromkeys(point.weights for point in ours))
-    for label, colour, marker in zip(labels, figures.COLOURS, figures.MARKERS, strict=False):
+    for label, colour, marker in figures.styled(labels):
         drawn = _visible(point for point in ours if point.weights == label)
         x, y = ([point.read / 1e6 for point in drawn], [point.found["kl"] for point in drawn])
         axes.plot(x, y, marker=marker, color=colour, label=label)

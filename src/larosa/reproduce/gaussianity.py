@@ -111,7 +111,7 @@ def _mean(layers: list[dict[str, float]], key: str) -> float:
 def _draw(found: dict[str, dict[str, Any]]) -> Picture:
     figure, axes = figures.subplots(1, 2, size=(9, 3.8), sharey=True)
     for place, site in zip(axes, ("h1", "h3"), strict=True):
-        for (name, sites), colour, marker in zip(found.items(), figures.COLOURS, figures.MARKERS, strict=False):
+        for (name, sites), colour, marker in figures.styled(found.items()):
             distances = [layer["tokens"] for layer in sites[site]]
             place.plot(range(1, len(distances) + 1), distances, marker=marker, color=colour, label=name)
         place.set(title=f"Site {site}", xlabel="layer", ylim=(0, None))

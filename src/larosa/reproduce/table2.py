@@ -55,7 +55,7 @@ def _notes(context: Context) -> list[str]:
 
 def _draw(curves: dict[str, list[tuple[float, float]]]) -> Picture:
     figure, axes = figures.subplots(size=(7, 4.2))
-    for (label, points), colour, marker in zip(curves.items(), figures.COLOURS, figures.MARKERS, strict=False):
+    for (label, points), colour, marker in figures.styled(curves.items()):
         axes.plot([100 * x for x, _ in points], [y for _, y in points], marker=marker, color=colour, label=label)
     axes.set(
         xlabel="weights skipped per token (%)",

@@ -53,7 +53,7 @@ def _draw(context: Context, found: dict[str, Any], base: dict[str, Any]) -> Pict
             printed = [paper.TABLE_3[gpu, "larosa", sparsity][context.paper.name] for sparsity in SPARSITIES]
             curves[f"the paper's, {gpu}"] = [speedup for _, speedup in printed]
     figure, axes = figures.subplots(size=(7, 4.2))
-    for (name, values), colour, marker in zip(curves.items(), figures.COLOURS, figures.MARKERS, strict=False):
+    for (name, values), colour, marker in figures.styled(curves.items()):
         axes.plot([100 * s for s in SPARSITIES], values, marker=marker, color=colour, label=name)
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.set(
