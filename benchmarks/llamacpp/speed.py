@@ -110,7 +110,7 @@ def main() -> None:
         rows.append(Row(f"llama.cpp {kind}", LlamaCppModel(path, length), read, tokens, given.prompt_tokens))
     for label, model in _converted(given):
         found = inspect_config(model.config, parameters=False)
-        read = found.bytes_sparse_total + found.head_bytes
+        read = found.bytes_sparse_total + found.head_bytes_sparse
         rows.append(Row(label, Engine(model, length), read, tokens, given.prompt_tokens))
     reading = ReadTest()
     for _ in range(turns):
