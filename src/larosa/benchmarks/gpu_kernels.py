@@ -172,11 +172,9 @@ class _Bench:
     def low_bit_products(
         self, stored: WeightFormat, matrices: dict[str, tuple[tuple[int, ...], int]], sparsities: tuple[float, ...]
     ) -> Iterator[GpuKernelRow]:
-        """Products by few bits, with all columns at 0 and with listed ones of any plane; no head has planes."""
+        """Products by few bits, with all columns at 0 and with listed ones of any plane."""
         form = stored.columns(stored.usual_group, stored.planes)
         for name, (outputs, depth) in matrices.items():
-            if name == "head" and form.planes > 1:
-                continue
             columns = form.planes * depth
             column = sum(form.column_bytes(size) for size in outputs) // form.planes
             copies = max(2, -(-self.bytes_of_copies // (column * columns)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,32 +45,37 @@ def head_scores(model: Any, architecture: Architecture, sequences: torch.Tensor,
     weight = architecture.head(model).weight
     few = sequences[: math.ceil(_TOKENS / sequences.shape[1])]
     outputs = track(decoder_outputs(model, architecture, few), "Scores of the head", total=len(few))
-    tokens = torch.cat([hidden[0].float() for hidden in outputs])
+    tokens = torch.cat([hidden[0].float() for hidden in outputs]).to(device).split(_POSITIONS)
     pieces = weight.split(max(_PIECE // weight.shape[1], 1))
-    squares = torch.zeros(weight.shape[1], dtype=torch.float64, device=device)
-    for x in tokens.split(_POSITIONS):
-        p = _predictions(x, pieces, device)
-        mean_square, mean = torch.zeros_like(x, device=device), torch.zeros_like(x, device=device)
-        for of_piece, part in zip(p.split([len(part) for part in pieces], dim=1), pieces, strict=True):
-            wide = part.to(device, torch.float32)
+    score = _apart(tokens, pieces)
+    return (score * _coherence(tokens, pieces, score)).to(weight.device)
+
+
+def _apart(tokens: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """For each entry the root of the mean over the tokens of the variance that its column has under p."""
+    squares = torch.zeros(tokens[0].shape[1], dtype=torch.float64, device=tokens[0].device)
+    for x in tokens:
+        p, mean, mean_square = _logits(x, pieces).softmax(-1), torch.zeros_like(x), torch.zeros_like(x)
+        for of_piece, piece in zip(p.split([len(piece) for piece in pieces], dim=1), pieces, strict=True):
+            wide = piece.to(x)
             mean += of_piece @ wide
             mean_square += of_piece @ wide.square()
         squares += (mean_square - mean.square()).clamp_min(0).double().sum(0)
-    score = (squares / len(tokens)).sqrt()
-    apart = together = torch.zeros((), dtype=torch.float64, device=device)
-    dropped = round(_PROBE * len(score))
-    for x in tokens.split(_POSITIONS):
-        p, x = _predictions(x, pieces, device), x.to(device)
-        lost = x - keep_top_k(x, len(score) - dropped, score.float())
-        moved = torch.cat([lost @ part.to(device, torch.float32).T for part in pieces], dim=1)
-        variance = (p * moved.square()).sum(1) - (p * moved).sum(1).square()
-        together = together + variance.double().sum()
+    return (squares / sum(map(len, tokens))).sqrt()
+
+
+def _coherence(tokens: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor], score: torch.Tensor) -> torch.Tensor:
+    """How much larger than by its scores the effect of what is dropped is, as a root; 1 where nothing is."""
+    apart = together = torch.zeros_like(score[0])
+    kept = len(score) - round(_PROBE * len(score))
+    for x in tokens:
+        p, lost = _logits(x, pieces).softmax(-1), x - keep_top_k(x, kept, score.float())
+        moved = _logits(lost, pieces)
+        together = together + ((p * moved.square()).sum(1) - (p * moved).sum(1).square()).double().sum()
         apart = apart + (lost.double() * score).square().sum()
-    ratio = together / apart if apart > 0 else torch.ones_like(apart)
-    return (score * ratio.sqrt()).to(weight.device)
+    return (together / apart).sqrt() if apart > 0 else torch.ones_like(apart)
 
 
-def _predictions(x: torch.Tensor, pieces: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
-    """The probabilities [N, vocabulary] that a head of these rows gives x [N, D]."""
-    x = x.to(device)
-    return torch.cat([x @ part.to(device, torch.float32).T for part in pieces], dim=1).softmax(-1)
+def _logits(x: torch.Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a head of these rows gives x [N, D], in float32 where x is."""
+    return torch.cat([x @ piece.to(x).T for piece in pieces], dim=1)
