@@ -1,4 +1,4 @@
-"""Progress bars for long work, on standard error so that standard output stays clean."""
+"""Progress of long work on standard error, so that standard output stays clean: bars, or in a file a line at times."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,20 +16,50 @@ _seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=No
 stderr = Console(stderr=True, markup=False, emoji=False)
 
 
+#: Seconds between the lines of what runs so long, where standard error is no terminal.
+_BETWEEN_LINES = 30.0
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` behind a progress bar; silent where standard error is not a terminal."""
+    """Iterate over `items` behind a progress bar, or with a line at times where standard error is no terminal."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
-    with _timed(description), _bar() as progress:
-        yield from progress.track(items, total=total, description=description)
+    with advance(description, total) as step:
+        for item in items:
+            yield item
+            step()
 
 
 @contextmanager
 def advance(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar of `total` steps; the function it gives moves it by one."""
-    with _timed(description), _bar() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
+    """A progress bar of `total` steps, or such lines; the function it gives moves it by one."""
+    with _timed(description):
+        if not stderr.is_terminal:
+            yield _Lines(description, total).step
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=stderr, transient=True) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda: progress.advance(task)
+
+
+class _Lines:
+    """Says how far something is that takes long, for who reads it in a file."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total, self._done = description, total, 0
+        self._started = self._said = time.monotonic()
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said < _BETWEEN_LINES or self._done >= self._total:
+            return
+        self._said = now
+        left = (now - self._started) / self._done * (self._total - self._done)
+        time_left = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        stderr.print(f"{self._description}: {self._done} of {self._total}, about {time_left} left", soft_wrap=True)
 
 
 @contextmanager
@@ -55,8 +85,3 @@ def _timed(description: str) -> Iterator[None]:
         stages = _seconds.get()
         if stages is not None:
             stages[description] = stages.get(description, 0.0) + time.perf_counter() - started
-
-
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
