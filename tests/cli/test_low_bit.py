@@ -68,8 +68,8 @@ def test_formats_between_4_and_8_bits(cli, checkpoint, tmp_path):
 def test_two_planes_of_4_bits(cli, refused, checkpoint, tmp_path):
     out = tmp_path / "out"
     options = ("--weights", "int4+4", "--sparsity", 0.6)
-    outcome = cli("convert", checkpoint, out, *QUICK, *options, "--json", tmp_path / "c.json")
-    assert outcome.code == 0, outcome.err
+    converted = cli("convert", checkpoint, out, *QUICK, *options, "--json", tmp_path / "c.json")
+    assert converted.code == 0, converted.err
     stored = {"weights": "int4+4", "head": "int4+4", "group": 64, "quantizer": "rtn"}
     assert read(out / "config.json")["larosa"]["quantization"] == stored
     # Of both planes together so much is skipped, on the calibration's tokens.
@@ -81,6 +81,12 @@ def test_two_planes_of_4_bits(cli, refused, checkpoint, tmp_path):
     outcome = cli("inspect", out, "--json", tmp_path / "i.json")
     report = read(tmp_path / "i.json")
     assert 0 < report["head_bytes_sparse"] < report["head_bytes"]
+    found = read(tmp_path / "c.json")
+    assert found["bytes_per_token"] == report["bytes_sparse_total"] + report["head_bytes_sparse"]
+    assert cli("inspect", checkpoint, "--json", tmp_path / "d.json").code == 0
+    dense = read(tmp_path / "d.json")
+    assert found["bytes_dense"] == dense["bytes_dense_total"] + dense["head_bytes"] > 2 * found["bytes_per_token"]
+    assert f"{found['bytes_per_token'] / 1e6:.1f} (dense {found['bytes_dense'] / 1e6:.1f})" in converted.out
     assert f"{report['head_bytes_sparse']:,}" in outcome.out
     texts = []
     for engine in ("transformers", "larosa"):

@@ -167,6 +167,8 @@ def _print(report: ConversionReport) -> None:
         table.add_row("top-1 agreement with dense", f"{report.sparse.top1_agreement:.1%}")
         if report.sparse.actual_sparsity is not None:
             table.add_row("weights skipped, as measured", f"{report.sparse.actual_sparsity:.1%}")
+    read, dense = (each / 1e6 for each in (report.bytes_per_token, report.bytes_dense))
+    table.add_row("MB per token, with head", f"{read:.1f} (dense {dense:.1f})")
     table.add_row("time", f"{report.seconds:.1f} s")
     for device, peak in report.peak_memory_bytes.items():
         table.add_row(f"peak memory, {device}", f"{peak / 2**30:.2f} GiB")

@@ -20,7 +20,7 @@ SWEEP_PICTURE = Path("sweep.png")
 def print_sweep(model: str, points: Sequence[SweepPoint]) -> None:
     """One row a sparsity, and what the highest that stays below the bar means."""
     table = Table(title=f"{model} on the bundled text, {points[0].evaluation.tokens:,} tokens", title_justify="left")
-    for column in ("sparsity", "KL to dense", "top-1", "perplexity", "MB per token", "of dense"):
+    for column in ("sparsity", "KL to dense", "top-1", "perplexity", "MB per token, with head", "of dense"):
         table.add_column(column, justify="right")
     for point in points:
         found = point.evaluation

@@ -42,7 +42,8 @@ _Formats = dict[WeightFormat, Quantization | None]
 class ConversionReport:
     """What a conversion did and what it cost; `dense` and `sparse` are None where nothing was measured.
 
-    `tried` is what a search for `max_kl` measured. `stages` are seconds by what the progress bars say.
+    `tried` is what a search for `max_kl` measured. A token reads `bytes_per_token` of weights, adapters, scores and
+    head, of the source `bytes_dense`. `stages` are seconds by what the progress bars say.
     """
 
     output: str
@@ -51,6 +52,8 @@ class ConversionReport:
     dense: Evaluation | None
     sparse: Evaluation | None
     tried: list[Trial]
+    bytes_per_token: int
+    bytes_dense: int
     source_bytes: int
     peak_memory_bytes: dict[str, int]
     seconds: float
@@ -63,7 +66,7 @@ class ConversionReport:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What a sparsity loses, and the bytes of weights, adapters and scores that it reads per token."""
+    """What a sparsity loses, and the bytes that it reads per token, as of `ConversionReport`."""
 
     sparsity: float
     evaluation: Evaluation
@@ -202,6 +205,7 @@ class Conversion:
             layer_folder=None if self._layer_folder is None else Path(self._layer_folder.name),
         )
         check_weights(model)
+        self._bytes_dense = inspect_config(model.config, parameters=False).bytes_per_token
         self._source_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if outputs:
             _check_disk(outputs[0], model, chosen, len(outputs), streaming)
@@ -243,8 +247,8 @@ class Conversion:
         self.set_sparsity(sparsity)
         evaluation = self.measured()
         assert evaluation is not None, "a sweep measures"
-        found = inspect_config(self._converted.model.config)
-        return SweepPoint(sparsity, evaluation, found.bytes_sparse_total, found.bytes_dense_total)
+        read = inspect_config(self._converted.model.config, parameters=False).bytes_per_token
+        return SweepPoint(sparsity, evaluation, read, self._bytes_dense)
 
     def save(self, output: Path, max_shard_size: str) -> ConversionReport:
         """Write the model as it is now, and report on it."""
@@ -268,6 +272,8 @@ class Conversion:
             dense=self._dense,
             sparse=sparse,
             tried=self._tried,
+            bytes_per_token=inspection.bytes_per_token,
+            bytes_dense=self._bytes_dense,
             source_bytes=self._source_bytes,
             peak_memory_bytes=peak_memory(),
             seconds=time.perf_counter() - self._started,

@@ -98,5 +98,4 @@ def _lowest_below(converted: Sparsified, fewest: float) -> int:
 def _bytes_per_token(converted: Sparsified, percent: int) -> int:
     """What a token reads at a sparsity, which is set."""
     converted.set_sparsity(percent / 100)
-    found = inspect_config(converted.model.config, parameters=False)
-    return found.bytes_sparse_total + found.head_bytes_sparse
+    return inspect_config(converted.model.config, parameters=False).bytes_per_token

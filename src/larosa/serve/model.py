@@ -70,8 +70,8 @@ class ServedModel:
         self.turn_ends = frozenset() if self.template is None else turn_ends(llm.tokenizer)
         self._created = int(time.time())
         report = inspect_config(llm.whole_config)
-        dense, sparse = report.bytes_dense_total + report.head_bytes, report.bytes_sparse_total
-        self._read = 1.0 if llm.lossless else (sparse + report.head_bytes_sparse) / dense
+        whole = report.bytes_dense_total + report.head_bytes
+        self._read = 1.0 if llm.lossless else report.bytes_per_token / whole
         self.scheduler = Scheduler(llm, max_sequences, max_waiting)
 
     def encode(self, prompt: str | list[int], special: bool = True) -> list[int]:

@@ -80,6 +80,11 @@ class Inspection:
     flops_converted: int
     flops_sparse: int
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token reads of everything but caches, norms and its row of the embedding."""
+        return self.bytes_sparse_total + self.head_bytes_sparse
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self)
