@@ -56,6 +56,15 @@ bool supported(const Kernels &kernels) {
 bool supported(const Kernels &) { return true; }
 #endif
 
+bool fetches_near() {
+#ifdef LAROSA_X86
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("amd");
+#else
+    return true;
+#endif
+}
+
 // Widest first.
 const Kernels *const built[] = {
 #ifdef LAROSA_X86
@@ -79,6 +88,8 @@ std::atomic<const Kernels *> &chosen() {
 }
 
 }  // namespace
+
+const bool kFetchNear = fetches_near();
 
 const Kernels &kernels() { return *chosen().load(std::memory_order_relaxed); }
 

@@ -12,6 +12,18 @@ constexpr int64_t kBlock = 16;    // columns of few bits whose activations are r
 constexpr int64_t kChunk = 128;   // positions attended to
 constexpr int64_t kTogether = 8;  // vectors that sparse products have in registers at once
 
+// Whether columns that will be read next are fetched into the first-level cache, or into the second alone, where AMD's
+// processors have more of them on the way at once.
+extern const bool kFetchNear;
+
+// Fetches a cache line; `near` is kFetchNear, which loops read once.
+inline void fetch(const void *from, bool near) {
+    if (near)
+        __builtin_prefetch(from, 0, 3);
+    else
+        __builtin_prefetch(from, 0, 2);
+}
+
 // Room for `count` floats in whole vectors of any instruction set.
 constexpr int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 

@@ -176,6 +176,7 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
     for (int64_t at = 0; at < count; at += together)
         for (int64_t v = 0; v < together; v += kLanes) store(mixed + at + v, Floats{});
 
+    const bool near = kFetchNear;
     Block block;
     for (int64_t from = 0; from < k; from += kBlock) {
         float entries[kBlock];
@@ -189,14 +190,14 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
             const int64_t after = from + kBlock + i < listed ? indices[from + kBlock + i] : columns[i];
             block.next[i] = matrix.codes + offset(after);
             const uint16_t *scales = matrix.scales + after * matrix.scales_stride + first_group;
-            for (int64_t at = 0; at < groups; at += kLine / 2) __builtin_prefetch(scales + at, 0, 3);
+            for (int64_t at = 0; at < groups; at += kLine / 2) fetch(scales + at, near);
             ends_inside = ends_inside && offset(columns[i]) + (whole + 1) * Type::tile <= end;
         }
         round_entries<typename Type::Dots>(entries, columns, matrix, depth, first_group, groups, block);
         const auto add = [&](int64_t tile, const uint8_t *const *codes, int64_t codes_at) {
             const int64_t at = tile * Type::tile;
             for (int64_t line = -at & (kLine - 1); line < Type::tile; line += kLine)
-                for (int64_t i = 0; i < kBlock; ++i) __builtin_prefetch(block.next[i] + at + line, 0, 3);
+                for (int64_t i = 0; i < kBlock; ++i) fetch(block.next[i] + at + line, near);
             const int64_t group = ((first + tile * together) >> shift) - first_group;
             add_tile<Type>(block, codes, codes_at, group, spread, mixed + tile * together);
         };
