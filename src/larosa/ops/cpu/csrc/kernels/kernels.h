@@ -16,12 +16,10 @@ constexpr int64_t kTogether = 8;  // vectors that sparse products have in regist
 // processors have more of them on the way at once.
 extern const bool kFetchNear;
 
-// Fetches a cache line; `near` is kFetchNear, which loops read once.
-inline void fetch(const void *from, bool near) {
-    if (near)
-        __builtin_prefetch(from, 0, 3);
-    else
-        __builtin_prefetch(from, 0, 2);
+// Fetches a cache line. A loop that asked for kFetchNear itself would be slower: there is one of either kind.
+template <bool near>
+inline void fetch(const void *from) {
+    __builtin_prefetch(from, 0, near ? 3 : 2);
 }
 
 // Room for `count` floats in whole vectors of any instruction set.

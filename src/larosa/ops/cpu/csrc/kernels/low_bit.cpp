@@ -161,7 +161,7 @@ inline void order_tile(const float *sums, float *out) {
             Type::order(sums + v * Type::outputs * kLanes + lane, out);
 }
 
-template <class Type>
+template <class Type, bool near>
 inline void strip(const float *values, const int32_t *indices, int64_t k, int64_t listed, const larosa_low_bit &matrix,
                   int64_t depth, int64_t first, int64_t count, float *sums) {
     constexpr int64_t together = kTile * Type::outputs;  // outputs of a tile
@@ -176,7 +176,6 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
     for (int64_t at = 0; at < count; at += together)
         for (int64_t v = 0; v < together; v += kLanes) store(mixed + at + v, Floats{});
 
-    const bool near = kFetchNear;
     Block block;
     for (int64_t from = 0; from < k; from += kBlock) {
         float entries[kBlock];
@@ -190,14 +189,14 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
             const int64_t after = from + kBlock + i < listed ? indices[from + kBlock + i] : columns[i];
             block.next[i] = matrix.codes + offset(after);
             const uint16_t *scales = matrix.scales + after * matrix.scales_stride + first_group;
-            for (int64_t at = 0; at < groups; at += kLine / 2) fetch(scales + at, near);
+            for (int64_t at = 0; at < groups; at += kLine / 2) fetch<near>(scales + at);
             ends_inside = ends_inside && offset(columns[i]) + (whole + 1) * Type::tile <= end;
         }
         round_entries<typename Type::Dots>(entries, columns, matrix, depth, first_group, groups, block);
         const auto add = [&](int64_t tile, const uint8_t *const *codes, int64_t codes_at) {
             const int64_t at = tile * Type::tile;
             for (int64_t line = -at & (kLine - 1); line < Type::tile; line += kLine)
-                for (int64_t i = 0; i < kBlock; ++i) fetch(block.next[i] + at + line, near);
+                for (int64_t i = 0; i < kBlock; ++i) fetch<near>(block.next[i] + at + line);
             const int64_t group = ((first + tile * together) >> shift) - first_group;
             add_tile<Type>(block, codes, codes_at, group, spread, mixed + tile * together);
         };
@@ -224,14 +223,19 @@ inline void strip(const float *values, const int32_t *indices, int64_t k, int64_
     }
 }
 
+template <bool near>
+auto strip_of(int64_t bits) {
+    return bits == 4   ? strip<Nibbles, near>
+           : bits == 5 ? strip<Leading<1>, near>
+           : bits == 6 ? strip<Leading<2>, near>
+                       : strip<WholeBytes, near>;
+}
+
 }  // namespace
 
 void low_bit_columns(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                      const larosa_low_bit &matrix, int64_t depth, int64_t first, int64_t count, float *sums) {
-    const auto run = matrix.bits == 4   ? strip<Nibbles>
-                     : matrix.bits == 5 ? strip<Leading<1>>
-                     : matrix.bits == 6 ? strip<Leading<2>>
-                                        : strip<WholeBytes>;
+    const auto run = kFetchNear ? strip_of<true>(matrix.bits) : strip_of<false>(matrix.bits);
     run(values, indices, k, listed, matrix, depth, first, count, sums);
 }
 

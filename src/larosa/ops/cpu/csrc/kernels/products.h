@@ -67,7 +67,7 @@ constexpr int64_t columns_step() {
 
 // sums[0 : count] += the group's columns times their values. The next group's columns are fetched meanwhile: each lies
 // elsewhere, in too short a piece for the processor to foresee. Sums of whole steps of a mixed type stay mixed.
-template <class Type, int group>
+template <class Type, int group, bool near>
 inline void add_columns(const typename Type::Element *const *columns, const typename Type::Element *const *next,
                         const float *values, int64_t count, float *sums) {
     using Element = typename Type::Element;
@@ -79,7 +79,7 @@ inline void add_columns(const typename Type::Element *const *columns, const type
         Floats total[vectors];
         LAROSA_UNROLLED for (int64_t v = 0; v < vectors; ++v) total[v] = load(sums + at + v * kLanes);
         LAROSA_UNROLLED for (int i = 0; i < group; ++i) {
-            for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(next[i] + at + ahead, 0, 3);
+            for (int64_t ahead = 0; ahead < step; ahead += line) fetch<near>(next[i] + at + ahead);
             LAROSA_UNROLLED for (int64_t v = 0; v < vectors; v += 2) {
                 Floats pair[2];
                 load_pair<Type>(columns[i] + at + v * kLanes, pair);
@@ -100,7 +100,7 @@ inline void add_columns(const typename Type::Element *const *columns, const type
     }
 }
 
-template <class Type>
+template <class Type, bool near>
 inline void sparse_strip(const float *values, const int32_t *indices, int64_t k, int64_t listed,
                          const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     using Element = typename Type::Element;
@@ -113,11 +113,11 @@ inline void sparse_strip(const float *values, const int32_t *indices, int64_t k,
             columns[i] = column(at + i);
             next[i] = column(at + kGroup + i < listed ? at + kGroup + i : at + i);
         }
-        add_columns<Type, kGroup>(columns, next, values + at, count, sums);
+        add_columns<Type, kGroup, near>(columns, next, values + at, count, sums);
     }
     for (; at < k; ++at) {
         const Element *single = column(at);
-        add_columns<Type, 1>(&single, &single, values + at, count, sums);
+        add_columns<Type, 1, near>(&single, &single, values + at, count, sums);
     }
 }
 
@@ -132,7 +132,8 @@ inline void sparse_columns(const float *values, const int32_t *indices, int64_t 
                            const larosa_matrix &matrix, int64_t first, int64_t count, float *sums) {
     for (int64_t at = 0; at < count; at += kLanes) store(sums + at, Floats{});
     with_type(matrix.dtype, [&](auto type) {
-        sparse_strip<decltype(type)>(values, indices, k, listed, matrix, first, count, sums);
+        const auto run = kFetchNear ? sparse_strip<decltype(type), true> : sparse_strip<decltype(type), false>;
+        run(values, indices, k, listed, matrix, first, count, sums);
     });
     order_sums(matrix.dtype, count, sums);
 }
