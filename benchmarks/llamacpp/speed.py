@@ -109,8 +109,7 @@ def main() -> None:
         read = int(gguf_files.sizes(path)["bytes_per_token"])
         rows.append(Row(f"llama.cpp {kind}", LlamaCppModel(path, length), read, tokens, given.prompt_tokens))
     for label, model in _converted(given):
-        found = inspect_config(model.config, parameters=False)
-        read = found.bytes_sparse_total + found.head_bytes_sparse
+        read = inspect_config(model.config, parameters=False).bytes_per_token
         rows.append(Row(label, Engine(model, length), read, tokens, given.prompt_tokens))
     reading = ReadTest()
     for _ in range(turns):

@@ -22,7 +22,6 @@ from transformers.initialization import no_init_weights
 from larosa.architectures import find_architecture
 from larosa.calibration import SortedMagnitudes
 from larosa.config import (
-    HEAD,
     Budget,
     HeadThreshold,
     LarosaConfig,
@@ -238,9 +237,8 @@ def _block(config: Any, dtype: torch.dtype, layout: Layout, selection: Selection
     if layout.planes > 1:
         selection = Selection.THRESHOLD  # also where nothing is skipped
     in_planes = layout.quantization is not None and layout.quantization.head.planes > 1
-    everything = _counts(sizes, 0.0)
-    if selection is Selection.THRESHOLD:
-        everything = {"thresholds": no_thresholds(sizes, head=in_planes)}
+    counts = selection is Selection.TOP_K
+    everything = _counts(sizes, 0.0) if counts else {"thresholds": no_thresholds(sizes, head=in_planes)}
     return LarosaConfig(
         larosa_version=__version__,
         recipe=Recipe.BEST,
@@ -327,32 +325,27 @@ def _calibrate(model: Any, sparsity: float) -> Thresholds:
     """Set thresholds that this share of random tokens' entries is not above, with all that comes before sparse too."""
     architecture = find_architecture(model.config.model_type)
     chosen = selectors(model, architecture)
-    dropped: dict[str, list[float]] = {site: [] for site in (*chosen, HEAD)}
+    dropped: dict[str, list[float]] = {site: [] for site in chosen}
 
-    def calibrate(site: str) -> Callable[[Any, Any], None]:
-        def hook(selector: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            seen = SortedMagnitudes((selector.copies(inputs[0]) * selector.score).abs().flatten().sort().values)
-            selector.threshold = seen.threshold(sparsity)
-            dropped[site].append(seen.dropped(selector.threshold))
+    def calibrate(selector: Any, x: torch.Tensor) -> float:
+        seen = SortedMagnitudes((selector.copies(x) * selector.score).abs().flatten().sort().values)
+        selector.threshold = seen.threshold(sparsity)
+        return seen.dropped(selector.threshold)
 
-        return hook
+    def hook(site: str) -> Callable[[Any, Any], None]:
+        return lambda selector, inputs: dropped[site].append(calibrate(selector, inputs[0]))
 
-    of_head = head_selector(model, architecture)
-
-    hooks = [
-        selector.register_forward_pre_hook(calibrate(site)) for site, of_site in chosen.items() for selector in of_site
-    ]
+    hooks = [selector.register_forward_pre_hook(hook(site)) for site, of_site in chosen.items() for selector in of_site]
     try:
         tokens = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
         hidden = architecture.decoder(model)(tokens.to(model.device), use_cache=False).last_hidden_state
     finally:
-        for hook in hooks:
-            hook.remove()
-    head: HeadThreshold | None = None
+        for handle in hooks:
+            handle.remove()
+    of_head, head = head_selector(model, architecture), None
     if of_head is not None:
-        calibrate(HEAD)(of_head, (hidden,))
-        head = HeadThreshold(value=of_head.threshold, dropped=dropped[HEAD][0])
-    del dropped[HEAD]
+        share = calibrate(of_head, hidden)
+        head = HeadThreshold(value=of_head.threshold, dropped=share)
     return Thresholds(
         values={site: [selector.threshold for selector in of_site] for site, of_site in chosen.items()},
         dropped=dropped,
