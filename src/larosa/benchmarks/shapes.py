@@ -174,7 +174,7 @@ def ranks_name(ranks: Ranks | None) -> str:
 
 
 def random_quantization(weights: WeightFormat, group: int | None = None) -> Quantization | None:
-    """Linears of few bits, and a head of 8, for a random model: whose numbers nobody has rounded. None for `full`.
+    """Linears of few bits, and the head that they have by default, for a random model. None for `full`.
 
     Args:
         group: outputs that share a scale; None for what suits the format.

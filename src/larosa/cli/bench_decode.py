@@ -45,7 +45,9 @@ def decode(
     ] = None,
     weights: Annotated[
         WeightFormat,
-        typer.Option(help="How --shape stores linears: few bits, with a head of 8, beside the dense model."),
+        typer.Option(
+            help="How --shape stores linears: few bits, with convert's head for them, beside the dense model."
+        ),
     ] = WeightFormat.FULL,
     weight_group: Annotated[
         int | None, typer.Option(help="Outputs that share a scale in --weights of few bits; by default as convert.")
